@@ -1,0 +1,98 @@
+"""What a request is, free of any API's spelling: parameters in, deltas out."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+
+class FinishReason(StrEnum):
+    """Why a request ended. Every accepted request gets exactly one."""
+
+    STOP = "stop"  # an end token, a stop token id or a stop string
+    LENGTH = "length"  # max_tokens or the context is full
+    ABORT = "abort"  # the caller left
+    ERROR = "error"
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How tokens are chosen, one meaning for every surface (Python, HTTP, ranks).
+
+    temperature 0 is greedy. top_k 0 and top_p 1 and min_p 0 are off; the order is top-k, then top-p over what
+    top-k left, then min-p, as in transformers. presence and frequency count output tokens, repetition counts
+    prompt and output. logprobs: None is off, n asks for the chosen token and the n likeliest (0..20).
+    seed None is replaced by a recorded random one when the request is admitted.
+    stop holds strings (matched on text, above the engine), stop_token_ids ids (matched in the engine).
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+
+    @property
+    def greedy(self) -> bool:
+        """Below 1e-5 the noise could not change the choice any more, and logits / T would overflow."""
+        return self.temperature < 1e-5
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence to generate: token ids only, defaults resolved, one choice (n is expanded above).
+
+    max_tokens and seed are always set here. end_ids are the model's end tokens (empty with ignore_eos) joined with
+    stop_token_ids. priority: lower runs first. cache_salt separates prefix caches. output_ids: tokens already
+    produced, when a request is resubmitted to a new engine; they count against max_tokens and are not sent again.
+    """
+
+    id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    max_tokens: int
+    seed: int
+    choice: int = 0
+    end_ids: tuple[int, ...] = ()
+    priority: int = 0
+    cache_salt: str = ""
+    output_ids: list[int] = []
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one output position, natural log, before temperature and truncation, after no penalty."""
+
+    logprob: float
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class Delta(msgspec.Struct, kw_only=True):
+    """What one step produced for one request. Terminal exactly when finish_reason is set.
+
+    index is the output index of token_ids[0], so that a receiver can assert that none is lost or doubled.
+    """
+
+    id: str
+    index: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_id: int | None = None  # the token that ended it, when a token did
+    error: str | None = None
+    error_code: str | None = None
+    cached_tokens: int | None = None  # prompt tokens found in the prefix cache; set on the first delta only
+    queue_s: float | None = None  # time until first scheduled; set on the first delta only
+    resumed: int = 0  # how often the request was recomputed after a fault

@@ -1,0 +1,176 @@
+"""The wire between scheduler and ranks: StepInput, StepOutput, Capacity. The only file both columns import.
+
+A rank keeps per-slot state on its device (last token, length, block table, parameters) and advances it itself, so a
+StepInput carries only what the device cannot know. In steady decode that is a few dozen bytes.
+Arrays travel as little-endian int32 bytes; `ints` and `packed` convert. Encoding is msgpack, never pickle.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from tpqwen.request import TokenLogprob
+
+Ints = NDArray[np.int32]
+
+
+def packed(values: object) -> bytes:
+    """Integers (any nesting numpy takes) as int32 bytes, row-major."""
+    return np.asarray(values, dtype="<i4").tobytes()
+
+
+def ints(data: bytes, *shape: int) -> Ints:
+    """The inverse of `packed`; read-only view, no copy. Without a shape: one dimension."""
+    array = np.frombuffer(data, dtype="<i4")
+    return array.reshape(shape) if shape else array
+
+
+class RowParams(msgspec.Struct, frozen=True, array_like=True):
+    """Sampling parameters of one slot as the ranks use them. temperature 0 is greedy; top_k 0 is off.
+
+    Noise is Philox4x32-10 with key = seed (64 bits) and counter = (output index, token id // 4, choice, 0), lane =
+    token id % 4: it depends on nothing else.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int  # 0 <= seed < 2**64
+    choice: int
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    end_ids: tuple[int, ...] = ()  # forbidden while the output index is below min_tokens
+    logprobs: int = -1  # -1 off, else how many of the likeliest
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether earlier tokens of the row change its logits."""
+        return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
+
+
+class Admit(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence takes a slot; whatever the slot held before is forgotten.
+
+    out_index: index of the next output token (above 0 when the sequence was preempted or replayed).
+    history: int32 bytes of all its tokens so far and num_prompt of them are prompt; only sent when
+    params.needs_history, empty otherwise.
+    """
+
+    slot: int
+    params: RowParams
+    out_index: int
+    num_prompt: int
+    history: bytes = b""
+
+
+class Chunk(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens of one slot to run through the model at positions start .. start+len-1.
+
+    sample: the chunk reaches the sequence's last known token, so its last position is sampled and the result
+    becomes the slot's last token; the slot can be in the next step's decode rows without the host knowing the token.
+    """
+
+    slot: int
+    start: int
+    token_ids: bytes
+    sample: bool
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) // 4
+
+
+class StepInput(msgspec.Struct, frozen=True, array_like=True):
+    """One step. Applied in field order: admits, blocks, then the forward pass over decode rows and chunks.
+
+    decode: int32 bytes, slots that decode one token each, in row order; None means the same as in the last step.
+    blocks: int32 bytes [n, 3], rows (slot, index in its block table, block id).
+    Row order of the pass and of StepOutput.tokens: the decode rows, then the chunks that sample, each in the order given.
+    """
+
+    epoch: int
+    step: int
+    admits: tuple[Admit, ...]
+    blocks: bytes
+    chunks: tuple[Chunk, ...]
+    decode: bytes | None
+
+    @property
+    def num_chunk_tokens(self) -> int:
+        return sum(c.num_tokens for c in self.chunks)
+
+
+class StepOutput(msgspec.Struct, frozen=True, array_like=True):
+    """What rank 0 answers. tokens: int32 bytes, one per sampled row in StepInput's row order.
+
+    bad_rows: indexes into tokens whose logits held NaN or Inf (their token is meaningless).
+    logprobs: (index into tokens, TokenLogprob) for the rows that asked. busy_s: device time of the step, seconds,
+    0.0 where it is not measured. error: the rank's own failure in words; then nothing else is valid.
+    """
+
+    epoch: int
+    step: int
+    tokens: bytes
+    bad_rows: tuple[int, ...] = ()
+    logprobs: tuple[tuple[int, TokenLogprob], ...] = ()
+    busy_s: float = 0.0
+    error: str = ""
+
+
+class Capacity(msgspec.Struct, frozen=True, kw_only=True):
+    """What the group of ranks can hold, known after loading. Sizes the scheduler and the block pool."""
+
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_model_len: int
+    max_batched_tokens: int  # tokens in one step, decode rows included
+    kv_dtype: str = ""
+    load_seconds: dict[str, float] = {}  # stage -> seconds: weights, kv_alloc, warmup, graphs
+
+
+class RankStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Slow numbers of one rank, asked for every few seconds and never on a step's path. Bytes and seconds."""
+
+    rank: int
+    pid: int
+    host: str
+    device: str
+    busy_s_total: float = 0.0
+    memory_allocated_bytes: int = 0
+    gpu: dict[str, float] = {}  # NVML readings, empty where there is none
+    gpu_uuid: str = ""
+    gpu_name: str = ""
+    throttle_reasons: tuple[str, ...] = ()
+
+
+class StepStats(msgspec.Struct, frozen=True, array_like=True):
+    """Scheduler's view after one step; what metrics observe."""
+
+    duration_s: float
+    phase: str  # prefill | decode | mixed
+    num_tokens: int
+    num_running: int
+    num_waiting: int
+    blocks_used: int
+    blocks_cached: int
+    blocks_free: int
+    preemptions: int
+    prefix_queried_tokens: int
+    prefix_hit_tokens: int
+    prompt_tokens: int  # prompt tokens computed in this step
+    output_tokens: int
+    busy_s: float = 0.0
+
+
+_step_decoder = msgspec.msgpack.Decoder(StepInput)
+_output_decoder = msgspec.msgpack.Decoder(StepOutput)
+encode = msgspec.msgpack.Encoder().encode
+decode_input = _step_decoder.decode
+decode_output = _output_decoder.decode
