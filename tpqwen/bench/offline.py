@@ -1,0 +1,101 @@
+"""`tpqwen bench offline`: the named workloads through the engine in this process, no HTTP.
+
+Each workload is warmed up with seed 1 and measured with seeds 2 and 3; both are reported and the table shows the better.
+Prefix cache off; tokens/s are output tokens per second of wall time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tpqwen.bench.environment import environment
+from tpqwen.bench.workloads import WORKLOADS, Workload
+from tpqwen.config import Config
+from tpqwen.errors import ConfigError, EngineError
+from tpqwen.offline import OfflineEngine
+from tpqwen.request import SamplingParams
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command beside the model's own."""
+    parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=f"any of {', '.join(WORKLOADS)}; default all")
+    parser.add_argument("--save", type=Path, help="write the results as JSON here")
+    parser.add_argument("--compare", type=Path, help="show the change against an earlier --save")
+
+
+def run(args: argparse.Namespace, config: Config) -> int:
+    """The command: one JSON line per measured run, then a table. Returns the exit code."""
+    names = args.workloads or list(WORKLOADS)
+    for name in names:
+        if name not in WORKLOADS:
+            raise ConfigError(f"unknown workload {name!r}; known are {', '.join(WORKLOADS)}")
+    options = {k: v for k, v in config.flat().items() if v is not None}
+    engine = OfflineEngine(Config.load(options | {"prefix_cache": False}, {}))
+    facts = environment()
+    results: list[dict[str, Any]] = []
+    try:
+        for name in names:
+            measure(engine, WORKLOADS[name](1))
+            for seed in (2, 3):
+                workload = WORKLOADS[name](seed)
+                seconds = measure(engine, workload)
+                results.append(
+                    {
+                        "engine": "tpqwen",
+                        "model": Path(config.model.model).name,
+                        "workload": name,
+                        "s": round(seconds, 4),
+                        "tok_s": round(workload.output_tokens / seconds, 1),
+                    }
+                )
+                print(json.dumps(results[-1]), flush=True)
+    finally:
+        engine.close()
+    old = json.loads(args.compare.read_text())["results"] if args.compare else []
+    _print(results, old)
+    if args.save:
+        args.save.write_text(json.dumps({"environment": facts, "results": results}, indent=1))
+    return 0
+
+
+def measure(engine: OfflineEngine, workload: Workload) -> float:
+    """Seconds from the first submission to the last token. Raises EngineError when an answer is short."""
+    requests = [
+        engine.request(p, SamplingParams(temperature=workload.temperature, max_tokens=n, ignore_eos=True))
+        for p, n in zip(workload.prompts, workload.max_tokens, strict=True)
+    ]
+    counts = {r.id: 0 for r in requests}
+    begin = time.perf_counter()
+    for deltas in engine.run(requests):
+        for d in deltas:
+            counts[d.id] += len(d.token_ids)
+    seconds = time.perf_counter() - begin
+    if list(counts.values()) != workload.max_tokens:
+        raise EngineError("a request ended with another number of tokens than asked for")
+    return seconds
+
+
+def _best(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    best: dict[str, dict[str, Any]] = {}
+    for r in results:
+        if r["workload"] not in best or r["s"] < best[r["workload"]]["s"]:
+            best[r["workload"]] = r
+    return best
+
+
+def _print(results: list[dict[str, Any]], old: list[dict[str, Any]]) -> None:
+    table = Table(title=f"{results[0]['model']}, better of two runs")
+    for name in ("workload", "seconds", "tok/s", *(["change"] if old else [])):
+        table.add_column(name, justify="left" if name == "workload" else "right")
+    before = _best(old)
+    for name, r in _best(results).items():
+        change = [f"{before[name]['s'] / r['s'] - 1:+.1%}" if name in before else "new"] if old else []
+        table.add_row(name, f"{r['s']:.4f}", f"{r['tok_s']:.1f}", *change)
+    Console().print(table)

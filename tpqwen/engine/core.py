@@ -1,0 +1,157 @@
+"""EngineCore: the step loop over one group of ranks. Single-threaded; whoever owns it calls `step` while there is work."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tpqwen.config import ScheduleOptions
+from tpqwen.errors import EngineError, Overloaded
+from tpqwen.executor.protocol import Executor
+from tpqwen.request import Delta, GenerateRequest
+from tpqwen.scheduler.scheduler import Scheduler
+from tpqwen.step import Capacity, StepInput, StepStats
+
+STEP_TIMEOUT_S = 10.0
+FIRST_STEP_TIMEOUT_S = 180.0  # lazy compilation, first touch of memory, a rank that still warms up
+SLOW_PREFILL_S_PER_TOKEN = 0.02  # until a rate has been measured: a large model on a few CPU cores
+PREFILL_MARGIN = 8.0  # attention over a long context makes later chunks slower than the measured ones
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one call of `step` brought. stats is None when no step's result came in."""
+
+    deltas: list[Delta]
+    stats: StepStats | None
+
+
+class Deadlines:
+    """How long to wait for a step: a fixed time for decode, more for the first of an epoch and by prefill tokens."""
+
+    def __init__(self) -> None:
+        self._s_per_token: float | None = None
+
+    def of(self, step: StepInput) -> float:
+        """Seconds from the moment the step is the oldest in flight."""
+        if step.step == 0:
+            return FIRST_STEP_TIMEOUT_S
+        rate = SLOW_PREFILL_S_PER_TOKEN if self._s_per_token is None else PREFILL_MARGIN * self._s_per_token
+        return STEP_TIMEOUT_S + rate * step.num_chunk_tokens
+
+    def observe(self, step: StepInput, duration_s: float) -> None:
+        """Learn the prefill rate from a step that has ended; the first of an epoch is no measure."""
+        if step.step and step.num_chunk_tokens:
+            seen = duration_s / step.num_chunk_tokens
+            self._s_per_token = seen if self._s_per_token is None else 0.9 * self._s_per_token + 0.1 * seen
+
+
+class EngineCore:
+    """All request state of one engine, and its loop: schedule, submit, collect, update.
+
+    When `step` raises (RankDied, EngineError) every request is still there: repair the ranks and call `restart`, which
+    queues what ran for recomputation, or `fail`, which ends everything.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        capacity: Capacity,
+        schedule: ScheduleOptions | None = None,
+        prefix_cache: bool = True,
+        *,
+        epoch: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        options = schedule or ScheduleOptions()
+        self.executor = executor
+        self.scheduler = Scheduler(capacity, prefix_cache=prefix_cache, epoch=epoch)
+        self.draining = False
+        self._depth = max(1, min(options.depth, executor.depth))
+        self._clock = clock
+        self._in_flight: deque[tuple[StepInput, float]] = deque()  # with the time of submission
+        self._last_collect = clock()
+        self._deadlines = Deadlines()
+        self._deltas: list[Delta] = []  # of requests that ended between steps
+
+    @property
+    def capacity(self) -> Capacity:
+        return self.scheduler.capacity
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do: requests, deltas not yet handed out, or steps in flight."""
+        return bool(self._deltas or self._in_flight) or self.scheduler.has_work
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that hold no slot."""
+        return self.scheduler.num_waiting
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Their tokens."""
+        return self.scheduler.waiting_tokens
+
+    def add(self, request: GenerateRequest) -> None:
+        """Queue a request. With output_ids it goes on after them. Raises RequestError, Overloaded while draining."""
+        if self.draining:
+            raise Overloaded("the engine is draining", code="draining", status=503)
+        if delta := self.scheduler.add(request, self._clock()):
+            self._deltas.append(delta)
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its terminal delta comes with the next step. Nothing happens if it has ended already."""
+        if delta := self.scheduler.abort(request_id):
+            self._deltas.append(delta)
+
+    def drain(self) -> None:
+        """Take no new requests; those that are here go on until `has_work` is false."""
+        self.draining = True
+
+    def step(self) -> StepResult:
+        """Submit one more step if it may be, and collect the oldest when the pipeline is full, stuck or ahead of us.
+
+        May return without deltas, so that the caller can take in requests between two submits. Raises RankDied or
+        EngineError with all requests intact; no step may follow before `restart`.
+        """
+        step = self.scheduler.schedule(self._clock()) if len(self._in_flight) < self._depth else None
+        if step is not None:
+            self._in_flight.append((step, self._clock()))
+            self.executor.submit(step)
+        stats = None
+        if self._in_flight and (step is None or len(self._in_flight) == self._depth or self.executor.ready()):
+            stats = self._collect()
+        deltas, self._deltas = self._deltas, []
+        return StepResult(deltas, stats)
+
+    def restart(self, epoch: int, capacity: Capacity) -> None:
+        """The ranks are new: forget steps in flight and all cached blocks, recompute what ran. Streams go on."""
+        self._in_flight.clear()
+        self._last_collect = self._clock()
+        self._deltas += self.scheduler.reset(epoch, capacity)
+
+    def fail(self, error: EngineError) -> None:
+        """The ranks cannot be repaired: every request ends with this error, in the next result."""
+        self._in_flight.clear()
+        self._deltas += self.scheduler.fail_all(str(error), error.code)
+
+    def take_deltas(self) -> list[Delta]:
+        """Deltas made outside of `step`, for a caller that will not step again."""
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+    def _collect(self) -> StepStats:
+        step, submitted = self._in_flight[0]
+        output = self.executor.collect(self._deadlines.of(step))
+        if output.error:
+            raise EngineError(output.error)
+        self._in_flight.popleft()
+        now = self._clock()
+        duration_s = now - max(submitted, self._last_collect)  # it began when the one before it ended
+        self._last_collect = now
+        self._deadlines.observe(step, duration_s)
+        self._deltas += self.scheduler.update(output)
+        return self.scheduler.step_stats(duration_s, output.busy_s)

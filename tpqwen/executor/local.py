@@ -1,0 +1,42 @@
+"""One rank in this process: tests, the offline API and single-device work without Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tpqwen.config import Config
+from tpqwen.parallel.group import TPGroup
+from tpqwen.step import Capacity, RankStats, StepInput, StepOutput
+from tpqwen.worker.worker import Worker
+
+
+class LocalExecutor:
+    """Implements executor.protocol.Executor over a Worker of its own. tp must be 1."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.depth = config.schedule.depth
+        self._worker = Worker(config, folder, TPGroup.single())
+
+    def start(self) -> Capacity:
+        """Load the model here. Raises ConfigError."""
+        return self._worker.load()
+
+    def submit(self, step: StepInput) -> None:
+        """Launch one step."""
+        self._worker.submit(step)
+
+    def collect(self, timeout_s: float) -> StepOutput:
+        """The oldest step's output. There is nobody to wait for: timeout_s has no use here."""
+        return self._worker.collect()
+
+    def ready(self) -> bool:
+        """Whether the oldest step is done."""
+        return self._worker.ready()
+
+    def stats(self) -> list[RankStats]:
+        """The one rank's slow numbers."""
+        return [self._worker.stats()]
+
+    def stop(self) -> None:
+        """Free the device."""
+        self._worker.close()

@@ -1,0 +1,93 @@
+"""Qwen3, as transformers' modeling_qwen3.py has it, over tensor-parallel layers.
+
+T tokens, H hidden, N query heads, D head size, V vocabulary (local). h is the residual stream.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tpqwen.kernels import ops
+from tpqwen.kernels.context import StepContext
+from tpqwen.model.config import ModelConfig
+from tpqwen.parallel.group import TPGroup
+from tpqwen.parallel.layers import ColumnParallel, ReplicatedWeight, RowParallel, VocabParallel
+
+
+class Attention(nn.Module):
+    """Per-head RMSNorm on q and k before RoPE; each group of query heads shares a key/value head."""
+
+    def __init__(self, c: ModelConfig, group: TPGroup, layer: int) -> None:
+        super().__init__()
+        at, q, kv, d = f"model.layers.{layer}.", c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.layer, self.eps, self.scale = layer, c.rms_norm_eps, d**-0.5
+        self.norm = ReplicatedWeight(group, at + "input_layernorm.weight", c.hidden_size)
+        projections = {
+            at + "self_attn.q_proj.weight": (q * d, q),
+            at + "self_attn.k_proj.weight": (kv * d, kv),
+            at + "self_attn.v_proj.weight": (kv * d, kv),
+        }
+        self.qkv = ColumnParallel(group, c.hidden_size, projections)
+        self.q_norm = ReplicatedWeight(group, at + "self_attn.q_norm.weight", d)
+        self.k_norm = ReplicatedWeight(group, at + "self_attn.k_norm.weight", d)
+        self.o = RowParallel(group, at + "self_attn.o_proj.weight", c.hidden_size, q * d, q)
+
+    def forward(self, h_TH: torch.Tensor, ctx: StepContext) -> torch.Tensor:
+        qkv = ops.norm_linear(h_TH, self.norm.weight, self.eps, self.qkv.weight)
+        mixed = ops.attend(qkv, self.q_norm.weight, self.k_norm.weight, self.eps, self.layer, ctx, self.scale)
+        out: torch.Tensor = self.o(mixed, h_TH)
+        return out
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, c: ModelConfig, group: TPGroup, layer: int) -> None:
+        super().__init__()
+        at, inner = f"model.layers.{layer}.", c.intermediate_size
+        self.eps = c.rms_norm_eps
+        self.norm = ReplicatedWeight(group, at + "post_attention_layernorm.weight", c.hidden_size)
+        projections = {at + "mlp.gate_proj.weight": (inner, inner), at + "mlp.up_proj.weight": (inner, inner)}
+        self.gate_up = ColumnParallel(group, c.hidden_size, projections)
+        self.down = RowParallel(group, at + "mlp.down_proj.weight", c.hidden_size, inner, inner)
+
+    def forward(self, h_TH: torch.Tensor) -> torch.Tensor:
+        inner = ops.norm_gate_up(h_TH, self.norm.weight, self.eps, self.gate_up.weight)
+        out: torch.Tensor = self.down(inner, h_TH)
+        return out
+
+
+class Qwen3(nn.Module):
+    """The whole model. Build it under `torch.device("meta")`; weights.py gives the parameters their storage.
+
+    num_ids: token ids that exist; logits of the embedding's padding rows above it are -inf. None: all rows are real.
+    """
+
+    def __init__(self, c: ModelConfig, group: TPGroup, num_ids: int | None = None) -> None:
+        super().__init__()
+        vocab = (c.vocab_size, c.hidden_size, c.vocab_size if num_ids is None else num_ids)
+        self.eps = c.rms_norm_eps
+        self.embed = VocabParallel(group, "model.embed_tokens.weight", *vocab)
+        self.attention = nn.ModuleList(Attention(c, group, i) for i in range(c.num_hidden_layers))
+        self.mlp = nn.ModuleList(MLP(c, group, i) for i in range(c.num_hidden_layers))
+        self.norm = ReplicatedWeight(group, "model.norm.weight", c.hidden_size)
+        self.lm_head = self.embed if c.tie_word_embeddings else VocabParallel(group, "lm_head.weight", *vocab)
+
+    def forward(self, ids_T: torch.Tensor, ctx: StepContext) -> torch.Tensor:
+        """The residual stream after the last layer, [T, H]; keys and values are written to the cache on the way."""
+        h = self.embed.embed(ids_T)
+        for attention, mlp in zip(self.attention, self.mlp, strict=True):
+            h = mlp(attention(h, ctx))
+        return h
+
+    def logits(self, h_TH: torch.Tensor) -> torch.Tensor:
+        """Local logits [T, V] of the given rows of the residual stream."""
+        return self.lm_head.logits(h_TH, self.norm.weight, self.eps)
+
+
+def rope_table(c: ModelConfig, length: int, device: torch.device) -> torch.Tensor:
+    """fp32 [length, D]: cosines of the D/2 frequencies, then sines. Angles are computed in fp32 as transformers does."""
+    exponent = torch.arange(0, c.head_dim, 2, dtype=torch.int64).float() / c.head_dim
+    angles = torch.outer(torch.arange(length).float(), 1.0 / c.rope_theta**exponent)
+    return torch.cat([angles.cos(), angles.sin()], -1).to(device)

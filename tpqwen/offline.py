@@ -1,0 +1,79 @@
+"""The engine in this process: the same core and workers as the server, driven by whoever iterates over the deltas."""
+
+from __future__ import annotations
+
+import gc
+import secrets
+from collections.abc import Iterable, Iterator
+from importlib import import_module
+
+from tpqwen.engine.core import EngineCore
+
+from tpqwen.config import Config
+from tpqwen.executor.local import LocalExecutor
+from tpqwen.executor.protocol import Executor
+from tpqwen.model.config import ModelConfig, check_parallel
+from tpqwen.model.hub import resolve_model
+from tpqwen.request import Delta, GenerateRequest, SamplingParams
+from tpqwen.text.sequences import Limits, expand
+
+
+class OfflineEngine:
+    """Loads on construction. tp 1 runs in this process, more ranks run as Ray actors. Close it to free the device."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.folder = resolve_model(config.model.model, config.model.revision)
+        self.model_config = ModelConfig.from_folder(self.folder)
+        check_parallel(self.model_config, config.parallel.tp)
+        self.executor = self._make_executor()
+        self.capacity = self.executor.start()
+        self.core = self.new_core()
+
+    def _make_executor(self) -> Executor:
+        if self.config.parallel.tp == 1:
+            return LocalExecutor(self.config, self.folder)
+        ray_executor = import_module("tpqwen.executor.ray")  # Ray is loaded only when there is more than one rank
+        executor: Executor = ray_executor.RayExecutor(self.config)
+        return executor
+
+    def new_core(self) -> EngineCore:
+        """A fresh scheduler and an empty cache over the same loaded ranks."""
+        return EngineCore(
+            self.executor,
+            self.capacity,
+            schedule=self.config.schedule,
+            prefix_cache=self.config.cache.prefix_cache,
+        )
+
+    @property
+    def limits(self) -> Limits:
+        """What a prompt may ask of this model."""
+        model = self.model_config
+        return Limits(self.capacity.max_model_len, model.vocab_size, model.eos_token_ids)
+
+    def request(self, prompt_ids: list[int], params: SamplingParams) -> GenerateRequest:
+        """One sequence (params.n must be 1) with its defaults resolved. Raises RequestError."""
+        return expand(secrets.token_hex(8), prompt_ids, params, self.limits)[0]
+
+    def run(self, requests: Iterable[GenerateRequest]) -> Iterator[list[Delta]]:
+        """Deltas step by step until every request has ended. Abandoning the iterator aborts what is left."""
+        open_ids = set()
+        for r in requests:
+            self.core.add(r)
+            open_ids.add(r.id)
+        try:
+            while open_ids:
+                deltas = self.core.step().deltas
+                open_ids.difference_update(d.id for d in deltas if d.finish_reason)
+                yield deltas
+        finally:
+            for request_id in open_ids:
+                self.core.abort(request_id)
+            while open_ids and self.core.has_work:
+                self.core.step()
+
+    def close(self) -> None:
+        """Stop the ranks and free their memory. Idempotent."""
+        self.executor.stop()
+        gc.collect()

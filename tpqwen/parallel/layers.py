@@ -1,0 +1,88 @@
+"""Tensor-parallel layers: each owns its sharding and says which checkpoint tensors it is made of.
+
+T tokens, H hidden, F fused rows, I inner, V vocabulary; all but H are local sizes. Weights are [out, in], no biases.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tpqwen.kernels import ops
+from tpqwen.parallel.group import TPGroup
+from tpqwen.parallel.shard import Part, ShardSpec
+
+
+class ShardedWeight(nn.Module):
+    """A weight made of slices of checkpoint tensors, one below the other. `parts` is all that loading needs to know."""
+
+    def __init__(self, group: TPGroup, specs: dict[str, ShardSpec]) -> None:
+        super().__init__()
+        self.group = group
+        self.parts: list[Part] = []
+        rows = 0
+        shape: tuple[int, ...] = ()
+        for name, spec in specs.items():
+            self.parts.append(Part(name, spec, rows))
+            shape = spec.local_shape(group.size)
+            rows += shape[0]
+        self.weight = nn.Parameter(torch.empty(rows, *shape[1:]), requires_grad=False)
+
+
+class ReplicatedWeight(ShardedWeight):
+    """A whole tensor on every rank: norm weights."""
+
+    def __init__(self, group: TPGroup, name: str, *shape: int) -> None:
+        super().__init__(group, {name: ShardSpec(shape)})
+
+
+class ColumnParallel(ShardedWeight):
+    """Several projections of the same input, each split by `units` along its rows: q, k and v, or gate and up."""
+
+    def __init__(self, group: TPGroup, hidden: int, projections: dict[str, tuple[int, int]]) -> None:
+        """projections: checkpoint name -> (rows, units that may not be cut)."""
+        super().__init__(group, {n: ShardSpec((rows, hidden), 0, units) for n, (rows, units) in projections.items()})
+
+
+class RowParallel(ShardedWeight):
+    """A projection whose input is split; the ranks' partial sums are added up, then the residual."""
+
+    def __init__(self, group: TPGroup, name: str, hidden: int, inner: int, units: int) -> None:
+        super().__init__(group, {name: ShardSpec((hidden, inner), 1, units)})
+
+    def forward(self, x_TI: torch.Tensor, residual_TH: torch.Tensor) -> torch.Tensor:
+        """residual + sum over ranks of x W^T, [T, H]."""
+        if self.group.size == 1:
+            return ops.linear_add(x_TI, self.weight, residual_TH)
+        return residual_TH + self.group.all_reduce(ops.linear(x_TI, self.weight))
+
+
+class VocabParallel(ShardedWeight):
+    """Rows of the vocabulary, padded up to a multiple of the ranks: the embedding and the LM head.
+
+    num_ids: ids below it are real, rows above are padding that checkpoints carry. first_id: global id of the first local
+    row. num_valid: local rows that are real ids.
+    """
+
+    def __init__(self, group: TPGroup, name: str, vocab_size: int, hidden: int, num_ids: int) -> None:
+        spec = ShardSpec((vocab_size, hidden), 0, vocab_size, padded=True)
+        super().__init__(group, {name: spec})
+        self.num_local = spec.local_units(group.size)
+        self.first_id = group.rank * self.num_local
+        self.num_valid = max(0, min(self.num_local, num_ids - self.first_id))
+
+    def embed(self, ids_T: torch.Tensor) -> torch.Tensor:
+        """Embeddings [T, H]: each rank looks up its own ids, the sum over ranks is the whole."""
+        if self.group.size == 1:
+            return nn.functional.embedding(ids_T, self.weight)
+        local = ids_T - self.first_id
+        mine = (local >= 0) & (local < self.num_local)
+        rows = nn.functional.embedding(torch.where(mine, local, 0), self.weight)
+        return self.group.all_reduce(rows * mine[:, None])
+
+    def logits(self, h_TH: torch.Tensor, norm_H: torch.Tensor, eps: float) -> torch.Tensor:
+        """Final norm and head: this rank's logits [T, V], padding at -inf."""
+        logits = ops.norm_linear(h_TH, norm_H, eps, self.weight)
+        if self.num_valid < self.num_local:
+            logits[:, self.num_valid :] = float("-inf")
+        return logits

@@ -1,0 +1,453 @@
+"""Which rows run in the next step. Pure: no torch, no clock, no I/O; time is an argument.
+
+Up to `depth` steps may be scheduled ahead of their results: every decode row and every sampling chunk in flight is
+taken to yield one token. Results of rows that ended, were preempted or moved meanwhile are dropped.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tpqwen.cache.blocks import BlockPool
+from tpqwen.cache.prefix import PrefixCache
+from tpqwen.errors import EngineError, RequestError
+from tpqwen.request import Delta, FinishReason, GenerateRequest
+from tpqwen.scheduler.admission import Admission, Verdict
+from tpqwen.scheduler.rows import Longs, Mask, Rows, RowSet
+from tpqwen.scheduler.sequence import Sequence, State, by_order, row_params
+from tpqwen.step import Admit, Capacity, Chunk, Ints, StepInput, StepOutput, StepStats, ints, packed
+
+AHEAD = 4  # blocks given to a decode row at once while there are plenty
+
+
+@dataclass(slots=True)
+class Draft:
+    """A step being put together. parts: (sequence, its slot's generation, end position) of each chunk."""
+
+    admits: list[Admit] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)  # (slot, index, block) flat
+    chunks: list[Chunk] = field(default_factory=list)
+    parts: list[tuple[Sequence, int, int]] = field(default_factory=list)
+    sampled: list[Sequence] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Flight:
+    """A step whose result is still to come. rows: the first num_decode decode, the others are sampling chunks."""
+
+    step: int
+    rows: RowSet
+    generations: Longs
+    num_decode: int
+    parts: list[tuple[Sequence, int, int]]
+    num_chunk_tokens: int
+
+
+@dataclass(slots=True)
+class Tally:
+    """Events since the last StepStats."""
+
+    preemptions: int = 0
+    prefix_queried: int = 0
+    prefix_hit: int = 0
+    output_tokens: int = 0
+
+
+_NO_ROWS = RowSet.of([])
+
+
+class Scheduler:
+    """Owns every Sequence, the block tables and the prefix cache of one group of ranks."""
+
+    def __init__(self, capacity: Capacity, *, prefix_cache: bool = True, epoch: int = 0) -> None:
+        self._prefix_cache = prefix_cache
+        self._sequences: dict[str, Sequence] = {}
+        self._arrivals = 0
+        self._tally = Tally()
+        self._collected = Flight(-1, _NO_ROWS, _NO_ROWS.slots, 0, [], 0)
+        self._begin(epoch, capacity)
+
+    def _begin(self, epoch: int, capacity: Capacity) -> None:
+        """An empty cache, no slot taken, nothing in flight."""
+        self.capacity = capacity
+        self.epoch = epoch
+        self.pool = BlockPool(capacity.num_blocks)
+        # a decode row always takes one token of the budget, so more rows than that could never run
+        self._rows = Rows(min(capacity.max_num_seqs, capacity.max_batched_tokens), capacity.block_size)
+        prefix = PrefixCache(self.pool, capacity.block_size, enabled=self._prefix_cache)
+        self._admission = Admission(self.pool, prefix, self._rows)
+        self._flights: deque[Flight] = deque()
+        self._next_step = 0
+        self._prefilling: list[Sequence] = []  # running with tokens still to compute, by order
+        self._decoding: list[Sequence] = []  # running with nothing to prefill, may hold some that have left
+        self._decode_rows: RowSet | None = None  # of _decoding; None when it changed
+        self._sent: Longs | None = None  # decode slots as the ranks know them
+
+    @property
+    def context_limit(self) -> int:
+        """Tokens, prompt and output, that one sequence may have: the model's limit or what the whole cache holds."""
+        return min(self.capacity.max_model_len, self.pool.num_usable * self.capacity.block_size)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request has not ended yet."""
+        return bool(self._sequences)
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._flights)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._admission.waiting)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens of all waiting sequences, prompt and output."""
+        return self._admission.waiting_tokens
+
+    @property
+    def num_running(self) -> int:
+        return self._rows.num_slots - self._rows.num_free
+
+    def add(self, request: GenerateRequest, now: float) -> Delta | None:
+        """Queue a request; output_ids it brings along count as produced. Returns a delta if it has ended already.
+
+        Raises RequestError when it can never run: context_length_exceeded, or an id that is in use.
+        """
+        if request.id in self._sequences:
+            raise RequestError(f"request id {request.id!r} is in use", param="id", code="duplicate_id")
+        limit, length = self.context_limit, len(request.prompt_ids)
+        if not length:
+            raise RequestError("the prompt has no tokens", param="prompt", code="invalid_value")
+        if length >= limit:
+            text = f"the prompt has {length} tokens, but the context holds {limit} and one is needed for the answer"
+            raise RequestError(text, param="prompt", code="context_length_exceeded")
+        self._arrivals += 1
+        sequence = Sequence(
+            request=request,
+            order=(request.priority, self._arrivals),
+            arrived_at=now,
+            max_output=min(request.max_tokens, limit - length),
+            row_params=row_params(request),
+        )
+        if delta := _ended_before(sequence):
+            return delta
+        self._sequences[request.id] = sequence
+        self._admission.push(sequence)
+        return None
+
+    def abort(self, request_id: str) -> Delta | None:
+        """End a request in whatever state it is; its terminal delta, or None if there is no such request (any more)."""
+        sequence = self._sequences.get(request_id)
+        return self._end(sequence, FinishReason.ABORT) if sequence else None
+
+    def fail_all(self, message: str, code: str) -> list[Delta]:
+        """End every request with an error: the ranks are lost for good."""
+        return [self._end(s, FinishReason.ERROR, message, code) for s in list(self._sequences.values())]
+
+    def reset(self, epoch: int, capacity: Capacity) -> list[Delta]:
+        """The ranks start anew and know nothing: all that ran is queued again in its old order and will be recomputed.
+
+        Returns error deltas of those that no longer fit into the new capacity.
+        """
+        sequences = sorted(self._sequences.values(), key=by_order)
+        self._begin(epoch, capacity)
+        deltas = []
+        for s in sequences:
+            s.resumed += s.state is State.RUNNING
+            s.slot, s.blocks, s.digests, s.num_registered, s.waits_for = -1, [], [], 0, None
+            s.max_output = min(s.request.max_tokens, self.context_limit - s.num_prompt)
+            self._admission.push(s)
+            if s.num_output >= s.max_output:
+                text = f"{s.num_tokens} tokens no longer fit: after the restart the context holds {self.context_limit}"
+                deltas.append(self._end(s, FinishReason.ERROR, text, "context_length_exceeded"))
+        return deltas
+
+    def schedule(self, now: float) -> StepInput | None:
+        """The next step, or None when there is nothing to run before an earlier step's result is in.
+
+        Decode rows come first, one token each; prefill chunks share what is left of the budget in order.
+        """
+        draft = Draft()
+        preempted = self._grow(draft)
+        decode = self._current_rows()
+        self._prefill(draft, self.capacity.max_batched_tokens - len(decode), now, admit=not preempted)
+        if not len(decode) and not draft.chunks:
+            return None
+        return self._commit(draft, decode)
+
+    def update(self, output: StepOutput) -> list[Delta]:
+        """Take in the result of the oldest step in flight. Late results of an earlier epoch are dropped.
+
+        Raises EngineError when the result is not the one expected.
+        """
+        if output.epoch != self.epoch:
+            return []
+        flight = self._flights[0] if self._flights else None
+        tokens = ints(output.tokens)
+        if flight is None or flight.step != output.step or len(flight.rows) != len(tokens):
+            wanted = f"step {flight.step} with {len(flight.rows)} tokens" if flight else "no step"
+            raise EngineError(f"got step {output.step} with {len(tokens)} tokens, expected {wanted}")
+        self._collected = self._flights.popleft()
+        generation = self._rows.generation
+        for sequence, born, end in flight.parts:
+            if sequence.slot >= 0 and generation[sequence.slot] == born:
+                self._admission.settle(sequence, end)
+        live = generation[flight.rows.slots] == flight.generations
+        deltas = [self._end_bad(flight.rows.sequences[i]) for i in output.bad_rows if live[i]]
+        live[list(output.bad_rows)] = False
+        made = self._append(flight, tokens, live, output)
+        self._tally.output_tokens += len(made)
+        return deltas + made
+
+    def step_stats(self, duration_s: float, busy_s: float) -> StepStats:
+        """Of the step updated last. Counts of events are since the last call."""
+        flight, tally, self._tally = self._collected, self._tally, Tally()
+        phase = "decode" if not flight.num_chunk_tokens else "mixed" if flight.num_decode else "prefill"
+        return StepStats(
+            duration_s=duration_s,
+            phase=phase,
+            num_tokens=flight.num_decode + flight.num_chunk_tokens,
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            blocks_used=self.pool.num_used,
+            blocks_cached=self.pool.num_cached,
+            blocks_free=self.pool.num_free,
+            preemptions=tally.preemptions,
+            prefix_queried_tokens=tally.prefix_queried,
+            prefix_hit_tokens=tally.prefix_hit,
+            prompt_tokens=flight.num_chunk_tokens,
+            output_tokens=tally.output_tokens,
+            busy_s=busy_s,
+        )
+
+    def check(self) -> None:
+        """Raise EngineError unless every invariant holds. For tests, and for the engine when it is idle."""
+        running, waiting = self._rows.running, self._admission.waiting
+        self.pool.check(s.blocks for s in running)
+        rows = self._rows
+        for s in running:
+            state = (s.state, len(s.blocks) * rows.block_size, s.num_output, rows.sequences[s.slot])
+            if state != (State.RUNNING, rows.capacity[s.slot], rows.produced[s.slot], s):
+                raise EngineError(f"request {s.request.id} in slot {s.slot} does not match its row")
+            if not s.settled <= rows.computed[s.slot] <= rows.capacity[s.slot] or rows.left[s.slot] < 0:
+                raise EngineError(f"request {s.request.id} has settled {s.settled}, computed {rows.computed[s.slot]}")
+        if waiting != sorted(waiting, key=by_order) or any(s.blocks or s.slot >= 0 for s in waiting):
+            raise EngineError("the queue is out of order, or a waiting request holds blocks")
+        if {*running, *waiting} != {*self._sequences.values()} or len(running) + len(waiting) != len(self._sequences):
+            raise EngineError(f"{len(running)} running + {len(waiting)} waiting of {len(self._sequences)} requests")
+
+    def _current_rows(self) -> RowSet:
+        if self._decode_rows is None:
+            left = self._rows.left.tolist()
+            self._decoding = [s for s in self._decoding if s.slot >= 0 and left[s.slot]]
+            self._decode_rows = RowSet.of(self._decoding)
+        return self._decode_rows
+
+    def _grow(self, draft: Draft) -> bool:
+        """A block for every decode row whose next position has none, the oldest first. True if some were preempted."""
+        decode, rows = self._current_rows(), self._rows
+        short = rows.computed[decode.slots] >= rows.capacity[decode.slots]
+        if not short.any():
+            return False
+        before = self._tally.preemptions
+        plenty = self.pool.num_available >= 2 * AHEAD * len(decode)
+        needy = [decode.sequences[i] for i in np.flatnonzero(short)]
+        for sequence in sorted(needy, key=by_order):
+            if sequence.slot >= 0 and self._make_room(sequence):
+                missing = int(rows.computed[sequence.slot] + rows.left[sequence.slot] - rows.capacity[sequence.slot])
+                self._give(sequence, min(AHEAD, -(-missing // rows.block_size)) if plenty else 1, draft)
+        return self._tally.preemptions > before
+
+    def _give(self, sequence: Sequence, count: int, draft: Draft) -> None:
+        for block in self.pool.allocate(count):
+            draft.blocks += (sequence.slot, len(sequence.blocks), block)
+            sequence.blocks.append(block)
+        self._rows.resize(sequence)
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """See that one block is available, by preempting the last in order; False if that was the sequence itself.
+
+        The first in order is never preempted, and the whole cache holds any one sequence (`context_limit`): it always
+        gets on, ends, and then the next is first. So there is no livelock.
+        """
+        if not self.pool.num_available:
+            self._take_back()
+        while not self.pool.num_available:
+            victim = max(self._rows.running, key=by_order)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _take_back(self) -> None:
+        """Blocks given ahead, which no scheduled step touches."""
+        for s in self._current_rows().sequences:
+            keep = int(self._rows.computed[s.slot]) // self._rows.block_size + 1 if s.slot >= 0 else 0
+            if s.slot >= 0 and len(s.blocks) > keep:
+                self.pool.free(s.blocks[keep:])
+                del s.blocks[keep:]
+                self._rows.resize(s)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._leave(sequence)
+        sequence.preemptions += 1
+        self._tally.preemptions += 1
+        self._admission.push(sequence)
+
+    def _prefill(self, draft: Draft, budget: int, now: float, *, admit: bool) -> None:
+        """Chunks in order, (priority, arrival): having begun earlier gives no right of way."""
+        waiting = self._admission.candidates() if admit else []
+        full = False
+        for sequence in heapq.merge(self._prefilling[:], waiting, key=by_order):
+            if budget <= 0:
+                break
+            if sequence.slot < 0:
+                verdict = Verdict.FULL if full else self._admission.enter(sequence)
+                full = verdict is Verdict.FULL
+                if verdict is not Verdict.ENTERED:
+                    continue
+                self._announce(sequence, draft, now)
+            budget -= self._chunk(sequence, budget, draft)
+
+    def _announce(self, sequence: Sequence, draft: Draft, now: float) -> None:
+        """Tell the ranks of a sequence that has just entered."""
+        history = sequence.tokens.tobytes() if sequence.row_params.needs_history else b""
+        admit = Admit(sequence.slot, sequence.row_params, sequence.num_output, sequence.num_prompt, history)
+        draft.admits.append(admit)
+        for index, block in enumerate(sequence.blocks):
+            draft.blocks += (sequence.slot, index, block)
+        insort(self._prefilling, sequence, key=by_order)
+        if sequence.queue_s is None:
+            sequence.queue_s = now - sequence.arrived_at
+            sequence.cached_tokens = min(sequence.num_chunked, sequence.num_prompt)
+            self._tally.prefix_queried += sequence.num_prompt
+            self._tally.prefix_hit += sequence.cached_tokens
+
+    def _chunk(self, sequence: Sequence, budget: int, draft: Draft) -> int:
+        """The sequence's next chunk, at most `budget` tokens; returns how many."""
+        slot, rows = sequence.slot, self._rows
+        start = int(rows.computed[slot])
+        end = min(start + budget, sequence.num_prefill)
+        sample = end == sequence.num_prefill
+        draft.chunks.append(Chunk(slot, start, sequence.tokens[start:end].tobytes(), sample))
+        draft.parts.append((sequence, int(rows.generation[slot]), end))
+        rows.computed[slot] = end
+        if sample:
+            rows.left[slot] -= 1
+            draft.sampled.append(sequence)
+            self._prefilling.remove(sequence)
+        return end - start
+
+    def _commit(self, draft: Draft, decode: RowSet) -> StepInput:
+        """Account for the step as if it had run, and remember what to do with its result."""
+        rows, slots = self._rows, decode.slots
+        rows.computed[slots] += 1
+        rows.left[slots] -= 1
+        if draft.sampled or not rows.left[slots].all():
+            self._decoding += draft.sampled
+            self._decode_rows = None
+        unchanged = self._sent is not None and (self._sent is slots or np.array_equal(self._sent, slots))
+        self._sent = slots
+        all_rows = decode.joined(RowSet.of(draft.sampled)) if draft.sampled else decode
+        step = StepInput(
+            epoch=self.epoch,
+            step=self._next_step,
+            admits=tuple(draft.admits),
+            blocks=packed(draft.blocks) if draft.blocks else b"",
+            chunks=tuple(draft.chunks),
+            decode=None if unchanged else packed(slots),
+        )
+        born = rows.generation[all_rows.slots]
+        self._flights.append(Flight(step.step, all_rows, born, len(decode), draft.parts, step.num_chunk_tokens))
+        self._next_step += 1
+        return step
+
+    def _append(self, flight: Flight, tokens: Ints, live: Mask, output: StepOutput) -> list[Delta]:
+        """Append each live row's token to its sequence; their deltas, with those that end ended."""
+        rows, num_decode = flight.rows, flight.num_decode
+        if not live.all():
+            picked = np.flatnonzero(live)
+            rows, tokens, num_decode = rows.picked(picked), tokens[picked], int(live[:num_decode].sum())
+        index = self._rows.produced[rows.slots]
+        self._rows.produced[rows.slots] = index + 1
+        values = tokens.tolist()
+        for append, token in zip(rows.appends, values, strict=True):
+            append(token)
+        deltas = [
+            Delta(id=name, index=i, token_ids=[token])
+            for name, i, token in zip(rows.ids, index.tolist(), values, strict=True)
+        ]
+        if output.logprobs:
+            place = (np.cumsum(live) - 1).tolist()
+            for row, logprob in output.logprobs:
+                if live[row]:
+                    deltas[place[row]].logprobs = [logprob]
+        for sequence, delta in zip(rows.sequences[num_decode:], deltas[num_decode:], strict=True):
+            _describe(sequence, delta)
+        self._end_rows(rows, tokens, index, deltas)
+        return deltas
+
+    def _end_rows(self, rows: RowSet, tokens: Ints, index: Longs, deltas: list[Delta]) -> None:
+        """End the sequences whose new token ends them. An end token stays in token_ids: the text layer hides it."""
+        stop, full = self._rows.ended(rows.slots, tokens, index)
+        for i in np.flatnonzero(stop | full).tolist():
+            sequence, delta = rows.sequences[i], deltas[i]
+            delta.finish_reason = FinishReason.STOP if stop[i] else FinishReason.LENGTH
+            delta.stop_id = int(tokens[i]) if stop[i] else None
+            delta.resumed = sequence.resumed
+            sequence.state = State.FINISHED
+            del self._sequences[sequence.request.id]
+            self._leave(sequence)
+
+    def _end_bad(self, sequence: Sequence) -> Delta:
+        """NaN or Inf in this row's logits: nothing that it computed may be found by others."""
+        text = "the model produced NaN or Inf for this request"
+        return self._end(sequence, FinishReason.ERROR, text, "numerical_error", trusted=False)
+
+    def _end(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        error: str | None = None,
+        code: str | None = None,
+        *,
+        trusted: bool = True,
+    ) -> Delta:
+        del self._sequences[sequence.request.id]
+        if sequence.state is State.RUNNING:
+            self._leave(sequence, trusted=trusted)
+        else:
+            self._admission.remove(sequence)
+        return sequence.finish(reason, error=error, code=code)
+
+    def _leave(self, sequence: Sequence, *, trusted: bool = True) -> None:
+        if sequence in self._prefilling:
+            self._prefilling.remove(sequence)
+        self._admission.leave(sequence, trusted=trusted)
+        self._decode_rows = None
+
+
+def _describe(sequence: Sequence, delta: Delta) -> None:
+    """What only the first delta after an admission carries."""
+    delta.resumed = sequence.resumed
+    if not sequence.announced:
+        sequence.announced = True
+        delta.cached_tokens = sequence.cached_tokens
+        delta.queue_s = sequence.queue_s
+
+
+def _ended_before(sequence: Sequence) -> Delta | None:
+    """The terminal delta of a resubmitted request whose output was already complete."""
+    request, index = sequence.request, sequence.num_output - 1
+    if index >= request.params.min_tokens and index >= 0 and sequence.tokens[-1] in request.end_ids:
+        delta = sequence.finish(FinishReason.STOP)
+        delta.stop_id = sequence.tokens[-1]
+        return delta
+    return sequence.finish(FinishReason.LENGTH) if sequence.num_output >= sequence.max_output else None

@@ -1,0 +1,107 @@
+"""Sequence: the one mutable record of a request. Only the scheduler writes it; ranks hold no copy."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from tpqwen.request import Delta, FinishReason, GenerateRequest
+from tpqwen.step import RowParams
+
+
+class State(Enum):
+    """waiting: holds no slot and no blocks. running: holds both. finished: for good."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """Prompt and output tokens in one array, and what the sequence holds while it runs.
+
+    While running, with known = all tokens at admission (num_prefill of them):
+    [0, num_registered blocks) findable in the prefix cache | [.., settled) computed by collected steps |
+    [settled, Rows.computed) computed by steps in flight | the rest not yet scheduled.
+    """
+
+    request: GenerateRequest
+    order: tuple[int, int]  # (priority, arrival): lower goes first, kept over preemptions
+    arrived_at: float
+    max_output: int  # tokens: max_tokens or what the context leaves
+    row_params: RowParams
+    tokens: array[int] = field(init=False)  # array("i"): its bytes are the wire's int32 on every machine we run on
+    state: State = State.WAITING
+    slot: int = -1
+    blocks: list[int] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they were needed
+    num_prefill: int = 0  # tokens known at admission: what its chunks have to reach
+    num_chunked: int = 0  # of those, computed by collected steps
+    num_registered: int = 0  # leading blocks offered to the prefix cache
+    preemptions: int = 0
+    resumed: int = 0
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
+    queue_s: float | None = None  # None until first scheduled
+    announced: bool = False  # the first delta has gone out
+    waits_for: bytes | None = None  # digest of a block that an older sequence is computing
+
+    def __post_init__(self) -> None:
+        self.tokens = array("i", self.request.prompt_ids)
+        self.tokens.extend(self.request.output_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - len(self.request.prompt_ids)
+
+    @property
+    def settled(self) -> int:
+        """Positions whose KV was written by collected steps. A sampled token proves all before it computed."""
+        return self.num_chunked if self.num_chunked < self.num_prefill else len(self.tokens) - 1
+
+    def finish(self, reason: FinishReason, *, error: str | None = None, code: str | None = None) -> Delta:
+        """The terminal delta of a sequence that ends without a token."""
+        self.state = State.FINISHED
+        return Delta(
+            id=self.request.id,
+            index=self.num_output,
+            token_ids=[],
+            finish_reason=reason,
+            error=error,
+            error_code=code,
+            resumed=self.resumed,
+        )
+
+
+def by_order(sequence: Sequence) -> tuple[int, int]:
+    """Sort key of every queue."""
+    return sequence.order
+
+
+def row_params(request: GenerateRequest) -> RowParams:
+    """What the ranks need of the parameters."""
+    p = request.params
+    return RowParams(
+        temperature=0.0 if p.greedy else p.temperature,
+        top_k=p.top_k,
+        top_p=p.top_p,
+        min_p=p.min_p,
+        seed=request.seed % 2**64,
+        choice=request.choice,
+        presence_penalty=p.presence_penalty,
+        frequency_penalty=p.frequency_penalty,
+        repetition_penalty=p.repetition_penalty,
+        logit_bias=tuple(sorted(p.logit_bias.items())),
+        min_tokens=p.min_tokens,
+        end_ids=request.end_ids if p.min_tokens else (),
+        logprobs=-1 if p.logprobs is None else p.logprobs,
+    )

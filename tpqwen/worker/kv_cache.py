@@ -1,0 +1,56 @@
+"""The paged KV cache of one rank: its own heads of every block, and how many blocks fit.
+
+Layout per layer: K and V each [blocks, K heads, P tokens, D], so that one (block, head) is contiguous. Block 0 is never
+given to a sequence: padding rows may point at it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tpqwen.errors import ConfigError
+
+CPU_BUDGET_BYTES = 512 * 1024 * 1024
+
+
+class KVCache:
+    """num_blocks blocks of block_size tokens for every layer. Zeroed: an unwritten value must not be NaN."""
+
+    def __init__(
+        self, *, num_layers: int, num_blocks: int, kv_heads: int, block_size: int, head_dim: int, like: torch.Tensor
+    ) -> None:
+        shape = (num_layers, 2, num_blocks, kv_heads, block_size, head_dim)
+        self.data = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.k = [self.data[i, 0] for i in range(num_layers)]
+        self.v = [self.data[i, 1] for i in range(num_layers)]
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+
+
+def block_bytes(num_layers: int, kv_heads: int, block_size: int, head_dim: int, dtype_bytes: int) -> int:
+    """Bytes of one block over all layers on this rank."""
+    return 2 * num_layers * kv_heads * block_size * head_dim * dtype_bytes
+
+
+def blocks_on_cpu(per_block: int, max_num_seqs: int, blocks_per_sequence: int) -> int:
+    """Enough for every slot at full length, within CPU_BUDGET_BYTES, and never less than one full sequence."""
+    wanted = max_num_seqs * blocks_per_sequence
+    return max(min(wanted, CPU_BUDGET_BYTES // per_block), blocks_per_sequence) + 1
+
+
+def blocks_on_gpu(per_block: int, blocks_per_sequence: int, fraction: float, peak_bytes: int) -> int:
+    """What is left of `fraction` of the device after `peak_bytes` (weights and the largest step's activations).
+
+    Memory that other processes hold counts against it. Raises ConfigError when not even one sequence fits.
+    """
+    free, total = torch.cuda.mem_get_info()
+    others = total - free - torch.cuda.memory_reserved()
+    left = int(total * fraction) - peak_bytes - others
+    blocks = left // per_block
+    if blocks < blocks_per_sequence + 1:
+        need = (blocks_per_sequence + 1) * per_block / 2**30
+        raise ConfigError(
+            f"{left / 2**30:.1f} GiB is left for the KV cache but one sequence of full length needs {need:.1f} GiB;"
+            " lower max_model_len, raise memory_fraction or use more ranks (tp)"
+        )
+    return int(blocks)

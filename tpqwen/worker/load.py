@@ -1,0 +1,140 @@
+"""From a checkpoint folder to a Runner that is ready to step: weights, cache size, warm-up, each stage timed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tpqwen.config import Config
+from tpqwen.model.config import ModelConfig, count_token_ids
+from tpqwen.model.qwen3 import Qwen3, rope_table
+from tpqwen.model.sizing import DTYPE_BYTES, Sizes
+from tpqwen.model.weights import load_weights, random_weights
+from tpqwen.parallel.group import TPGroup
+from tpqwen.step import Admit, Capacity, Chunk, RowParams, StepInput, packed
+from tpqwen.worker.batch import Stager, stage
+from tpqwen.worker.kv_cache import KVCache, block_bytes, blocks_on_cpu, blocks_on_gpu
+from tpqwen.worker.runner import Runner
+from tpqwen.worker.sampler import LogitEdits, SampleKind, Sampler
+from tpqwen.worker.slots import SlotState
+
+
+@dataclass(frozen=True)
+class Loaded:
+    runner: Runner
+    capacity: Capacity
+
+
+def load(config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, group: TPGroup) -> Loaded:
+    """Build the model, read this rank's slices, make the cache as large as the memory left allows. Raises ConfigError."""
+    clock = _Stages()
+    device, dtype = torch.device("cuda:0" if sizes.device == "cuda" else "cpu"), getattr(torch, sizes.dtype)
+    with torch.device("meta"):
+        model = Qwen3(model_config, group, count_token_ids(folder, model_config.vocab_size))
+    if config.model.random_weights:
+        random_weights(model, device=device, dtype=dtype, seed=0)
+    else:
+        load_weights(model, folder, device=device, dtype=dtype)
+    clock.mark("weights")
+    heads = model_config.local_kv_heads(group.size)
+    build = _Build(model, model_config, sizes, group, device, dtype)
+    per_block = block_bytes(
+        model_config.num_hidden_layers, heads, sizes.block_size, model_config.head_dim, DTYPE_BYTES[sizes.dtype]
+    )
+    if config.cache.num_kv_blocks is not None:
+        blocks = config.cache.num_kv_blocks + 1
+    elif sizes.device == "cpu":
+        blocks = blocks_on_cpu(per_block, sizes.max_num_seqs, sizes.blocks_per_sequence)
+    else:
+        blocks = blocks_on_gpu(per_block, sizes.blocks_per_sequence, config.cache.memory_fraction, build.peak_bytes())
+    clock.mark("warmup")
+    runner = build.runner(blocks)
+    clock.mark("kv_alloc")
+    capacity = Capacity(
+        num_blocks=blocks,
+        block_size=sizes.block_size,
+        max_num_seqs=sizes.max_num_seqs,
+        max_model_len=sizes.max_model_len,
+        max_batched_tokens=sizes.max_batched_tokens,
+        kv_dtype=sizes.dtype,
+        load_seconds=clock.seconds,
+    )
+    return Loaded(runner, capacity)
+
+
+class _Stages:
+    """Seconds per stage, in order."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def mark(self, stage_name: str) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.monotonic()
+        self.seconds[stage_name] = round(now - self._last, 3)
+        self._last = now
+
+
+@dataclass(frozen=True)
+class _Build:
+    """What a Runner is made of, to make one for measuring and one for service."""
+
+    model: Qwen3
+    config: ModelConfig
+    sizes: Sizes
+    group: TPGroup
+    device: torch.device
+    dtype: torch.dtype
+
+    def runner(self, num_blocks: int) -> Runner:
+        c, s = self.config, self.sizes
+        cache = KVCache(
+            num_layers=c.num_hidden_layers,
+            num_blocks=num_blocks,
+            kv_heads=c.local_kv_heads(self.group.size),
+            block_size=s.block_size,
+            head_dim=c.head_dim,
+            like=torch.empty(0, dtype=self.dtype, device=self.device),
+        )
+        state = SlotState(s.max_num_seqs, s.blocks_per_sequence, self.device)
+        head = self.model.lm_head
+        sampler = Sampler(self.group, head.first_id, head.num_local)
+        edits = LogitEdits(s.max_num_seqs, head.first_id, head.num_local, self.device)
+        table = rope_table(c, s.max_model_len, self.device)
+        return Runner(self.model, cache, state, sampler, edits, table)
+
+    def peak_bytes(self) -> int:
+        """Device memory at the largest step: as many prompt tokens as a step may hold, as many rows as may sample.
+
+        Also compiles the kernels of that path before the server says it is ready.
+        """
+        s = self.sizes
+        length = min(s.max_model_len, s.max_batched_tokens)
+        count = max(1, s.max_batched_tokens // length)
+        per_chunk = -(-length // s.block_size)
+        runner = self.runner(count * per_chunk + 1)
+        torch.cuda.reset_peak_memory_stats()
+        params = RowParams(1.0, 20, 0.95, 0.0, 0, 0)
+        ids = packed([0] * length)
+        step = StepInput(
+            epoch=0,
+            step=0,
+            admits=tuple(Admit(i, params, 0, length) for i in range(count)),
+            blocks=packed([(i, j, 1 + i * per_chunk + j) for i in range(count) for j in range(per_chunk)]),
+            chunks=tuple(Chunk(i, 0, ids, True) for i in range(count)),
+            decode=b"",
+        )
+        _, chunks = stage(step, runner.state, Stager(self.device, 1), s.block_size)
+        assert chunks is not None
+        runner.mixed(None, chunks, SampleKind(candidates=True), (params,) * count)
+        rows = self.model.lm_head.num_local * s.max_num_seqs * 12  # logits of all slots at once: value, copy, index
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - runner.cache.data.nbytes + rows
+        del runner, chunks
+        torch.cuda.empty_cache()
+        return peak
