@@ -1,0 +1,554 @@
+"""Decode attention in one Triton kernel: QK-norm, RoPE, the KV write and split-KV attention over the paged cache.
+
+B decode rows, N query heads, K key/value heads, G = N / K, D head size, P block size, M table width, S splits, T tokens
+of a tile, F = (N + 2K) D. Caches are [blocks, K, P, D]. The grid (K, B, S) depends on B alone and lengths are read on
+the device, so a captured CUDA graph holds for every length. Split-KV after Flash-Decoding (Dao et al., 2023).
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from tpqwen.kernels.launch import launch_options, prefetch_l2, release_next, wait_previous
+
+MAX_SPLITS = 64
+COMBINE_FLOATS = 8192  # partial sums that the combining program holds at a time
+LINE_ELEMENTS = 64  # of 2 bytes: one 128-byte cache line
+
+
+class DecodePlan(NamedTuple):
+    """How one batch bucket runs. dot: tensor cores (G padded to 16 rows), else plain products (G of 1 or 2).
+
+    tile: cached tokens per iteration. programs: how many to aim at, which sets S. min_tiles: least work worth a split.
+    prefetch: tiles of K and V asked into L2 before the wait, when the cache is settled.
+    """
+
+    dot: bool
+    tile: int
+    warps: int
+    stages: int
+    programs: int
+    min_tiles: int
+    prefetch: int = 4
+
+
+class DecodeScratch(NamedTuple):
+    """Partial results of split rows and their arrival counters (all zero between launches). Of one stream at a time."""
+
+    partial: torch.Tensor  # fp32: [rows * K * S, G, D] sums
+    stats: torch.Tensor  # fp32: [rows * K * S, 2, G] maxima and sums of the softmax
+    arrived: torch.Tensor  # int32 [max_batch * K]
+
+
+# (G, D): plans by largest batch of the bucket, ascending.
+PLANS: dict[tuple[int, int], tuple[tuple[int, DecodePlan], ...]] = {
+    (2, 128): (
+        (8, DecodePlan(dot=False, tile=32, warps=4, stages=2, programs=528, min_tiles=1)),
+        (64, DecodePlan(dot=False, tile=64, warps=4, stages=2, programs=1056, min_tiles=4)),
+        (1 << 30, DecodePlan(dot=True, tile=64, warps=4, stages=3, programs=528, min_tiles=8, prefetch=2)),
+    ),
+}
+DOT_PLANS: tuple[tuple[int, DecodePlan], ...] = (
+    (8, DecodePlan(dot=True, tile=32, warps=4, stages=2, programs=528, min_tiles=1)),
+    (64, DecodePlan(dot=True, tile=64, warps=4, stages=3, programs=1056, min_tiles=2)),
+    (1 << 30, DecodePlan(dot=True, tile=64, warps=4, stages=3, programs=528, min_tiles=8, prefetch=2)),
+)
+
+
+def decode_plan(batch: int, group: int, head_dim: int) -> DecodePlan:
+    """The tuned plan of a batch size; other groups and head sizes take the tensor-core plans."""
+    return next(plan for limit, plan in PLANS.get((group, head_dim), DOT_PLANS) if batch <= limit)
+
+
+def num_splits(plan: DecodePlan, rows_and_heads: int) -> int:
+    """Programs per (row, KV head): a function of B * K alone."""
+    return max(1, min(MAX_SPLITS, -(-plan.programs // rows_and_heads)))
+
+
+def decode_scratch(
+    max_batch: int, kv_heads: int, group: int, head_dim: int, device: torch.device, plan: DecodePlan | None = None
+) -> DecodeScratch:
+    """Scratch that suffices for every batch up to max_batch, under `plan` or the tuned ones."""
+    programs = 0
+    for batch in range(1, max_batch + 1):
+        splits = num_splits(plan or decode_plan(batch, group, head_dim), batch * kv_heads)
+        programs = max(programs, batch * kv_heads * splits if splits > 1 else 1)
+    return DecodeScratch(
+        torch.empty((programs, group, head_dim), dtype=torch.float32, device=device),
+        torch.empty((programs, 2, group), dtype=torch.float32, device=device),
+        torch.zeros(max_batch * kv_heads, dtype=torch.int32, device=device),
+    )
+
+
+@triton.jit
+def normed_rope(x, partner, weight, partner_weight, cos, signed_sin, eps, D: tl.constexpr, DTYPE: tl.constexpr):
+    """RMSNorm over the last axis and RoPE of x [R, D] fp32. partner holds x[d ^ D/2]; rounding as in reference.py."""
+    scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+    x = ((x * scale).to(DTYPE).to(tl.float32) * weight).to(DTYPE).to(tl.float32)
+    partner = ((partner * scale).to(DTYPE).to(tl.float32) * partner_weight).to(DTYPE).to(tl.float32)
+    return (x * cos + partner * signed_sin).to(DTYPE)
+
+
+@triton.jit
+def _row_step(q, k, v, valid, m, l, acc):
+    """One tile for one query row. Each tile position keeps its own softmax state: only q.k crosses threads."""
+    s = tl.where(valid, tl.sum(q * k, 1), -float("inf"))
+    m_new = tl.maximum(m, s)
+    safe = tl.where(m_new == -float("inf"), 0.0, m_new)
+    alpha = tl.exp2(m - safe)
+    p = tl.exp2(s - safe)
+    return m_new, l * alpha + p, acc * alpha[:, None] + p[:, None] * v
+
+
+@triton.jit
+def _row_end(m, l, acc):
+    """Merge the states of all tile positions: maximum, sum, [1, D]."""
+    top = tl.max(m, 0)
+    w = tl.exp2(m - tl.where(top == -float("inf"), 0.0, top))
+    return top, tl.sum(l * w, 0), tl.sum(acc * w[:, None], 0)[None, :]
+
+
+@triton.jit
+def _tile_pointers(table, start, head, block_stride, P: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr):
+    """Offsets [TILE, D] of the cached tokens from `start` on, which lie in one block."""
+    block = tl.load(table + start // P).to(tl.int64)
+    rows = start % P + tl.arange(0, TILE)
+    return block * block_stride + head * (P * D) + rows[:, None] * D + tl.arange(0, D)[None, :]
+
+
+@triton.jit
+def _prefetch(
+    k_cache,
+    v_cache,
+    table,
+    begin,
+    end,
+    head,
+    block_stride,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    LINES: tl.constexpr,
+    LINE: tl.constexpr,
+):
+    """Ask for the first LINES cache lines of K and V from token `begin` on, none at or beyond token `end`."""
+    element = tl.arange(0, LINES) * LINE
+    token = begin + element // D
+    valid = token < end
+    block = tl.load(table + token // P, mask=valid, other=0).to(tl.int64)
+    offset = block * block_stride + head * (P * D) + (token % P) * D + element % D
+    prefetch_l2(k_cache + offset, valid)
+    prefetch_l2(v_cache + offset, valid)
+
+
+@triton.jit
+def _attend_rows(
+    q,
+    k_cache,
+    v_cache,
+    table,
+    first,
+    last,
+    past,
+    head,
+    block_stride,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Tiles first .. last without tensor cores: q [GP, D] fp32 in log2 units to (m [GP], l [GP], acc [GP, D])."""
+    g = tl.arange(0, GP)[:, None]
+    q0 = tl.sum(tl.where(g == 0, q, 0.0), 0)[None, :]
+    q1 = tl.sum(tl.where(g == 1, q, 0.0), 0)[None, :]
+    m0 = tl.full([TILE], -float("inf"), tl.float32)
+    l0 = tl.zeros([TILE], tl.float32)
+    acc0 = tl.zeros([TILE, D], tl.float32)
+    m1, l1, acc1 = m0, l0, acc0
+    for tile in tl.range(first, last, num_stages=STAGES):
+        start = tile * TILE
+        offsets = _tile_pointers(table, start, head, block_stride, P, D, TILE)
+        valid = start + tl.arange(0, TILE) < past
+        k = tl.load(k_cache + offsets, mask=valid[:, None], other=0.0)
+        v = tl.load(v_cache + offsets, mask=valid[:, None], other=0.0)
+        k = k.to(tl.float32)
+        v = v.to(tl.float32)
+        m0, l0, acc0 = _row_step(q0, k, v, valid, m0, l0, acc0)
+        if G == 2:
+            m1, l1, acc1 = _row_step(q1, k, v, valid, m1, l1, acc1)
+    m, l, acc = _row_end(m0, l0, acc0)
+    m = tl.zeros([GP], tl.float32) + m
+    l = tl.zeros([GP], tl.float32) + l
+    acc = tl.zeros([GP, D], tl.float32) + acc
+    if G == 2:
+        m_1, l_1, acc_1 = _row_end(m1, l1, acc1)
+        second = tl.arange(0, GP) == 1
+        m = tl.where(second, m_1, m)
+        l = tl.where(second, l_1, l)
+        acc = tl.where(second[:, None], acc_1, acc)
+    return m, l, acc
+
+
+@triton.jit
+def _attend_dot(
+    q,
+    k_cache,
+    v_cache,
+    table,
+    first,
+    last,
+    past,
+    head,
+    block_stride,
+    qk_scale,
+    GP: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Tiles first .. last on the tensor cores: q [GP, D] in the cache's dtype to (m, l, acc)."""
+    m = tl.full([GP], -float("inf"), tl.float32)
+    l = tl.zeros([GP], tl.float32)
+    acc = tl.zeros([GP, D], tl.float32)
+    for tile in tl.range(first, last, num_stages=STAGES):
+        start = tile * TILE
+        offsets = _tile_pointers(table, start, head, block_stride, P, D, TILE)
+        valid = start + tl.arange(0, TILE) < past
+        k = tl.load(k_cache + offsets, mask=valid[:, None], other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
+        s = tl.where(valid[None, :], s, -float("inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        alpha = tl.exp2(m - m_new)
+        p = tl.exp2(s - m_new[:, None])
+        l = l * alpha + tl.sum(p, 1)
+        v = tl.load(v_cache + offsets, mask=valid[:, None], other=0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+        m = m_new
+    return m, l, acc
+
+
+@triton.jit
+def _combine(
+    partial, stats, base, used, G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, S: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Merge the first `used` splits from `base` on: [GS, D]. Reads bypass L1, which may hold an earlier layer's."""
+    g = tl.arange(0, GS)
+    d = tl.arange(0, D)
+    s = tl.arange(0, S)
+    known = (s < used)[:, None] & (g < G)[None, :]
+    at = stats + (base + s)[:, None] * (2 * G) + g[None, :]
+    m_SG = tl.load(at, mask=known, other=-float("inf"), cache_modifier=".cg")
+    l_SG = tl.load(at + G, mask=known, other=0.0, cache_modifier=".cg")
+    top = tl.max(m_SG, 0)
+    top = tl.where(g < G, top, 0.0)
+    total = tl.sum(l_SG * tl.exp2(m_SG - top[None, :]), 0)
+    acc = tl.zeros([GS, D], tl.float32)
+    for start in range(0, used, CHUNK):
+        c = start + tl.arange(0, CHUNK)
+        known = (c < used)[:, None] & (g < G)[None, :]
+        m = tl.load(
+            stats + (base + c)[:, None] * (2 * G) + g[None, :], mask=known, other=-float("inf"), cache_modifier=".cg"
+        )
+        row = (base + c)[:, None, None] * (G * D) + g[None, :, None] * D + d[None, None, :]
+        part = tl.load(partial + row, mask=known[:, :, None], other=0.0, cache_modifier=".cg")
+        acc += tl.sum(part * tl.exp2(m - top[None, :])[:, :, None], 0)
+    return acc / tl.where(g < G, total, 1.0)[:, None]
+
+
+@triton.jit
+def _decode_kernel(
+    qkv,
+    q_norm,
+    k_norm,
+    cos_sin,
+    positions,
+    k_cache,
+    v_cache,
+    slots,
+    tables,
+    lengths,
+    out,
+    partial,
+    stats,
+    arrived,
+    eps,
+    qk_scale,
+    qkv_stride,
+    table_stride,
+    block_stride,
+    FUSED: tl.constexpr,
+    DOT: tl.constexpr,
+    EARLY: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    LINE: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    GS: tl.constexpr,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+    S: tl.constexpr,
+    S_POW2: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One (KV head, row, split). FUSED: qkv is raw and the last token is new; else qkv holds finished queries only.
+
+    EARLY reads lengths and block tables, and prefetches K/V, before gdc_wait: rule 2 of launch.py. The cache lines of
+    this layer that matter were written one step ago, by this kernel. Its own write of the new token is not read by any
+    program: the owner of the row's last split takes it from registers, all programs mask it out.
+    """
+    release_next(PDL)
+    head = tl.program_id(0)
+    row = tl.program_id(1)
+    split = tl.program_id(2)
+    d = tl.arange(0, D)
+    g = tl.arange(0, GP)
+    if not EARLY:
+        wait_previous(PDL)
+    length = tl.load(lengths + row)
+    past = length - 1 if FUSED else length
+    num_tiles = tl.cdiv(tl.maximum(past, 0), TILE)
+    per_split = tl.maximum(tl.cdiv(num_tiles, S), MIN_TILES) if S > 1 else num_tiles
+    used = tl.maximum(tl.cdiv(num_tiles, per_split), 1) if S > 1 else 1
+    if split < used:
+        table = tables + row.to(tl.int64) * table_stride
+        first = split * per_split
+        last = tl.minimum(first + per_split, num_tiles)
+        if EARLY:
+            if PDL and PREFETCH > 0:
+                end = tl.minimum(last * TILE, past)
+                _prefetch(
+                    k_cache,
+                    v_cache,
+                    table,
+                    first * TILE,
+                    end,
+                    head,
+                    block_stride,
+                    P,
+                    D,
+                    PREFETCH * TILE * D // LINE,
+                    LINE,
+                )
+            wait_previous(PDL)
+        dtype: tl.constexpr = qkv.dtype.element_ty
+        source = qkv + row.to(tl.int64) * qkv_stride
+        q_offsets = (head * G + g)[:, None] * D + d[None, :]
+        in_group = (g < G)[:, None]
+        q = tl.load(source + q_offsets, mask=in_group, other=0.0)
+        owner = (split == used - 1) & (length > 0)
+        if FUSED:
+            half: tl.constexpr = D // 2
+            partner_d = d ^ half
+            position = tl.load(positions + row).to(tl.int64)
+            cos = tl.load(cos_sin + position * D + d % half)[None, :]
+            sin = tl.load(cos_sin + position * D + half + d % half)
+            sin = tl.where(d < half, -sin, sin)[None, :]
+            q_partner = tl.load(source + (head * G + g)[:, None] * D + partner_d[None, :], mask=in_group, other=0.0)
+            q_weight = tl.load(q_norm + d).to(tl.float32)[None, :]
+            q_weight_partner = tl.load(q_norm + partner_d).to(tl.float32)[None, :]
+            q = normed_rope(
+                q.to(tl.float32), q_partner.to(tl.float32), q_weight, q_weight_partner, cos, sin, eps, D, dtype
+            )
+            k_source = source + (K * G + head) * D
+            k_new = tl.load(k_source + d).to(tl.float32)[None, :]
+            k_partner = tl.load(k_source + partner_d).to(tl.float32)[None, :]
+            k_weight = tl.load(k_norm + d).to(tl.float32)[None, :]
+            k_weight_partner = tl.load(k_norm + partner_d).to(tl.float32)[None, :]
+            k_new = normed_rope(k_new, k_partner, k_weight, k_weight_partner, cos, sin, eps, D, dtype)
+            v_new = tl.load(k_source + K * D + d)[None, :]
+            slot = tl.load(slots + row).to(tl.int64)
+            target = slot // P * block_stride + head * (P * D) + slot % P * D + d[None, :]
+            write = owner & (slot >= 0)
+            tl.store(k_cache + target, k_new, mask=write)
+            tl.store(v_cache + target, v_new, mask=write)
+        if DOT:
+            m, l, acc = _attend_dot(
+                q, k_cache, v_cache, table, first, last, past, head, block_stride, qk_scale, GP, P, D, TILE, STAGES
+            )
+        else:
+            q_scaled = q.to(tl.float32) * qk_scale
+            m, l, acc = _attend_rows(
+                q_scaled, k_cache, v_cache, table, first, last, past, head, block_stride, G, GP, P, D, TILE, STAGES
+            )
+        if FUSED:
+            s_new = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 1) * qk_scale
+            s_new = tl.where(owner, s_new, -float("inf"))
+            m_new = tl.maximum(m, s_new)
+            safe = tl.where(m_new == -float("inf"), 0.0, m_new)
+            alpha = tl.exp2(m - safe)
+            p = tl.exp2(s_new - safe)
+            l = l * alpha + p
+            acc = acc * alpha[:, None] + p[:, None] * v_new.to(tl.float32)
+            m = m_new
+        target_out = out + row.to(tl.int64) * (K * G * D)
+        if used == 1:
+            result = tl.where(length > 0, acc / l[:, None], 0.0)
+            tl.store(target_out + q_offsets, result.to(out.dtype.element_ty), mask=in_group)
+        else:
+            base = (row * K + head) * S
+            tl.store(partial + (base + split) * (G * D) + g[:, None] * D + d[None, :], acc, mask=in_group)
+            at = stats + (base + split) * (2 * G) + g
+            tl.store(at, m, mask=g < G)
+            tl.store(at + G, l, mask=g < G)
+            # All threads' stores come before the ticket, which one thread draws.
+            tl.debug_barrier()
+            ticket = tl.atomic_add(arrived + row * K + head, 1, sem="acq_rel")
+            if ticket == used - 1:
+                result = _combine(partial, stats, base, used, G, GS, D, S_POW2, CHUNK)
+                gs = tl.arange(0, GS)
+                offsets = (head * G + gs)[:, None] * D + d[None, :]
+                tl.store(target_out + offsets, result.to(out.dtype.element_ty), mask=(gs < G)[:, None])
+                tl.store(arrived + row * K + head, 0)
+
+
+def _launch(
+    qkv: torch.Tensor,
+    weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    eps: float,
+    positions_B: torch.Tensor | None,
+    slots_B: torch.Tensor | None,
+    caches: tuple[torch.Tensor, torch.Tensor],
+    tables_BM: torch.Tensor,
+    lengths_B: torch.Tensor,
+    scale: float,
+    scratch: DecodeScratch,
+    out: torch.Tensor,
+    plan: DecodePlan,
+    early: bool,
+) -> None:
+    k_cache, v_cache = caches
+    _, kv_heads, block_size, head_dim = k_cache.shape
+    batch = len(tables_BM)
+    group = out.shape[-1] // (kv_heads * head_dim) if out.dim() == 2 else out.shape[1] // kv_heads
+    dot = plan.dot or group > 2
+    tile = min(plan.tile, block_size)
+    splits = num_splits(plan, batch * kv_heads)
+    padded = max(2, triton.next_power_of_2(group))
+    assert k_cache.stride() == v_cache.stride() and k_cache.stride()[1:] == (block_size * head_dim, head_dim, 1)
+    assert qkv.stride(-1) == 1 and out.is_contiguous() and tables_BM.stride(1) == 1
+    assert splits == 1 or batch * kv_heads * splits <= len(scratch.partial), "the scratch is for fewer rows"
+    assert batch * kv_heads <= len(scratch.arrived)
+    q_norm, k_norm, cos_sin = weights or (qkv, qkv, qkv)
+    _decode_kernel[(kv_heads, batch, splits)](
+        qkv,
+        q_norm,
+        k_norm,
+        cos_sin,
+        lengths_B if positions_B is None else positions_B,
+        k_cache,
+        v_cache,
+        lengths_B if slots_B is None else slots_B,
+        tables_BM,
+        lengths_B,
+        out,
+        scratch.partial,
+        scratch.stats,
+        scratch.arrived,
+        eps,
+        scale * math.log2(math.e),
+        qkv.stride(0),
+        tables_BM.stride(0),
+        k_cache.stride(0),
+        FUSED=weights is not None,
+        DOT=dot,
+        EARLY=early,
+        PREFETCH=plan.prefetch,
+        LINE=min(LINE_ELEMENTS, head_dim),
+        K=kv_heads,
+        G=group,
+        GP=max(16, padded) if dot else 2,
+        GS=padded,
+        D=head_dim,
+        P=block_size,
+        TILE=tile,
+        STAGES=plan.stages,
+        S=splits,
+        S_POW2=max(2, triton.next_power_of_2(splits)),
+        MIN_TILES=plan.min_tiles,
+        CHUNK=max(2, min(triton.next_power_of_2(splits), COMBINE_FLOATS // (padded * head_dim))),
+        num_warps=plan.warps,
+        **launch_options(qkv.device),
+    )
+
+
+def decode_attention(
+    qkv_BF: torch.Tensor,
+    q_norm_D: torch.Tensor,
+    k_norm_D: torch.Tensor,
+    eps: float,
+    cos_sin: torch.Tensor,
+    positions_B: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_slots_B: torch.Tensor,
+    tables_BM: torch.Tensor,
+    lengths_B: torch.Tensor,
+    scale: float,
+    scratch: DecodeScratch,
+    *,
+    out: torch.Tensor | None = None,
+    settled: bool = False,
+    plan: DecodePlan | None = None,
+) -> torch.Tensor:
+    """qk_norm_rope_write and paged_decode of reference.py for one token per row, in one launch: [B, N * D].
+
+    qkv rows [N query | K key | K value heads] of D. lengths_B counts this step's token, whose slot is cache_slots_B
+    (-1: not written); rows of length 0 give zeros. settled promises that lengths, tables, positions and the cache were
+    last written before the last launch without PDL (see launch.py), so that they may be read ahead of gdc_wait; false
+    where the same step's prefill writes blocks that these rows may share.
+    """
+    batch, kv_heads, head_dim = len(qkv_BF), k_cache.shape[1], k_cache.shape[3]
+    width = qkv_BF.shape[1] - 2 * kv_heads * head_dim
+    out = torch.empty((batch, width), dtype=qkv_BF.dtype, device=qkv_BF.device) if out is None else out
+    plan = plan or decode_plan(batch, width // (kv_heads * head_dim), head_dim)
+    weights, caches = (q_norm_D, k_norm_D, cos_sin), (k_cache, v_cache)
+    _launch(
+        qkv_BF,
+        weights,
+        eps,
+        positions_B,
+        cache_slots_B,
+        caches,
+        tables_BM,
+        lengths_B,
+        scale,
+        scratch,
+        out,
+        plan,
+        settled,
+    )
+    return out
+
+
+def paged_decode(
+    q_BND: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    tables_BM: torch.Tensor,
+    lengths_B: torch.Tensor,
+    scale: float,
+    scratch: DecodeScratch,
+    *,
+    plan: DecodePlan | None = None,
+) -> torch.Tensor:
+    """reference.paged_decode: finished queries, and a cache that already holds the last token. [B, N, D]."""
+    batch, num_heads, head_dim = q_BND.shape
+    out = torch.empty_like(q_BND, memory_format=torch.contiguous_format)
+    plan = plan or decode_plan(batch, num_heads // k_cache.shape[1], head_dim)
+    q_BF = q_BND.reshape(batch, -1)
+    _launch(q_BF, None, 0.0, None, None, (k_cache, v_cache), tables_BM, lengths_B, scale, scratch, out, plan, False)
+    return out

@@ -1,0 +1,72 @@
+"""Programmatic dependent launch (PDL) for the Triton kernels: when it is used, and what it makes safe to read early.
+
+A kernel launched with PDL may start once every program of its predecessor has called gdc_launch_dependents or ended;
+its gdc_wait returns when the predecessor has completed and its writes are visible. The rules that keep this correct:
+
+1. Every kernel launched with PDL executes gdc_wait in at least one program, before that program's first write. Then a
+   kernel's completion implies its predecessor's, and after gdc_wait everything earlier in the stream is complete.
+2. Before gdc_wait only settled data may be read. A kernel starts no sooner than all programs of its predecessor have
+   started; a kernel launched without PDL (cuBLAS, a copy, the first node of a CUDA graph) starts only after everything
+   before it has completed. So, by induction, all that was written before the last plain launch is settled. Weights
+   always are, and so is what an earlier CUDA graph or copy wrote (older K/V, block tables). What the same graph wrote
+   is not, unless a plain launch follows it: a kernel that advances the lengths must be followed by a plain launch
+   before any kernel reads them early, or end the graph before.
+3. All writes come after gdc_wait, since the predecessor may still read what is overwritten.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+PDL_CAPABILITY = (9, 0)
+
+
+@functools.cache
+def _pdl_supported(index: int) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(index) >= PDL_CAPABILITY
+
+
+def pdl_supported(device: torch.device) -> bool:
+    """Whether kernels on this device may use PDL: CUDA, capability 9.0 or more. Never in the interpreter."""
+    if device.type != "cuda":
+        return False
+    return _pdl_supported(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def launch_options(device: torch.device) -> dict[str, bool]:
+    """Keyword arguments of a kernel launch: the constexpr PDL, and launch_pdl where the device supports it."""
+    return {"PDL": True, "launch_pdl": True} if pdl_supported(device) else {"PDL": False}
+
+
+@triton.jit
+def release_next(PDL: tl.constexpr):
+    """The next kernel may start as soon as all programs of this one have called this. Nothing without PDL."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_previous(PDL: tl.constexpr):
+    """Wait until all earlier kernels are complete and their writes visible. Nothing without PDL."""
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
+def prefetch_l2(pointers, valid):
+    """Ask for the cache lines under `pointers` where `valid`; loads nothing. Not available in the interpreter."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [pointers.to(tl.int64), valid.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
