@@ -1,4 +1,4 @@
-"""EngineCore: the step loop over one group of ranks. Single-threaded; whoever owns it calls `step` while there is work."""
+"""EngineCore: the step loop over one group of ranks. Single-threaded: its owner calls `step` while there is work."""
 
 from __future__ import annotations
 
@@ -143,11 +143,13 @@ class EngineCore:
         deltas, self._deltas = self._deltas, []
         return deltas
 
-    def _collect(self) -> StepStats:
+    def _collect(self) -> StepStats | None:
         step, submitted = self._in_flight[0]
         output = self.executor.collect(self._deadlines.of(step))
         if output.error:
             raise EngineError(output.error)
+        if output.epoch != step.epoch:  # a late result of ranks that are gone
+            return None
         self._in_flight.popleft()
         now = self._clock()
         duration_s = now - max(submitted, self._last_collect)  # it began when the one before it ended

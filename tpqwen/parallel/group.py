@@ -10,6 +10,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+# torch 2.13 renames the operation and warns about the old name, which is the only one that 2.11 has.
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class TPGroup:
@@ -36,7 +40,7 @@ class TPGroup:
         if self._group is None:
             return x[None]
         out = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
-        dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=self._group)
+        _gather(out.view(-1), x.contiguous().view(-1), group=self._group)
         return out
 
     def barrier(self) -> None:
@@ -51,7 +55,7 @@ class TPGroup:
             self._group = None
 
 
-def join_group(rank: int, size: int, store: dist.Store, epoch: int, device_type: str, timeout_s: float) -> TPGroup:
+def join_group(rank: int, size: int, store: Store, epoch: int, device_type: str, timeout_s: float) -> TPGroup:
     """Meet the other ranks of this epoch through the caller's store. Raises torch.distributed's errors on time-out.
 
     The epoch prefixes every key, so a rank left over from an earlier group cannot join.
@@ -60,7 +64,7 @@ def join_group(rank: int, size: int, store: dist.Store, epoch: int, device_type:
         return TPGroup.single()
     dist.init_process_group(
         "nccl" if device_type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"epoch-{epoch}", store),
+        store=PrefixStore(f"epoch-{epoch}", store),
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=timeout_s),

@@ -60,8 +60,8 @@ class RowParallel(ShardedWeight):
 class VocabParallel(ShardedWeight):
     """Rows of the vocabulary, padded up to a multiple of the ranks: the embedding and the LM head.
 
-    num_ids: ids below it are real, rows above are padding that checkpoints carry. first_id: global id of the first local
-    row. num_valid: local rows that are real ids.
+    num_ids: ids below it are real, rows above are padding that checkpoints carry. first_id: global id of the first
+    local row. num_valid: local rows that are real ids.
     """
 
     def __init__(self, group: TPGroup, name: str, vocab_size: int, hidden: int, num_ids: int) -> None:

@@ -1,0 +1,191 @@
+"""The engine as the event loop sees it: requests go out as commands, each step's deltas come back as one message."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+from tpqwen.config import ScheduleOptions
+from tpqwen.engine.messages import Abort, Add, Batch, Command, Dead, Refused, Report, Stop, decode_report, encode
+from tpqwen.engine.protocol import EngineState
+from tpqwen.errors import EngineError, Overloaded, RequestError
+from tpqwen.request import Delta, FinishReason, GenerateRequest
+from tpqwen.step import Capacity, StepStats
+from tpqwen.transport.channel import Receiver, Sender
+
+SEND_TIMEOUT_S = 5.0
+POLL_S = 0.5
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class OpenRequest:
+    """One request on its way; waiting until its first delta."""
+
+    request: GenerateRequest
+    queue: asyncio.Queue[Delta | Exception] = field(default_factory=asyncio.Queue)
+    waiting: bool = True
+    received: int = 0  # tokens
+
+
+class EngineClient:
+    """Implements engine.protocol.Engine over a pair of channels. All methods belong to one event loop.
+
+    Every open request gets exactly one end, also when the engine dies: an error delta, or the exception that refused it.
+    """
+
+    def __init__(
+        self,
+        commands: Sender,
+        reports: Receiver,
+        capacity: Capacity,
+        options: ScheduleOptions,
+        on_stats: Callable[[StepStats], None] | None = None,
+    ) -> None:
+        self._commands = commands
+        self._reports = reports
+        self._capacity = capacity
+        self._options = options
+        self._on_stats = on_stats
+        self._state = EngineState("ready")
+        self._open: dict[str, OpenRequest] = {}
+        self._num_waiting = 0
+        self._waiting_tokens = 0
+        self._loop = asyncio.get_running_loop()
+        self._closed = False
+        self._thread = threading.Thread(target=self._read, name="engine-reports", daemon=True)
+        self._thread.start()
+
+    @property
+    def capacity(self) -> Capacity:
+        return self._capacity
+
+    @property
+    def state(self) -> EngineState:
+        return self._state
+
+    @property
+    def num_open(self) -> int:
+        """Requests that have not ended."""
+        return len(self._open)
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
+        """The request's deltas. Raises Overloaded, RequestError or EngineError before the first one."""
+        opened = self._admit(request)
+        finished = False
+        try:
+            self._send(Add(request))
+            while not finished:
+                item = await opened.queue.get()
+                if isinstance(item, Exception):
+                    finished = True
+                    raise item
+                finished = item.finish_reason is not None
+                yield item
+        finally:
+            self._forget(opened)
+            if not finished and not self._closed and self._state.name != "dead":
+                self._send(Abort(request.id))
+
+    def drain(self) -> None:
+        """Take no new requests; the open ones go on."""
+        if self._state.name != "dead":
+            self._state = EngineState("draining", "the server is shutting down")
+
+    def fail(self, reason: str, code: str = "engine_dead") -> None:
+        """The engine is gone: end every open request with this cause."""
+        if self._state.name == "dead":
+            return
+        self._state = EngineState("dead", reason)
+        for opened in list(self._open.values()):
+            done = FinishReason.ERROR
+            delta = Delta(
+                id=opened.request.id, index=opened.received, token_ids=[], finish_reason=done, error=reason, error_code=code
+            )
+            opened.queue.put_nowait(delta)
+
+    def send(self, command: Command) -> None:
+        """Tell the engine something beside requests. A channel that is gone is not an error here."""
+        try:
+            self._send(command)
+        except EngineError as error:
+            _log.info("not told: %s", error)
+
+    def close(self) -> None:
+        """Stop the engine's loop and this end of the channels. Idempotent."""
+        if self._closed:
+            return
+        self.send(Stop())
+        self._closed = True
+        self._commands.close()
+        self._reports.close()
+        self._thread.join(timeout=5)
+
+    def _admit(self, request: GenerateRequest) -> OpenRequest:
+        if not self._state.accepts:
+            code = {"draining": "draining", "loading": "loading"}.get(self._state.name)
+            if code is None:
+                raise EngineError(self._state.reason or "the engine is dead", code="engine_dead", status=503)
+            raise Overloaded(self._state.reason or code, code=code, status=503)
+        tokens = len(request.prompt_ids)
+        full = self._num_waiting >= self._options.max_waiting
+        if full or (self._waiting_tokens and self._waiting_tokens + tokens > self._options.max_waiting_tokens):
+            what = f"{self._num_waiting} requests with {self._waiting_tokens} tokens are waiting already"
+            raise Overloaded(f"the queue is full: {what}", code="queue_full")
+        opened = OpenRequest(request)
+        self._open[request.id] = opened
+        self._num_waiting += 1
+        self._waiting_tokens += tokens
+        return opened
+
+    def _started(self, opened: OpenRequest) -> None:
+        if opened.waiting:
+            opened.waiting = False
+            self._num_waiting -= 1
+            self._waiting_tokens -= len(opened.request.prompt_ids)
+
+    def _forget(self, opened: OpenRequest) -> None:
+        self._started(opened)
+        self._open.pop(opened.request.id, None)
+
+    def _send(self, command: Command) -> None:
+        try:
+            self._commands.send(encode(command), SEND_TIMEOUT_S)
+        except (TimeoutError, ConnectionError) as error:
+            raise EngineError(f"the engine does not answer: {error}", code="engine_dead", status=503) from None
+
+    def _read(self) -> None:
+        """The reader thread: one hand-over to the event loop per message."""
+        while not self._closed:
+            try:
+                data = self._reports.recv(POLL_S)
+            except ConnectionError:
+                self._hand_over(Dead("the engine process has ended", "engine_dead"))
+                return
+            if data is not None:
+                self._hand_over(decode_report(data))
+
+    def _hand_over(self, report: Report) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._take, report)
+        except RuntimeError:  # the event loop is closed: nobody is left to tell
+            self._closed = True
+
+    def _take(self, report: Report) -> None:
+        if isinstance(report, Batch):
+            for delta in report.deltas:
+                if opened := self._open.get(delta.id):
+                    self._started(opened)
+                    opened.received = delta.index + len(delta.token_ids)
+                    opened.queue.put_nowait(delta)
+            if report.stats is not None and self._on_stats is not None:
+                self._on_stats(report.stats)
+        elif isinstance(report, Refused):
+            if opened := self._open.get(report.id):
+                opened.queue.put_nowait(RequestError(report.message, param=report.param, code=report.code))
+        elif not self._closed:
+            self.fail(report.reason, report.code)

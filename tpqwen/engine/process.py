@@ -1,0 +1,75 @@
+"""The engine core in a process of its own: a Ray actor of the replica, on the replica's node, without a GPU.
+
+The replica creates it and the ranks, so its death leaves the ranks' weights loaded.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from typing import Any
+
+import ray
+
+from tpqwen.config import Config
+from tpqwen.engine.core import EngineCore
+from tpqwen.engine.loop import EngineLoop
+from tpqwen.executor.ranks import RingExecutor
+from tpqwen.executor.titles import keep_title
+from tpqwen.executor.wiring import Hub, Plain, interface_address
+from tpqwen.step import Capacity
+from tpqwen.transport.channel import from_plain, open_channel, to_plain
+from tpqwen.transport.ring import RingWriter
+
+CONNECT_TIMEOUT_S = 30.0
+
+
+class EngineProcess:
+    """Calls in order: open (addresses for the ranks), start (with the ranks' answers and the replica's commands)."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._config = Config.load(options, {})
+        self._hub: Hub | None = None
+        keep_title("tpqwen engine")
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def open(self, rank_nodes: list[str], epoch: int) -> list[Plain | None]:
+        """Where each rank finds its steps."""
+        here = str(ray.get_runtime_context().get_node_id())
+        host = interface_address(self._config.parallel.interface)
+        self._hub = Hub(rank_nodes, here, epoch=epoch, interface=host)
+        return self._hub.addresses
+
+    def start(self, answers: list[Plain | None], commands: Plain, capacity: Capacity, epoch: int) -> Plain:
+        """Connect and begin to serve commands; returns the address of the reports."""
+        assert self._hub is not None
+        options = self._config.schedule
+        senders, receivers = self._hub.connect(answers)
+        executor = RingExecutor(capacity, senders, receivers, depth=options.depth)
+        core = EngineCore(executor, capacity, options, self._config.cache.prefix_cache, epoch=epoch)
+        address = from_plain(commands)
+        assert address is not None
+        inbox = open_channel(address, CONNECT_TIMEOUT_S)
+        reports = RingWriter(1)
+        loop = EngineLoop(core, inbox, reports)
+        threading.Thread(target=self._run, args=(loop, executor), name="engine", daemon=True).start()
+        plain = to_plain(reports.address(0))
+        assert plain is not None
+        return plain
+
+    def wait(self) -> None:
+        """Never returns: a pending call whose failure tells the replica at once that this process has ended."""
+        threading.Event().wait()
+
+    def _run(self, loop: EngineLoop, executor: RingExecutor) -> None:
+        """What lives now lives for long; garbage is rare in the loop and is collected by reference counts."""
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        try:
+            loop.run()
+        finally:
+            executor.stop()

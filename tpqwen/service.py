@@ -1,0 +1,247 @@
+"""The Ray Serve deployment: wires configuration, ranks, engine process, text and HTTP together. Wiring only.
+
+The replica is the ingress. It holds no GPU; it owns the engine process and the ranks, all in its placement group:
+bundle 0 the replica, bundle 1 the engine, then one bundle per rank.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray import serve
+from ray.exceptions import RayError
+from ray.util import get_current_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from starlette.types import ASGIApp
+
+from tpqwen import __version__, logs
+from tpqwen.api.app import build_app as build_api
+from tpqwen.api.info import ApiSettings, ModelInfo
+from tpqwen.config import Config, resolve_device
+from tpqwen.engine.client import EngineClient
+from tpqwen.engine.messages import RanksLost
+from tpqwen.engine.process import EngineProcess
+from tpqwen.engine.protocol import EngineState
+from tpqwen.errors import EngineError
+from tpqwen.executor.ray import RankGroup
+from tpqwen.executor.titles import keep_title
+from tpqwen.metrics import ServerMetrics
+from tpqwen.model.config import ModelConfig, check_parallel
+from tpqwen.model.hub import resolve_model
+from tpqwen.model.qwen3 import Qwen3
+from tpqwen.model.sizing import derive
+from tpqwen.model.weights import check_folder
+from tpqwen.parallel.group import TPGroup
+from tpqwen.step import Capacity
+from tpqwen.text.chat import ChatFormat, GenerationDefaults
+from tpqwen.text.sequences import Limits
+from tpqwen.text.tokenizer import Tokenizer
+from tpqwen.transport.channel import from_plain, open_channel, to_plain
+from tpqwen.transport.ring import RingWriter
+
+CPU_SHARE = 0.1  # of a core, per process, where ranks compute on the CPU: a laptop's cores are shared, not reserved
+RANK_STATS_EVERY_S = 5.0
+CONNECT_TIMEOUT_S = 30.0
+
+_log = logging.getLogger(__name__)
+
+
+def check(config: Config) -> tuple[Path, ModelConfig]:
+    """Every check that needs no process: options, checkpoint headers, TP degree. Raises ConfigError."""
+    folder = resolve_model(config.model.model, config.model.revision)
+    model = ModelConfig.from_folder(folder)
+    check_parallel(model, config.parallel.tp)
+    derive(config, model)
+    if not config.model.random_weights:
+        with torch.device("meta"):
+            check_folder(folder, Qwen3(model, TPGroup.single()))
+    return folder, model
+
+
+def bundles(config: Config) -> list[dict[str, float]]:
+    """The replica's placement group: itself, the engine, one bundle per rank."""
+    if resolve_device(config.parallel.device) == "cuda":
+        return [{"CPU": 1}, {"CPU": 1}, *({"CPU": 1, "GPU": 1} for _ in range(config.parallel.tp))]
+    return [{"CPU": CPU_SHARE}] * (2 + config.parallel.tp)
+
+
+@serve.deployment(
+    name="Qwen3Server",
+    max_ongoing_requests=4096,
+    max_queued_requests=-1,
+    health_check_period_s=2,
+    health_check_timeout_s=5,
+    graceful_shutdown_timeout_s=90,
+)
+@serve.ingress()
+class Qwen3Server:
+    """One replica: HTTP, text and metrics here; engine and ranks in processes of their own."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._config = Config.load(options, {})
+        self._folder, self._model = check(self._config)
+        self._options = options
+        self._metrics = ServerMetrics(self.served_name, str(serve.get_replica_context().rank.rank))
+        self._group: RankGroup | None = None
+        self._engine_actor: Any = None
+        self._client: EngineClient | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        logs.configure(self._config.server.log, "replica")
+        keep_title("tpqwen replica")
+
+    @property
+    def served_name(self) -> str:
+        """The model's id in answers."""
+        m = self._config.model
+        return m.served_model_name or ("tpqwen-demo" if m.model.endswith("embedded/model") else m.model)
+
+    async def __serve_build_asgi_app__(self) -> ASGIApp:
+        """Called by Serve after the constructor: load everything, then say that this replica is there."""
+        self._metrics.engine_state("loading")
+        text = asyncio.create_task(asyncio.to_thread(self._load_text))
+        capacity = await asyncio.to_thread(self._start_ranks)
+        address, commands = await asyncio.to_thread(self._start_engine, capacity)
+        found = from_plain(address)
+        assert found is not None
+        reports = open_channel(found, CONNECT_TIMEOUT_S)
+        self._client = EngineClient(commands, reports, capacity, self._config.schedule, self._metrics.observe)
+        self._watch(asyncio.get_running_loop())
+        self._tasks.append(asyncio.create_task(self._read_ranks()))
+        self._metrics.capacity(capacity)
+        self._metrics.build_info(__version__, ray.__version__, torch.__version__, torch.version.cuda or "")
+        self._metrics.engine_state("ready")
+        _log.info("ready kv_blocks=%d stages=%s", capacity.num_blocks, json.dumps(capacity.load_seconds))
+        return build_api(
+            self._client,
+            await text,
+            self._info(capacity),
+            self._metrics,
+            ApiSettings(max_body_bytes=self._config.server.max_body_bytes, send_request_id=False),
+        )
+
+    def check_health(self) -> None:
+        """Serve's probe: a local flag only, so that a slow rank never counts against this replica."""
+        client = self._client
+        if client is not None and client.state.name == "dead":
+            raise RuntimeError(client.state.reason)
+
+    async def describe(self) -> dict[str, Any]:
+        """What the start banner says."""
+        assert self._client is not None
+        capacity = self._client.capacity
+        return {
+            "model": self.served_name,
+            "tp": self._config.parallel.tp,
+            "device": resolve_device(self._config.parallel.device),
+            "kv_tokens": (capacity.num_blocks - 1) * capacity.block_size,
+            "max_model_len": capacity.max_model_len,
+            "load_seconds": capacity.load_seconds,
+        }
+
+    async def __del__(self) -> None:
+        """Serve calls this after the drain: end everything this replica started."""
+        for task in getattr(self, "_tasks", ()):
+            task.cancel()
+        if getattr(self, "_client", None) is not None:
+            await asyncio.to_thread(self._client.close)
+        if getattr(self, "_engine_actor", None) is not None:
+            ray.kill(self._engine_actor, no_restart=True)
+        if getattr(self, "_group", None) is not None:
+            self._group.stop()
+
+    def _load_text(self) -> ChatFormat:
+        text = ChatFormat(Tokenizer(self._folder), GenerationDefaults(**self._model.generation_defaults))
+        assert text.vocabulary.size  # built now, not in the first request
+        return text
+
+    def _start_ranks(self) -> Capacity:
+        placement = get_current_placement_group()
+        self._group = RankGroup(self._config, self._folder, placement, first_bundle=2)
+        return self._group.load()
+
+    def _start_engine(self, capacity: Capacity) -> tuple[dict[str, Any], RingWriter]:
+        """Start the engine beside this process and connect it to the ranks; returns where its reports are."""
+        group = self._group
+        assert group is not None
+        placement = get_current_placement_group()
+        options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": 4}
+        if placement is not None:
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=1)
+        self._engine_actor = ray.remote(EngineProcess).options(**options).remote(self._options)
+        engine, commands = self._engine_actor, RingWriter(1)
+        try:
+            addresses = ray.get(engine.open.remote(group.nodes(), group.epoch), timeout=CONNECT_TIMEOUT_S)
+            answers = group.connect(addresses)
+            plain = to_plain(commands.address(0))
+            report = ray.get(
+                engine.start.remote(answers, plain, capacity, group.epoch), timeout=2 * CONNECT_TIMEOUT_S
+            )
+        except RayError as error:
+            raise EngineError(f"the engine process did not start: {error}", code="engine_dead", status=503) from error
+        return report, commands
+
+    def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Tell the engine of a dead rank, and every open request of a dead engine."""
+        client, group, engine = self._client, self._group, self._engine_actor
+        assert client is not None
+        assert group is not None
+
+        def rank_died(rank: int, reason: str) -> None:
+            _log.error("rank=%d died reason=%s", rank, reason)
+            loop.call_soon_threadsafe(client.send, RanksLost(reason, rank))
+
+        def engine_died() -> None:
+            try:
+                ray.get(engine.wait.remote())
+            except RayError as error:
+                reason = f"the engine process died: {str(error).strip().splitlines()[0]}"
+                loop.call_soon_threadsafe(client.fail, reason)
+
+        group.watch(rank_died)
+        self._tasks.append(asyncio.create_task(asyncio.to_thread(engine_died)))
+
+    async def _read_ranks(self) -> None:
+        """Memory and NVML of every rank now and then, far from the steps; and the engine's state for the metrics."""
+        assert self._client is not None
+        assert self._group is not None
+        while True:
+            state: EngineState = self._client.state
+            self._metrics.engine_state(state.name)
+            stats = await asyncio.to_thread(self._group.stats)
+            self._metrics.observe_ranks(stats, self._config.parallel.tp)
+            await asyncio.sleep(RANK_STATS_EVERY_S)
+
+    def _info(self, capacity: Capacity) -> ModelInfo:
+        limits = Limits(capacity.max_model_len, self._model.vocab_size, self._model.eos_token_ids)
+        versions = {"tpqwen": __version__, "torch": torch.__version__, "ray": ray.__version__}
+        versions["transformers"] = version("transformers")
+        if torch.version.cuda:
+            versions["cuda"] = torch.version.cuda
+        return ModelInfo(
+            name=self.served_name,
+            limits=limits,
+            created=int(time.time()),
+            tp=self._config.parallel.tp,
+            versions=versions,
+        )
+
+
+def build_app(config: Config) -> serve.Application:
+    """The Serve application. Raises ConfigError before any process is started."""
+    check(config)
+    options = {k: v for k, v in config.flat().items() if v is not None}
+    where = bundles(config)
+    deployment = Qwen3Server.options(
+        ray_actor_options={"num_cpus": where[0]["CPU"], "num_gpus": 0},
+        placement_group_bundles=where,
+        placement_group_strategy="STRICT_PACK" if config.parallel.interface is None else "PACK",
+    )
+    return deployment.bind(options)
