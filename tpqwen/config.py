@@ -156,7 +156,9 @@ def _one_of(name: str, value: object, allowed: tuple[Any, ...]) -> None:
 
 def _parsed(name: str, value: Any, spec: Any) -> Any:
     """One option's value as its type; strings come from the command line and the environment."""
-    allowed = [t for t in (typing.get_args(spec) if isinstance(spec, types.UnionType) else (spec,)) if t is not type(None)]
+    allowed = [
+        t for t in (typing.get_args(spec) if isinstance(spec, types.UnionType) else (spec,)) if t is not type(None)
+    ]
     kind = allowed[0]
     if isinstance(value, str) and kind is not str:
         return _from_text(name, value, kind)

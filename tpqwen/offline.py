@@ -34,7 +34,7 @@ class OfflineEngine:
         if self.config.parallel.tp == 1:
             return LocalExecutor(self.config, self.folder)
         ray_executor = import_module("tpqwen.executor.ray")  # Ray is loaded only when there is more than one rank
-        executor: Executor = ray_executor.RayExecutor(self.config)
+        executor: Executor = ray_executor.RayExecutor(self.config, self.folder)
         return executor
 
     def new_core(self) -> EngineCore:
@@ -44,6 +44,7 @@ class OfflineEngine:
             self.capacity,
             schedule=self.config.schedule,
             prefix_cache=self.config.cache.prefix_cache,
+            epoch=getattr(self.executor, "epoch", 0),
         )
 
     @property

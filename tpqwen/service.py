@@ -69,8 +69,8 @@ def check(config: Config) -> tuple[Path, ModelConfig]:
 def bundles(config: Config) -> list[dict[str, float]]:
     """The replica's placement group: itself, the engine, one bundle per rank."""
     if resolve_device(config.parallel.device) == "cuda":
-        return [{"CPU": 1}, {"CPU": 1}, *({"CPU": 1, "GPU": 1} for _ in range(config.parallel.tp))]
-    return [{"CPU": CPU_SHARE}] * (2 + config.parallel.tp)
+        return [{"CPU": 1.0}, {"CPU": 1.0}, *({"CPU": 1.0, "GPU": 1.0} for _ in range(config.parallel.tp))]
+    return [{"CPU": CPU_SHARE} for _ in range(2 + config.parallel.tp)]
 
 
 @serve.deployment(
@@ -148,13 +148,15 @@ class Qwen3Server:
 
     async def __del__(self) -> None:
         """Serve calls this after the drain: end everything this replica started."""
-        for task in getattr(self, "_tasks", ()):
+        if "_tasks" not in self.__dict__:  # the constructor did not end
+            return
+        for task in self._tasks:
             task.cancel()
-        if getattr(self, "_client", None) is not None:
-            await asyncio.to_thread(self._client.close)
-        if getattr(self, "_engine_actor", None) is not None:
+        if self._client is not None:
+            await self._client.close()
+        if self._engine_actor is not None:
             ray.kill(self._engine_actor, no_restart=True)
-        if getattr(self, "_group", None) is not None:
+        if self._group is not None:
             self._group.stop()
 
     def _load_text(self) -> ChatFormat:
@@ -163,27 +165,25 @@ class Qwen3Server:
         return text
 
     def _start_ranks(self) -> Capacity:
+        """Load the ranks; the engine's process starts meanwhile."""
         placement = get_current_placement_group()
+        options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "max_task_retries": 0, "max_concurrency": 4}
+        if placement is not None:
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=1)
         self._group = RankGroup(self._config, self._folder, placement, first_bundle=2)
+        self._engine_actor = ray.remote(EngineProcess).options(**options).remote(self._options)
         return self._group.load()
 
     def _start_engine(self, capacity: Capacity) -> tuple[dict[str, Any], RingWriter]:
-        """Start the engine beside this process and connect it to the ranks; returns where its reports are."""
+        """Connect the engine to the ranks and to this process; returns where its reports are and where to tell it."""
         group = self._group
         assert group is not None
-        placement = get_current_placement_group()
-        options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": 4}
-        if placement is not None:
-            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=1)
-        self._engine_actor = ray.remote(EngineProcess).options(**options).remote(self._options)
         engine, commands = self._engine_actor, RingWriter(1)
         try:
             addresses = ray.get(engine.open.remote(group.nodes(), group.epoch), timeout=CONNECT_TIMEOUT_S)
             answers = group.connect(addresses)
             plain = to_plain(commands.address(0))
-            report = ray.get(
-                engine.start.remote(answers, plain, capacity, group.epoch), timeout=2 * CONNECT_TIMEOUT_S
-            )
+            report = ray.get(engine.start.remote(answers, plain, capacity, group.epoch), timeout=2 * CONNECT_TIMEOUT_S)
         except RayError as error:
             raise EngineError(f"the engine process did not start: {error}", code="engine_dead", status=503) from error
         return report, commands
@@ -239,7 +239,8 @@ def build_app(config: Config) -> serve.Application:
     check(config)
     options = {k: v for k, v in config.flat().items() if v is not None}
     where = bundles(config)
-    deployment = Qwen3Server.options(
+    server: Any = Qwen3Server  # a Deployment, by Serve's decorator
+    deployment = server.options(
         ray_actor_options={"num_cpus": where[0]["CPU"], "num_gpus": 0},
         placement_group_bundles=where,
         placement_group_strategy="STRICT_PACK" if config.parallel.interface is None else "PACK",

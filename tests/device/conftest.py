@@ -8,10 +8,25 @@ import sys
 import pytest
 import torch
 
-# Read by triton.jit when a kernel's module is imported, so it is set before any test module of this folder is.
-if not torch.cuda.is_available():
+
+def _interpret_kernels() -> None:
+    """Switch triton to its interpreter, before any test module imports a kernel: triton.jit reads the variable then."""
     assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", "triton was imported too early"
     os.environ["TRITON_INTERPRET"] = "1"
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: object, scope: interpreter._LangPatchScope) -> None:
+        """triton 3.6 keeps scalars as arrays of one element, which numpy 2.4 no longer turns into an int by itself."""
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda scalar: scalar.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
+
+
+if not torch.cuda.is_available():
+    _interpret_kernels()
 
 
 @pytest.fixture

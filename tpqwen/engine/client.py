@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
@@ -16,8 +17,8 @@ from tpqwen.request import Delta, FinishReason, GenerateRequest
 from tpqwen.step import Capacity, StepStats
 from tpqwen.transport.channel import Receiver, Sender
 
-SEND_TIMEOUT_S = 5.0
 POLL_S = 0.5
+RETRY_S = 0.005  # while the engine is too busy to read its commands
 
 _log = logging.getLogger(__name__)
 
@@ -29,13 +30,14 @@ class OpenRequest:
     request: GenerateRequest
     queue: asyncio.Queue[Delta | Exception] = field(default_factory=asyncio.Queue)
     waiting: bool = True
-    received: int = 0  # tokens
+    received: int = 0  # output tokens, those it brought along included
 
 
 class EngineClient:
-    """Implements engine.protocol.Engine over a pair of channels. All methods belong to one event loop.
+    """Implements engine.protocol.Engine over a pair of channels. All methods belong to one event loop and none waits.
 
-    Every open request gets exactly one end, also when the engine dies: an error delta, or the exception that refused it.
+    Every open request gets exactly one end, also when the engine dies: an error delta, or the exception that refused
+    it.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class EngineClient:
         self._open: dict[str, OpenRequest] = {}
         self._num_waiting = 0
         self._waiting_tokens = 0
+        self._unsent: deque[bytes] = deque()
         self._loop = asyncio.get_running_loop()
         self._closed = False
         self._thread = threading.Thread(target=self._read, name="engine-reports", daemon=True)
@@ -78,7 +81,7 @@ class EngineClient:
         opened = self._admit(request)
         finished = False
         try:
-            self._send(Add(request))
+            self.send(Add(request))
             while not finished:
                 item = await opened.queue.get()
                 if isinstance(item, Exception):
@@ -88,8 +91,8 @@ class EngineClient:
                 yield item
         finally:
             self._forget(opened)
-            if not finished and not self._closed and self._state.name != "dead":
-                self._send(Abort(request.id))
+            if not finished:
+                self.send(Abort(request.id))
 
     def drain(self) -> None:
         """Take no new requests; the open ones go on."""
@@ -97,33 +100,41 @@ class EngineClient:
             self._state = EngineState("draining", "the server is shutting down")
 
     def fail(self, reason: str, code: str = "engine_dead") -> None:
-        """The engine is gone: end every open request with this cause."""
+        """The engine is gone: end every open request with this cause. The first cause stays."""
         if self._state.name == "dead":
             return
         self._state = EngineState("dead", reason)
         for opened in list(self._open.values()):
             done = FinishReason.ERROR
             delta = Delta(
-                id=opened.request.id, index=opened.received, token_ids=[], finish_reason=done, error=reason, error_code=code
+                id=opened.request.id,
+                index=opened.received,
+                token_ids=[],
+                finish_reason=done,
+                error=reason,
+                error_code=code,
             )
             opened.queue.put_nowait(delta)
 
     def send(self, command: Command) -> None:
-        """Tell the engine something beside requests. A channel that is gone is not an error here."""
-        try:
-            self._send(command)
-        except EngineError as error:
-            _log.info("not told: %s", error)
+        """Tell the engine, in order, now or as soon as it has room. A dead engine is told nothing."""
+        if self._closed or self._state.name == "dead":
+            return
+        self._unsent.append(encode(command))
+        if len(self._unsent) == 1:
+            self._flush()
 
-    def close(self) -> None:
-        """Stop the engine's loop and this end of the channels. Idempotent."""
+    async def close(self) -> None:
+        """End what is open, stop the engine's loop and this end of the channels. Idempotent."""
         if self._closed:
             return
+        self._unsent.clear()
         self.send(Stop())
+        self.fail("the server was shut down", "shut_down")
         self._closed = True
         self._commands.close()
         self._reports.close()
-        self._thread.join(timeout=5)
+        await asyncio.to_thread(self._thread.join, 5.0)
 
     def _admit(self, request: GenerateRequest) -> OpenRequest:
         if not self._state.accepts:
@@ -136,7 +147,7 @@ class EngineClient:
         if full or (self._waiting_tokens and self._waiting_tokens + tokens > self._options.max_waiting_tokens):
             what = f"{self._num_waiting} requests with {self._waiting_tokens} tokens are waiting already"
             raise Overloaded(f"the queue is full: {what}", code="queue_full")
-        opened = OpenRequest(request)
+        opened = OpenRequest(request, received=len(request.output_ids))
         self._open[request.id] = opened
         self._num_waiting += 1
         self._waiting_tokens += tokens
@@ -152,11 +163,16 @@ class EngineClient:
         self._started(opened)
         self._open.pop(opened.request.id, None)
 
-    def _send(self, command: Command) -> None:
+    def _flush(self) -> None:
         try:
-            self._commands.send(encode(command), SEND_TIMEOUT_S)
-        except (TimeoutError, ConnectionError) as error:
-            raise EngineError(f"the engine does not answer: {error}", code="engine_dead", status=503) from None
+            while self._unsent:
+                self._commands.send(self._unsent[0], 0.0)
+                self._unsent.popleft()
+        except TimeoutError:
+            self._loop.call_later(RETRY_S, self._flush)
+        except ConnectionError as error:
+            self._unsent.clear()
+            self.fail(f"the engine cannot be reached: {error}")
 
     def _read(self) -> None:
         """The reader thread: one hand-over to the event loop per message."""

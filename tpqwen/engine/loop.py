@@ -92,6 +92,10 @@ class EngineLoop:
         except EngineError as error:
             self._die(error)
             return
+        except Exception as error:  # a bug of ours must not leave requests without an end
+            _log.exception("the engine's step failed")
+            self._die(EngineError(f"the engine's step failed: {type(error).__name__}: {error}"))
+            return
         if result.deltas or result.stats is not None:
             self._send(Batch(result.deltas, result.stats))
 

@@ -47,8 +47,7 @@ class EngineProcess:
         """Connect and begin to serve commands; returns the address of the reports."""
         assert self._hub is not None
         options = self._config.schedule
-        senders, receivers = self._hub.connect(answers)
-        executor = RingExecutor(capacity, senders, receivers, depth=options.depth)
+        executor = RingExecutor(capacity, self._hub.connect(answers), depth=options.depth, epoch=epoch)
         core = EngineCore(executor, capacity, options, self._config.cache.prefix_cache, epoch=epoch)
         address = from_plain(commands)
         assert address is not None

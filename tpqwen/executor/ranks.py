@@ -1,79 +1,146 @@
-"""Executor over message channels: one encoded step to all ranks, outputs from rank 0, failures from any. No Ray here."""
+"""Executor over message channels: one encoded step to all ranks, outputs from rank 0, failures from any. No Ray."""
 
 from __future__ import annotations
 
+import os
+import select
 import time
+from collections.abc import Mapping
 
 from tpqwen.errors import EngineError, RankDied
+from tpqwen.executor.wiring import Links
 from tpqwen.step import Capacity, RankStats, StepInput, StepOutput, decode_output, encode
-from tpqwen.transport.channel import Receiver, Sender
 
 SEND_TIMEOUT_S = 10.0
-LOOK_S = 0.2  # how long to wait for rank 0 before looking at the others
+LOOK_S = 0.05  # how long to wait for rank 0 before looking at the others
+GRACE_S = 0.3  # a dead rank breaks its neighbours' collectives; their complaints may arrive before its death shows
+
+
+class ProcessWatch:
+    """Notices the end of processes of this node, however they end, by one system call (Linux; blind elsewhere)."""
+
+    def __init__(self, processes: Mapping[int, int]) -> None:
+        self._poll = select.poll()
+        self._ranks: dict[int, int] = {}  # descriptor -> rank
+        self._gone: int | None = None
+        for rank, pid in processes.items() if hasattr(os, "pidfd_open") else ():
+            try:
+                descriptor = os.pidfd_open(pid)
+            except ProcessLookupError:
+                self._gone = rank
+                continue
+            self._ranks[descriptor] = rank
+            self._poll.register(descriptor, select.POLLIN)
+
+    def dead(self) -> int | None:
+        """A rank whose process has ended, if any."""
+        if self._gone is None and self._ranks and (events := self._poll.poll(0)):
+            self._gone = min(self._ranks[descriptor] for descriptor, _ in events)
+        return self._gone
+
+    def close(self) -> None:
+        """Idempotent."""
+        while self._ranks:
+            descriptor, _ = self._ranks.popitem()
+            self._poll.unregister(descriptor)
+            os.close(descriptor)
 
 
 class RingExecutor:
-    """Implements executor.protocol.Executor. senders: a ring shared by all local ranks, one TCP stream per remote rank.
+    """Implements executor.protocol.Executor over the channels to ranks that have loaded already."""
 
-    receivers: each rank's answers, in rank order.
-    """
-
-    def __init__(self, capacity: Capacity, senders: list[Sender], receivers: list[Receiver], *, depth: int) -> None:
+    def __init__(self, capacity: Capacity, links: Links, *, depth: int, epoch: int) -> None:
         self.depth = depth
         self._capacity = capacity
-        self._senders = senders
-        self._receivers = receivers
+        self._links = links
+        self._epoch = epoch
+        self._watch = ProcessWatch(links.processes())
 
     def start(self) -> Capacity:
-        """The ranks have loaded already; what they can hold together."""
+        """What the ranks can hold together."""
         return self._capacity
 
     def submit(self, step: StepInput) -> None:
-        """One write for all local ranks. Raises RankDied when a rank has stopped reading."""
+        """One write for all local ranks. Raises RankDied when a rank has ended or no longer takes steps."""
+        self._raise_if_dead()
         data = encode(step)
         try:
-            for sender in self._senders:
+            for sender in self._links.senders:
                 sender.send(data, SEND_TIMEOUT_S)
         except (TimeoutError, ConnectionError) as error:
+            self._raise_if_dead()
             raise RankDied(f"a rank no longer takes steps: {error}") from None
 
     def collect(self, timeout_s: float) -> StepOutput:
-        """Rank 0's next output. Raises RankDied at the deadline or when a rank has gone, EngineError when one failed."""
+        """Rank 0's next output. Raises RankDied when a rank has ended or at the deadline, EngineError if one failed."""
         deadline = time.monotonic() + timeout_s
         while True:
             left = deadline - time.monotonic()
-            data = self._hear(0, max(0.0, min(LOOK_S, left)))
-            if data is not None:
-                return self._checked(0, data)
-            for rank in range(1, len(self._receivers)):
-                if (data := self._hear(rank, 0.0)) is not None:
-                    self._checked(rank, data)
+            output = self._hear(0, max(0.0, min(LOOK_S, left)))
+            if output is not None:
+                return output
+            self._raise_if_dead()
+            for rank in range(1, len(self._links.receivers)):
+                self._hear(rank, 0.0)
             if left <= 0:
-                raise RankDied(f"no answer from the ranks within {timeout_s:.0f} s")
+                self._give_up(timeout_s)
 
     def ready(self) -> bool:
         """Whether rank 0 has answered."""
-        return self._receivers[0].poll()
+        return self._links.receivers[0].poll()
 
     def stats(self) -> list[RankStats]:
         """Asked of the ranks' actors by their owner, not through here."""
         return []
 
     def stop(self) -> None:
-        """Close the channels; the ranks' loops end."""
-        for sender in self._senders:
-            sender.close()
-        for receiver in self._receivers:
-            receiver.close()
+        """Close the channels; the ranks' loops end. Idempotent."""
+        self._links.close()
+        self._watch.close()
 
-    def _hear(self, rank: int, timeout_s: float) -> bytes | None:
+    def _hear(self, rank: int, timeout_s: float) -> StepOutput | None:
+        """The rank's next output of this epoch. Raises what it reports, or RankDied when it has gone."""
         try:
-            return self._receivers[rank].recv(timeout_s)
+            data = self._links.receivers[rank].recv(timeout_s)
         except ConnectionError as error:
+            self._await_death(rank)
             raise RankDied(f"rank {rank} has ended: {error}", rank=rank) from None
-
-    def _checked(self, rank: int, data: bytes) -> StepOutput:
+        if data is None:
+            return None
         output = decode_output(data)
+        if output.epoch != self._epoch:
+            return None
         if output.error:
-            raise EngineError(f"rank {rank}: {output.error}", code="rank_dead", status=503)
+            self._await_death(rank)
+            raise EngineError(f"rank {rank} failed: {output.error}", code="rank_dead", status=503)
         return output
+
+    def _raise_if_dead(self) -> None:
+        if (rank := self._watch.dead()) is not None:
+            raise RankDied(f"rank {rank} died: {self._last_words(rank) or 'its process has ended'}", rank=rank)
+
+    def _last_words(self, rank: int) -> str:
+        """What the rank had to say of its own failure before it ended."""
+        try:
+            while (data := self._links.receivers[rank].recv(0.0)) is not None:
+                if error := decode_output(data).error:
+                    return error
+        except ConnectionError:
+            pass  # read to its end
+        return ""
+
+    def _await_death(self, complainer: int) -> None:
+        """Give another rank's death the time to show: it is the cause, and the complaint only follows from it."""
+        until = time.monotonic() + GRACE_S
+        while time.monotonic() < until:
+            if self._watch.dead() not in (None, complainer):
+                self._raise_if_dead()
+            time.sleep(0.01)
+
+    def _give_up(self, timeout_s: float) -> None:
+        silent = self._links.silent()
+        if silent:
+            which = ", ".join(map(str, silent))
+            message = f"no answer within {timeout_s:.0f} s: rank {which} did not take the step"
+            raise RankDied(message, rank=silent[0])
+        raise RankDied(f"no answer within {timeout_s:.0f} s: all ranks took the step, so a collective hangs")

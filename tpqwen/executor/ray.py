@@ -1,7 +1,7 @@
 """Ranks as Ray actors. Ray places, starts and watches them; steps never pass through it.
 
-The owner (a Serve replica, or the process of the offline API) holds the rendezvous store and the actors; the engine only
-gets channel addresses, so it may live in another process and be replaced without the ranks.
+The owner (a Serve replica, or the process of the offline API) holds the rendezvous store and the actors; the engine
+only gets channel addresses, so it may live in another process and be replaced without the ranks.
 """
 
 from __future__ import annotations
@@ -11,24 +11,27 @@ import os
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import ray
-import torch.distributed as dist
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed.distributed_c10d import PrefixStore
 
 from tpqwen.config import Config, resolve_device
-from tpqwen.errors import ConfigError, EngineError
+from tpqwen.errors import ConfigError, EngineError, RankDied
 from tpqwen.executor.rank import serve_steps
 from tpqwen.executor.ranks import RingExecutor
 from tpqwen.executor.titles import keep_title
 from tpqwen.executor.wiring import Hub, Plain, interface_address, join
-from tpqwen.parallel.group import join_group
+from tpqwen.parallel.group import TPGroup, join_group
 from tpqwen.step import Capacity, RankStats, StepInput, StepOutput
 from tpqwen.transport.channel import Sender
 from tpqwen.worker.worker import Worker
@@ -38,6 +41,13 @@ JOIN_TIMEOUT_S = 120.0
 CALL_TIMEOUT_S = 60.0
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A rank's ConfigError as an answer; Ray would wrap a raised one in a report of its own."""
+
+    reason: str
 
 
 class RankProcess:
@@ -57,22 +67,25 @@ class RankProcess:
     def pid(self) -> int:
         return os.getpid()
 
-    def load(self, folder: str, store: tuple[str, int, str], epoch: int) -> Capacity | str:
-        """Join the group, load this rank's shard and size the cache. A refusal comes back as its sentence."""
+    def load(self, folder: str, store: tuple[str, int, str], epoch: int) -> Capacity | Refusal:
+        """Join the group, load this rank's shard and size the cache. A ConfigError is returned."""
         config = self._config
         device, size = resolve_device(config.parallel.device), config.parallel.tp
         host, port, secret = store
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface_of(host))
+        interface = config.parallel.interface or _loopback()
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         try:
-            timeout = timedelta(seconds=JOIN_TIMEOUT_S)
-            rendezvous = dist.TCPStore(host, port, is_master=False, timeout=timeout) if size > 1 else None
-            prefixed = dist.PrefixStore(secret, rendezvous) if rendezvous is not None else None
-            group = join_group(self._rank, size, prefixed, epoch, device, JOIN_TIMEOUT_S)
+            group = TPGroup.single()
+            if size > 1:
+                timeout = timedelta(seconds=JOIN_TIMEOUT_S)
+                rendezvous = PrefixStore(secret, TCPStore(host, port, is_master=False, timeout=timeout))
+                group = join_group(self._rank, size, rendezvous, epoch, device, JOIN_TIMEOUT_S)
             self._worker = Worker(config, Path(folder), group)
             return self._worker.load()
         except ConfigError as error:
-            return str(error)
+            return Refusal(str(error))
 
     def connect(self, address: Plain, epoch: int) -> Plain | None:
         """Attach to the engine's steps and begin to serve them. Returns the address of the answers."""
@@ -111,7 +124,7 @@ class RankGroup:
         self.config = config
         self.epoch = 1
         self._folder = folder
-        self._store: dist.TCPStore | None = None
+        self._store: TCPStore | None = None
         cuda = resolve_device(config.parallel.device) == "cuda"
         actor = ray.remote(RankProcess)
         self.actors: list[Any] = []
@@ -133,11 +146,8 @@ class RankGroup:
     def load(self) -> Capacity:
         """Load all ranks side by side; what they can hold together. Raises ConfigError or EngineError."""
         store = self._open_store()
-        results = self._all([a.load.remote(str(self._folder), store, self.epoch) for a in self.actors], LOAD_TIMEOUT_S)
-        for result in results:
-            if isinstance(result, str):
-                raise ConfigError(result)
-        capacities: list[Capacity] = results
+        calls = [a.load.remote(str(self._folder), store, self.epoch) for a in self.actors]
+        capacities: list[Capacity] = self._all(calls, LOAD_TIMEOUT_S)
         least = min(capacities, key=lambda c: c.num_blocks)
         slowest = max(capacities, key=lambda c: sum(c.load_seconds.values()))
         return Capacity(
@@ -166,6 +176,8 @@ class RankGroup:
     def stats(self, timeout_s: float = 1.0) -> list[RankStats]:
         """Slow numbers of the ranks that answer in time."""
         calls = [a.stats.remote() for a in self.actors]
+        if not calls:
+            return []
         ready, _ = ray.wait(calls, num_returns=len(calls), timeout=timeout_s)
         found = []
         for call in ready:
@@ -186,7 +198,7 @@ class RankGroup:
                     ray.get(ready[0])
                     reason = "its process was asked to end"
                 except RayError as error:
-                    reason = str(error).strip().splitlines()[0]
+                    reason = _first_line(error)
                 on_death(calls[ready[0]], f"rank {calls[ready[0]]} died: {reason}")
 
         threading.Thread(target=wait, name="rank-watch", daemon=True).start()
@@ -205,7 +217,7 @@ class RankGroup:
             return host, 0, ""
         listener = socket.create_server((host, 0))
         port = listener.getsockname()[1]
-        self._store = dist.TCPStore(
+        self._store = TCPStore(
             host,
             port,
             is_master=True,
@@ -215,15 +227,29 @@ class RankGroup:
         )
         return host, port, secrets.token_hex(16)
 
-    def _all(self, calls: list[Any], timeout_s: float) -> Any:
+    def _all(self, calls: list[Any], timeout_s: float) -> list[Any]:
+        """The answers in rank order. The first failure is raised at once: the others may be waiting for that rank."""
+        answers: dict[Any, Any] = {}
+        deadline = time.monotonic() + timeout_s
+        while waiting := [c for c in calls if c not in answers]:
+            ready, _ = ray.wait(waiting, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                late = ", ".join(str(calls.index(c)) for c in waiting)
+                message = f"rank {late} did not answer within {timeout_s:.0f} s"
+                raise EngineError(message, code="rank_dead", status=503)
+            answers[ready[0]] = self._answer(calls.index(ready[0]), ready[0])
+        return [answers[c] for c in calls]
+
+    def _answer(self, rank: int, call: Any) -> Any:
         try:
-            return ray.get(calls, timeout=timeout_s)
-        except GetTimeoutError:
-            raise EngineError(f"the ranks did not answer within {timeout_s:.0f} s", code="rank_dead", status=503) from None
+            answer = ray.get(call)
         except RayTaskError as error:
-            raise EngineError(f"a rank failed: {error.cause}", code="rank_dead", status=503) from error
+            raise EngineError(f"rank {rank} failed: {error.cause}", code="rank_dead", status=503) from error
         except RayError as error:
-            raise EngineError(f"a rank died: {error}", code="rank_dead", status=503) from error
+            raise RankDied(f"rank {rank} died: {_first_line(error)}", rank=rank) from error
+        if isinstance(answer, Refusal):
+            raise ConfigError(answer.reason)
+        return answer
 
 
 class RayExecutor:
@@ -239,27 +265,27 @@ class RayExecutor:
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")
             os.environ.setdefault("RAY_DISABLE_USAGE_STATS", "1")
             ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
-        self._group = RankGroup(config, folder)
+        self.ranks = RankGroup(config, folder)
         self._ring: RingExecutor | None = None
 
     def start(self) -> Capacity:
         """Load all ranks and connect to them. Raises ConfigError or EngineError."""
         try:
-            capacity = self._group.load()
+            capacity = self.ranks.load()
             here = str(ray.get_runtime_context().get_node_id())
-            host = interface_address(self._group.config.parallel.interface)
-            hub = Hub(self._group.nodes(), here, epoch=self._group.epoch, interface=host)
-            senders, receivers = hub.connect(self._group.connect(hub.addresses))
+            host = interface_address(self.ranks.config.parallel.interface)
+            hub = Hub(self.ranks.nodes(), here, epoch=self.ranks.epoch, interface=host)
+            links = hub.connect(self.ranks.connect(hub.addresses))
         except (ConfigError, EngineError):
             self.stop()
             raise
-        self._ring = RingExecutor(capacity, senders, receivers, depth=self.depth)
+        self._ring = RingExecutor(capacity, links, depth=self.depth, epoch=self.epoch)
         return capacity
 
     @property
     def epoch(self) -> int:
         """What StepInput.epoch must be."""
-        return self._group.epoch
+        return self.ranks.epoch
 
     def submit(self, step: StepInput) -> None:
         """See RingExecutor."""
@@ -278,19 +304,24 @@ class RayExecutor:
 
     def stats(self) -> list[RankStats]:
         """Slow numbers of every rank that answers."""
-        return self._group.stats()
+        return self.ranks.stats()
 
     def stop(self) -> None:
         """End the ranks, and Ray if it was started here. Idempotent."""
         if self._ring is not None:
             self._ring.stop()
             self._ring = None
-        self._group.stop()
+        self.ranks.stop()
         if self._owns_ray and ray.is_initialized():
             ray.shutdown()
             self._owns_ray = False
 
 
-def _interface_of(host: str) -> str:
-    """Name of the network interface that carries an address, for gloo; loopback's on Linux is lo."""
-    return "lo" if host.startswith("127.") else ""
+def _loopback() -> str:
+    """Name of the loopback interface."""
+    return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
+
+
+def _first_line(error: BaseException) -> str:
+    """What Ray says, without its report."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,11 +1,12 @@
-"""What a Ray worker calls itself in `ps`. Ray renames its workers at every call, so the title is put back now and then."""
+"""What a Ray worker calls itself in `ps`. Ray renames its workers at every call: the title is put back now and then."""
 
 from __future__ import annotations
 
 import threading
 import time
 
-from ray._raylet import setproctitle  # Ray holds the process's argv; a second library could not write to it
+# Ray holds the process's argv; a second library could not write to it.
+from ray._raylet import setproctitle  # type: ignore[attr-defined]
 
 KEEP_S = 0.5
 

@@ -1,27 +1,61 @@
 """Channels between an engine and its ranks: a shared-memory ring on one node, TCP streams to ranks elsewhere.
 
-Three steps, each a call that some owner carries over: `Hub.addresses` go to the ranks, each rank's `join` gives back the
-address of its answers, `Hub.connect` attaches to those.
+Three steps, each a call that some owner carries over: `Hub.addresses` go to the ranks, each rank's `join` gives back
+the address of its answers, `Hub.connect` attaches to those.
 """
 
 from __future__ import annotations
 
+import fcntl
 import socket
+import struct
+import sys
+from dataclasses import dataclass
 from typing import Any
 
+from tpqwen.errors import ConfigError
 from tpqwen.transport.channel import Receiver, Sender, from_plain, open_channel, to_plain
 from tpqwen.transport.ring import RingWriter
 from tpqwen.transport.tcp import TcpChannel, TcpListener
 
 CONNECT_TIMEOUT_S = 30.0
 Plain = dict[str, Any]
+_SIOCGIFADDR = 0x8915
+
+
+@dataclass(frozen=True)
+class Links:
+    """What the engine holds of its ranks: senders (the ring, then one stream per remote rank) and each one's receiver.
+
+    local: the ranks of this node, in the order of the ring's readers.
+    """
+
+    senders: list[Sender]
+    receivers: list[Receiver]
+    ring: RingWriter | None
+    local: list[int]
+
+    def processes(self) -> dict[int, int]:
+        """Rank -> process id, for the ranks of this node."""
+        return {} if self.ring is None else dict(zip(self.local, self.ring.attached(), strict=True))
+
+    def silent(self) -> list[int]:
+        """The ranks of this node that have not taken every step sent to them."""
+        return [] if self.ring is None else [r for r, n in zip(self.local, self.ring.unread(), strict=True) if n]
+
+    def close(self) -> None:
+        """End all channels; the ranks' loops end. Idempotent."""
+        for sender in self.senders:
+            sender.close()
+        for receiver in self.receivers:
+            receiver.close()
 
 
 class Hub:
     """The engine's side. hosts: the node of each rank as its owner names it; here: the engine's own."""
 
     def __init__(self, hosts: list[str], here: str, *, epoch: int, interface: str = "127.0.0.1") -> None:
-        local = [r for r, host in enumerate(hosts) if host == here]
+        local = self._local = [r for r, host in enumerate(hosts) if host == here]
         self._remote = {r for r, host in enumerate(hosts) if host != here}
         self._ring = RingWriter(len(local), epoch=epoch) if local else None
         self._listener = TcpListener(interface, epoch=epoch) if self._remote else None
@@ -34,8 +68,8 @@ class Hub:
                 assert self._ring is not None
                 self.addresses.append(to_plain(self._ring.address(local.index(rank))))
 
-    def connect(self, answers: list[Plain | None]) -> tuple[list[Sender], list[Receiver]]:
-        """answers: each rank's reply to `join`. Returns the senders and, in rank order, the receivers."""
+    def connect(self, answers: list[Plain | None]) -> Links:
+        """answers: each rank's reply to `join`. Raises ConnectionError or TimeoutError."""
         streams: dict[int, TcpChannel] = {}
         if self._listener is not None:
             streams = self._listener.accept(self._remote, CONNECT_TIMEOUT_S)
@@ -43,11 +77,9 @@ class Hub:
         senders: list[Sender] = [*([self._ring] if self._ring is not None else []), *streams.values()]
         receivers: list[Receiver] = []
         for rank, plain in enumerate(answers):
-            address = from_plain(plain)
-            receivers.append(
-                streams[rank] if address is None else open_channel(address, CONNECT_TIMEOUT_S)  # a ring of the rank's own
-            )
-        return senders, receivers
+            address = from_plain(plain)  # of a ring of the rank's own, None for a stream
+            receivers.append(streams[rank] if address is None else open_channel(address, CONNECT_TIMEOUT_S))
+        return Links(senders, receivers, self._ring, self._local)
 
 
 def join(address: Plain, *, epoch: int) -> tuple[Receiver, Sender, Plain | None]:
@@ -62,7 +94,18 @@ def join(address: Plain, *, epoch: int) -> tuple[Receiver, Sender, Plain | None]
 
 
 def interface_address(interface: str | None) -> str:
-    """The IPv4 address that a group binds to: loopback by default, else an address or this host's own by name."""
+    """The IPv4 address that a group binds to: of the named network interface, loopback by default.
+
+    Raises ConfigError when there is no such interface or it has no address.
+    """
     if interface is None:
         return "127.0.0.1"
-    return socket.gethostbyname(interface)
+    if sys.platform != "linux":
+        return socket.gethostbyname(interface)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            found = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+        except OSError as error:
+            names = ", ".join(name for _, name in socket.if_nameindex())
+            raise ConfigError(f"interface {interface!r}: {error.strerror}; this host has {names}") from None
+    return socket.inet_ntoa(found[20:24])

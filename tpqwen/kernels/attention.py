@@ -16,27 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
+from tpqwen.kernels.attention_table import DecodePlan, decode_plan, num_splits
 from tpqwen.kernels.launch import launch_options, prefetch_l2, release_next, wait_previous
 
-MAX_SPLITS = 64
 COMBINE_FLOATS = 8192  # partial sums that the combining program holds at a time
-LINE_ELEMENTS = 64  # of 2 bytes: one 128-byte cache line
-
-
-class DecodePlan(NamedTuple):
-    """How one batch bucket runs. dot: tensor cores (G padded to 16 rows), else plain products (G of 1 or 2).
-
-    tile: cached tokens per iteration. programs: how many to aim at, which sets S. min_tiles: least work worth a split.
-    prefetch: tiles of K and V asked into L2 before the wait, when the cache is settled.
-    """
-
-    dot: bool
-    tile: int
-    warps: int
-    stages: int
-    programs: int
-    min_tiles: int
-    prefetch: int = 4
+LINE_ELEMENTS = tl.constexpr(64)  # of 2 bytes: one 128-byte cache line
 
 
 class DecodeScratch(NamedTuple):
@@ -45,31 +29,6 @@ class DecodeScratch(NamedTuple):
     partial: torch.Tensor  # fp32: [rows * K * S, G, D] sums
     stats: torch.Tensor  # fp32: [rows * K * S, 2, G] maxima and sums of the softmax
     arrived: torch.Tensor  # int32 [max_batch * K]
-
-
-# (G, D): plans by largest batch of the bucket, ascending.
-PLANS: dict[tuple[int, int], tuple[tuple[int, DecodePlan], ...]] = {
-    (2, 128): (
-        (8, DecodePlan(dot=False, tile=32, warps=4, stages=2, programs=528, min_tiles=1)),
-        (64, DecodePlan(dot=False, tile=64, warps=4, stages=2, programs=1056, min_tiles=4)),
-        (1 << 30, DecodePlan(dot=True, tile=64, warps=4, stages=3, programs=528, min_tiles=8, prefetch=2)),
-    ),
-}
-DOT_PLANS: tuple[tuple[int, DecodePlan], ...] = (
-    (8, DecodePlan(dot=True, tile=32, warps=4, stages=2, programs=528, min_tiles=1)),
-    (64, DecodePlan(dot=True, tile=64, warps=4, stages=3, programs=1056, min_tiles=2)),
-    (1 << 30, DecodePlan(dot=True, tile=64, warps=4, stages=3, programs=528, min_tiles=8, prefetch=2)),
-)
-
-
-def decode_plan(batch: int, group: int, head_dim: int) -> DecodePlan:
-    """The tuned plan of a batch size; other groups and head sizes take the tensor-core plans."""
-    return next(plan for limit, plan in PLANS.get((group, head_dim), DOT_PLANS) if batch <= limit)
-
-
-def num_splits(plan: DecodePlan, rows_and_heads: int) -> int:
-    """Programs per (row, KV head): a function of B * K alone."""
-    return max(1, min(MAX_SPLITS, -(-plan.programs // rows_and_heads)))
 
 
 def decode_scratch(
@@ -124,21 +83,12 @@ def _tile_pointers(table, start, head, block_stride, P: tl.constexpr, D: tl.cons
 
 
 @triton.jit
-def _prefetch(
-    k_cache,
-    v_cache,
-    table,
-    begin,
-    end,
-    head,
-    block_stride,
-    P: tl.constexpr,
-    D: tl.constexpr,
-    LINES: tl.constexpr,
-    LINE: tl.constexpr,
-):
-    """Ask for the first LINES cache lines of K and V from token `begin` on, none at or beyond token `end`."""
-    element = tl.arange(0, LINES) * LINE
+def _prefetch(k_cache, v_cache, table, begin, end, head, block_stride, SHAPE: tl.constexpr, TILES: tl.constexpr):
+    """Ask for the cache lines of the first TILES tiles from token `begin` on, none at or beyond token `end`."""
+    P: tl.constexpr = SHAPE[0]
+    D: tl.constexpr = SHAPE[1]
+    LINE: tl.constexpr = min(LINE_ELEMENTS, D)
+    element = tl.arange(0, TILES * SHAPE[2] * D // LINE) * LINE
     token = begin + element // D
     valid = token < end
     block = tl.load(table + token // P, mask=valid, other=0).to(tl.int64)
@@ -150,22 +100,22 @@ def _prefetch(
 @triton.jit
 def _attend_rows(
     q,
-    k_cache,
-    v_cache,
+    caches,
     table,
     first,
     last,
     past,
     head,
     block_stride,
+    SHAPE: tl.constexpr,
     G: tl.constexpr,
     GP: tl.constexpr,
-    P: tl.constexpr,
-    D: tl.constexpr,
-    TILE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Tiles first .. last without tensor cores: q [GP, D] fp32 in log2 units to (m [GP], l [GP], acc [GP, D])."""
+    P: tl.constexpr = SHAPE[0]
+    D: tl.constexpr = SHAPE[1]
+    TILE: tl.constexpr = SHAPE[2]
     g = tl.arange(0, GP)[:, None]
     q0 = tl.sum(tl.where(g == 0, q, 0.0), 0)[None, :]
     q1 = tl.sum(tl.where(g == 1, q, 0.0), 0)[None, :]
@@ -177,8 +127,8 @@ def _attend_rows(
         start = tile * TILE
         offsets = _tile_pointers(table, start, head, block_stride, P, D, TILE)
         valid = start + tl.arange(0, TILE) < past
-        k = tl.load(k_cache + offsets, mask=valid[:, None], other=0.0)
-        v = tl.load(v_cache + offsets, mask=valid[:, None], other=0.0)
+        k = tl.load(caches[0] + offsets, mask=valid[:, None], other=0.0)
+        v = tl.load(caches[1] + offsets, mask=valid[:, None], other=0.0)
         k = k.to(tl.float32)
         v = v.to(tl.float32)
         m0, l0, acc0 = _row_step(q0, k, v, valid, m0, l0, acc0)
@@ -200,8 +150,7 @@ def _attend_rows(
 @triton.jit
 def _attend_dot(
     q,
-    k_cache,
-    v_cache,
+    caches,
     table,
     first,
     last,
@@ -209,13 +158,14 @@ def _attend_dot(
     head,
     block_stride,
     qk_scale,
+    SHAPE: tl.constexpr,
     GP: tl.constexpr,
-    P: tl.constexpr,
-    D: tl.constexpr,
-    TILE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Tiles first .. last on the tensor cores: q [GP, D] in the cache's dtype to (m, l, acc)."""
+    P: tl.constexpr = SHAPE[0]
+    D: tl.constexpr = SHAPE[1]
+    TILE: tl.constexpr = SHAPE[2]
     m = tl.full([GP], -float("inf"), tl.float32)
     l = tl.zeros([GP], tl.float32)
     acc = tl.zeros([GP, D], tl.float32)
@@ -223,14 +173,14 @@ def _attend_dot(
         start = tile * TILE
         offsets = _tile_pointers(table, start, head, block_stride, P, D, TILE)
         valid = start + tl.arange(0, TILE) < past
-        k = tl.load(k_cache + offsets, mask=valid[:, None], other=0.0)
+        k = tl.load(caches[0] + offsets, mask=valid[:, None], other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
         s = tl.where(valid[None, :], s, -float("inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
         alpha = tl.exp2(m - m_new)
         p = tl.exp2(s - m_new[:, None])
         l = l * alpha + tl.sum(p, 1)
-        v = tl.load(v_cache + offsets, mask=valid[:, None], other=0.0)
+        v = tl.load(caches[1] + offsets, mask=valid[:, None], other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
         m = m_new
     return m, l, acc
@@ -254,12 +204,12 @@ def _combine(
     acc = tl.zeros([GS, D], tl.float32)
     for start in range(0, used, CHUNK):
         c = start + tl.arange(0, CHUNK)
-        known = (c < used)[:, None] & (g < G)[None, :]
+        here = (c < used)[:, None] & (g < G)[None, :]
         m = tl.load(
-            stats + (base + c)[:, None] * (2 * G) + g[None, :], mask=known, other=-float("inf"), cache_modifier=".cg"
+            stats + (base + c)[:, None] * (2 * G) + g[None, :], mask=here, other=-float("inf"), cache_modifier=".cg"
         )
         row = (base + c)[:, None, None] * (G * D) + g[None, :, None] * D + d[None, None, :]
-        part = tl.load(partial + row, mask=known[:, :, None], other=0.0, cache_modifier=".cg")
+        part = tl.load(partial + row, mask=here[:, :, None], other=0.0, cache_modifier=".cg")
         acc += tl.sum(part * tl.exp2(m - top[None, :])[:, :, None], 0)
     return acc / tl.where(g < G, total, 1.0)[:, None]
 
@@ -289,14 +239,11 @@ def _decode_kernel(
     DOT: tl.constexpr,
     EARLY: tl.constexpr,
     PREFETCH: tl.constexpr,
-    LINE: tl.constexpr,
     K: tl.constexpr,
     G: tl.constexpr,
     GP: tl.constexpr,
     GS: tl.constexpr,
-    D: tl.constexpr,
-    P: tl.constexpr,
-    TILE: tl.constexpr,
+    SHAPE: tl.constexpr,
     STAGES: tl.constexpr,
     S: tl.constexpr,
     S_POW2: tl.constexpr,
@@ -310,6 +257,10 @@ def _decode_kernel(
     this layer that matter were written one step ago, by this kernel. Its own write of the new token is not read by any
     program: the owner of the row's last split takes it from registers, all programs mask it out.
     """
+    P: tl.constexpr = SHAPE[0]
+    D: tl.constexpr = SHAPE[1]
+    TILE: tl.constexpr = SHAPE[2]
+    caches = (k_cache, v_cache)
     release_next(PDL)
     head = tl.program_id(0)
     row = tl.program_id(1)
@@ -327,62 +278,51 @@ def _decode_kernel(
         table = tables + row.to(tl.int64) * table_stride
         first = split * per_split
         last = tl.minimum(first + per_split, num_tiles)
-        if EARLY:
-            if PDL and PREFETCH > 0:
-                end = tl.minimum(last * TILE, past)
-                _prefetch(
-                    k_cache,
-                    v_cache,
-                    table,
-                    first * TILE,
-                    end,
-                    head,
-                    block_stride,
-                    P,
-                    D,
-                    PREFETCH * TILE * D // LINE,
-                    LINE,
-                )
-            wait_previous(PDL)
+        if PREFETCH > 0:
+            end = tl.minimum(last * TILE, past)
+            _prefetch(k_cache, v_cache, table, first * TILE, end, head, block_stride, SHAPE, PREFETCH)
         dtype: tl.constexpr = qkv.dtype.element_ty
         source = qkv + row.to(tl.int64) * qkv_stride
         q_offsets = (head * G + g)[:, None] * D + d[None, :]
         in_group = (g < G)[:, None]
-        q = tl.load(source + q_offsets, mask=in_group, other=0.0)
         owner = (split == used - 1) & (length > 0)
         if FUSED:
             half: tl.constexpr = D // 2
             partner_d = d ^ half
             position = tl.load(positions + row).to(tl.int64)
+            slot = tl.load(slots + row).to(tl.int64)
             cos = tl.load(cos_sin + position * D + d % half)[None, :]
             sin = tl.load(cos_sin + position * D + half + d % half)
             sin = tl.where(d < half, -sin, sin)[None, :]
-            q_partner = tl.load(source + (head * G + g)[:, None] * D + partner_d[None, :], mask=in_group, other=0.0)
             q_weight = tl.load(q_norm + d).to(tl.float32)[None, :]
             q_weight_partner = tl.load(q_norm + partner_d).to(tl.float32)[None, :]
-            q = normed_rope(
-                q.to(tl.float32), q_partner.to(tl.float32), q_weight, q_weight_partner, cos, sin, eps, D, dtype
-            )
+            k_weight = tl.load(k_norm + d).to(tl.float32)[None, :]
+            k_weight_partner = tl.load(k_norm + partner_d).to(tl.float32)[None, :]
+        if EARLY:
+            wait_previous(PDL)
+        q = tl.load(source + q_offsets, mask=in_group, other=0.0)
+        if FUSED:
+            q_partner = tl.load(source + (head * G + g)[:, None] * D + partner_d[None, :], mask=in_group, other=0.0)
             k_source = source + (K * G + head) * D
             k_new = tl.load(k_source + d).to(tl.float32)[None, :]
             k_partner = tl.load(k_source + partner_d).to(tl.float32)[None, :]
-            k_weight = tl.load(k_norm + d).to(tl.float32)[None, :]
-            k_weight_partner = tl.load(k_norm + partner_d).to(tl.float32)[None, :]
-            k_new = normed_rope(k_new, k_partner, k_weight, k_weight_partner, cos, sin, eps, D, dtype)
             v_new = tl.load(k_source + K * D + d)[None, :]
-            slot = tl.load(slots + row).to(tl.int64)
+            q = normed_rope(
+                q.to(tl.float32), q_partner.to(tl.float32), q_weight, q_weight_partner, cos, sin, eps, D, dtype
+            )
+            k_new = normed_rope(k_new, k_partner, k_weight, k_weight_partner, cos, sin, eps, D, dtype)
             target = slot // P * block_stride + head * (P * D) + slot % P * D + d[None, :]
             write = owner & (slot >= 0)
             tl.store(k_cache + target, k_new, mask=write)
             tl.store(v_cache + target, v_new, mask=write)
         if DOT:
             m, l, acc = _attend_dot(
-                q, k_cache, v_cache, table, first, last, past, head, block_stride, qk_scale, GP, P, D, TILE, STAGES
+                q, caches, table, first, last, past, head, block_stride, qk_scale, SHAPE, GP, STAGES
             )
         else:
             q_scaled = q.to(tl.float32) * qk_scale
             m, l, acc = _attend_rows(
-                q_scaled, k_cache, v_cache, table, first, last, past, head, block_stride, G, GP, P, D, TILE, STAGES
+                q_scaled, caches, table, first, last, past, head, block_stride, SHAPE, G, GP, STAGES
             )
         if FUSED:
             s_new = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 1) * qk_scale
@@ -396,7 +336,8 @@ def _decode_kernel(
             m = m_new
         target_out = out + row.to(tl.int64) * (K * G * D)
         if used == 1:
-            result = tl.where(length > 0, acc / l[:, None], 0.0)
+            result = acc / tl.where(length > 0, l, 1.0)[:, None]
+            result = tl.where(length > 0, result, 0.0)
             tl.store(target_out + q_offsets, result.to(out.dtype.element_ty), mask=in_group)
         else:
             base = (row * K + head) * S
@@ -466,15 +407,12 @@ def _launch(
         FUSED=weights is not None,
         DOT=dot,
         EARLY=early,
-        PREFETCH=plan.prefetch,
-        LINE=min(LINE_ELEMENTS, head_dim),
+        PREFETCH=plan.prefetch if qkv.is_cuda else 0,
         K=kv_heads,
         G=group,
         GP=max(16, padded) if dot else 2,
         GS=padded,
-        D=head_dim,
-        P=block_size,
-        TILE=tile,
+        SHAPE=(block_size, head_dim, tile),
         STAGES=plan.stages,
         S=splits,
         S_POW2=max(2, triton.next_power_of_2(splits)),

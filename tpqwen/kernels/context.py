@@ -19,9 +19,18 @@ class PrefillRows:
     tables_CM: torch.Tensor  # int32, block ids
     query_start: torch.Tensor  # int32 [C + 1]
     lengths_C: torch.Tensor  # int32, tokens in the cache after this chunk is written
-    max_query: int  # longest chunk, tokens
-    max_length: int  # longest context, tokens
-    fresh: bool  # every chunk starts at position 0: keys are exactly the chunk's own
+    num_query: tuple[int, ...]  # chunk lengths, on the host
+    num_context: tuple[int, ...]  # lengths_C, on the host
+
+    @property
+    def max_query(self) -> int:
+        """Longest chunk, tokens."""
+        return max(self.num_query)
+
+    @property
+    def fresh(self) -> bool:
+        """Every chunk starts at position 0: its keys are exactly its own."""
+        return self.num_query == self.num_context
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The Triton side of ops.py: which operation runs which kernel on a CUDA device. Imported only where there is one.
+"""The CUDA side of ops.py: which operation runs which kernel. Imported only where there is a GPU.
 
 Scratch buffers are made once per device and shape, so that CUDA graphs may keep their addresses.
 """
@@ -8,16 +8,14 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tpqwen.kernels import attention, gemm, prefill, reference, sampling
-from tpqwen.kernels.context import StepContext
+from tpqwen.kernels import attention, gemm, norm, prefill, sampling
+from tpqwen.kernels.context import PrefillRows, StepContext
 
 MAX_DECODE_ROWS = 1024
-
-
-@cache
-def _scratch(kv_heads: int, group: int, head_dim: int, device: torch.device) -> attention.DecodeScratch:
-    return attention.decode_scratch(MAX_DECODE_ROWS, kv_heads, group, head_dim, device)
+DENSE_FROM = 1024  # tokens of a whole prompt from which gathering its keys and cuDNN beat the paged kernel
 
 
 def attend(
@@ -29,28 +27,18 @@ def attend(
     ctx: StepContext,
     scale: float,
 ) -> torch.Tensor:
-    """reference.attend: decode rows in one fused kernel; chunks through norm, rope, write and prefill attention."""
+    """reference.attend: decode rows in one fused kernel; chunks are normed, rotated and written, then attend."""
     k_cache, v_cache = ctx.k_cache[layer], ctx.v_cache[layer]
     kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     width = qkv_TF.shape[1] - 2 * kv_heads * head_dim
     out = torch.empty((len(qkv_TF), width), dtype=qkv_TF.dtype, device=qkv_TF.device)
     count = ctx.num_decode
     if ctx.prefill is not None:
-        p = ctx.prefill
+        chunk_slots, positions = ctx.cache_slots_T[count:], ctx.positions_T[count:]
         q_TND = prefill.qk_norm_rope_write(
-            qkv_TF[count:],
-            q_norm_D,
-            k_norm_D,
-            eps,
-            ctx.cos_sin,
-            ctx.positions_T[count:],
-            k_cache,
-            v_cache,
-            ctx.cache_slots_T[count:],
+            qkv_TF[count:], q_norm_D, k_norm_D, eps, ctx.cos_sin, positions, k_cache, v_cache, chunk_slots
         )
-        out[count:] = prefill.paged_prefill(
-            q_TND, k_cache, v_cache, p.tables_CM, p.query_start, p.lengths_C, p.max_query, scale
-        ).flatten(1)
+        out[count:] = _prefill(q_TND, k_cache, v_cache, ctx.prefill, scale).flatten(1)
     if count:
         attention.decode_attention(
             qkv_TF[:count],
@@ -71,12 +59,65 @@ def attend(
     return out
 
 
+def _prefill(
+    q_TND: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, rows: PrefillRows, scale: float
+) -> torch.Tensor:
+    """Causal attention of the chunks, [T, N, D]: long fresh ones by cuDNN, the rest by the paged kernel in one launch."""
+    out = (
+        prefill.paged_prefill(
+            q_TND, k_cache, v_cache, rows.tables_CM, rows.query_start, rows.lengths_C, rows.max_query, scale
+        )
+        if _dense_chunks(rows) < len(rows.num_query)
+        else torch.empty_like(q_TND)
+    )
+    start = 0
+    for chunk, (count, length) in enumerate(zip(rows.num_query, rows.num_context, strict=True)):
+        if count == length and count >= DENSE_FROM:
+            span, table = slice(start, start + count), rows.tables_CM[chunk]
+            k_KSD, v_KSD = (_gathered(c, table, count) for c in (k_cache, v_cache))
+            out[span] = _dense(q_TND[span], k_KSD, v_KSD, scale)
+        start += count
+    return out
+
+
+def _dense_chunks(rows: PrefillRows) -> int:
+    """How many chunks are whole prompts long enough for cuDNN."""
+    pairs = zip(rows.num_query, rows.num_context, strict=True)
+    return sum(count == length and count >= DENSE_FROM for count, length in pairs)
+
+
+def _dense(q_TND: torch.Tensor, k_KTD: torch.Tensor, v_KTD: torch.Tensor, scale: float) -> torch.Tensor:
+    q_NTD = q_TND.transpose(0, 1)
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        mixed = F.scaled_dot_product_attention(
+            q_NTD[None], k_KTD[None], v_KTD[None], is_causal=True, scale=scale, enable_gqa=True
+        )
+    return mixed[0].transpose(0, 1)
+
+
+def _gathered(cache_layer: torch.Tensor, table_M: torch.Tensor, length: int) -> torch.Tensor:
+    """The first `length` tokens of one block table, [K, length, D]."""
+    _, kv_heads, size, head_dim = cache_layer.shape
+    blocks = cache_layer[table_M[: -(-length // size)]]  # [M, K, P, D]
+    return blocks.transpose(0, 1).reshape(kv_heads, -1, head_dim)[:, :length]
+
+
+def linear_add(x_TI: torch.Tensor, weight_HI: torch.Tensor, residual_TH: torch.Tensor) -> torch.Tensor:
+    """reference.linear_add in place: nobody reads the residual stream of before, and a copy of it would be a launch."""
+    return gemm.linear_add(x_TI, weight_HI, residual_TH, out_TH=residual_TH)
+
+
+@cache
+def _scratch(kv_heads: int, group: int, head_dim: int, device: torch.device) -> attention.DecodeScratch:
+    return attention.decode_scratch(MAX_DECODE_ROWS, kv_heads, group, head_dim, device)
+
+
 OPERATIONS = {
+    "rms_norm": norm.rms_norm,
     "linear": gemm.linear,
     "norm_linear": gemm.norm_linear,
     "norm_gate_up": gemm.norm_gate_up,
-    "linear_add": gemm.linear_add,
+    "linear_add": linear_add,
     "attend": attend,
     "noisy_argmax": sampling.noisy_argmax,
-    "top_candidates": reference.top_candidates,
 }

@@ -1,41 +1,26 @@
 """Matrix products of a decode step with their neighbours fused: RMSNorm before; residual add or SwiGLU after.
 
 T tokens (batch rows), H hidden, I inputs or inner width, O outputs, F = 2I, K the summed width. The kernels stream each
-weight once; each asks for the next kernel's launch, starts its own weight loads, and only then waits for its predecessor
-(programmatic dependent launch): weights never depend on an earlier kernel. Above 128 rows the products go to cuBLAS.
+weight once; each asks for the next kernel's launch, starts its own weight loads, and only then waits for the previous
+one (programmatic dependent launch): weights never depend on an earlier kernel. Above 128 rows cuBLAS does the products.
 """
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, var-annotated"
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from tpqwen.kernels.gemm_table import Config, choose, fit
+from tpqwen.kernels.launch import launch_options, prefetch_l2, release_next, wait_previous
+from tpqwen.kernels.norm import rms_norm, silu_mul
 
 PLAIN, ADD, SILU = 0, 1, 2  # what a kernel does with the product
-MAX_ROWS = 128  # of one launch; also the last bucket of the table
-SMS = 132  # of H100 and H200: only guides default_config
-
-
-class Config(NamedTuple):
-    """How one product runs. path: "gemv" (no tensor cores, 1..4 rows), "dot", or "torch" (cuBLAS and separate kernels).
-
-    block_n weight rows by block_k columns make a tile. stages: gemv tiles held in registers before the wait, dot pipeline
-    depth. split: programs that share one tile's K. prefetch: columns per weight row asked into L2 before the wait (0:
-    none). fuse_norm: normalize inside the kernel, else run rms_norm first.
-    """
-
-    path: str
-    block_n: int = 0
-    block_k: int = 0
-    warps: int = 4
-    stages: int = 1
-    split: int = 1
-    prefetch: int = 0
-    fuse_norm: bool = True
 
 
 class Workspace:
@@ -63,28 +48,33 @@ def workspace(device: torch.device) -> Workspace:
 
 
 @triton.jit
-def prefetch_weights(w, rows, K, start, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
-    """Ask for columns start .. start + COLUMNS of the weight's `rows` [BLOCK_N, 1] to be brought into L2.
-
-    Each thread asks for one piece of one row, so the pieces cover the tile exactly once.
-    """
-    PIECES: tl.constexpr = WARPS * 32 // BLOCK_N
-    piece = tl.arange(0, PIECES)[None, :] * (COLUMNS // PIECES)
-    addresses = (w + rows * K + (start + piece)).to(tl.int64, bitcast=True)
-    size = tl.full([BLOCK_N, PIECES], COLUMNS // PIECES * (w.dtype.element_ty.primitive_bitwidth // 8), tl.int32)
-    tl.inline_asm_elementwise(
-        "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r",
-        [addresses, size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+def prefetch_weights(
+    w, rows, K, start, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, BULK: tl.constexpr, WARPS: tl.constexpr
+):
+    """Ask for columns start .. start + COLUMNS of the weight's `rows` [BLOCK_N, 1] to be brought into L2."""
+    if BULK:
+        # One piece of one row per thread, so that the pieces cover the tile exactly once.
+        PIECES: tl.constexpr = WARPS * 32 // BLOCK_N
+        pieces = w + rows * K + (start + tl.arange(0, PIECES)[None, :] * (COLUMNS // PIECES))
+        size = tl.full([BLOCK_N, PIECES], COLUMNS // PIECES * (w.dtype.element_ty.primitive_bitwidth // 8), tl.int32)
+        tl.inline_asm_elementwise(
+            "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+            "=r,l,r",
+            [pieces.to(tl.int64), size],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        LINE: tl.constexpr = 1024 // w.dtype.element_ty.primitive_bitwidth
+        for column in tl.static_range(0, COLUMNS, 8 * LINE):
+            line = column + tl.arange(0, 8)[None, :] * LINE
+            prefetch_l2(w + rows * K + (start + line), (rows >= 0) & (line < COLUMNS))
 
 
 @triton.jit
 def weight_rows(tile, N: tl.constexpr, BLOCK_N: tl.constexpr, EPILOGUE: tl.constexpr):
-    """The weight rows of a tile, [BLOCK_N]. For SwiGLU the tile alternates gate row, up row. Rows past N repeat N - 1."""
+    """The weight rows of a tile, [BLOCK_N]; for SwiGLU gate row, up row in turn. Rows past N repeat N - 1."""
     r = tl.arange(0, BLOCK_N)
     if EPILOGUE == 2:
         n = tile * (BLOCK_N // 2) + r // 2
@@ -112,13 +102,13 @@ def _gemv_kernel(
     BLOCK_K: tl.constexpr,
     EARLY: tl.constexpr,
     PREFETCH: tl.constexpr,
+    BULK: tl.constexpr,
     NORM: tl.constexpr,
     EPILOGUE: tl.constexpr,
     WARPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        gdc_launch_dependents()
+    release_next(PDL)
     tile = tl.program_id(0)
     k = tl.arange(0, BLOCK_K)[None, :]
     rows = weight_rows(tile, N, BLOCK_N, EPILOGUE)[:, None]
@@ -126,51 +116,33 @@ def _gemv_kernel(
     held = ()
     scales = ()
     for t in tl.static_range(EARLY):
-        held = held + (tl.load(w_tile + t * BLOCK_K, eviction_policy="evict_first"),)
+        held = held + (tl.load(w_tile + t * BLOCK_K, eviction_policy="evict_first"),)  # noqa: RUF005
         if NORM:
-            scales = scales + (tl.load(norm + t * BLOCK_K + k),)
-    if PDL:
-        if PREFETCH > 0:
-            prefetch_weights(w, rows, K, EARLY * BLOCK_K, BLOCK_N, PREFETCH, WARPS)
-        gdc_wait()
-    acc0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    acc1, acc2, acc3 = acc0, acc0, acc0
-    square0 = tl.zeros([1, BLOCK_K], tl.float32)
-    square1, square2, square3 = square0, square0, square0
+            scales = scales + (tl.load(norm + t * BLOCK_K + k),)  # noqa: RUF005
+    if PDL and PREFETCH > 0:
+        prefetch_weights(w, rows, K, EARLY * BLOCK_K, BLOCK_N, PREFETCH, BULK, WARPS)
+    wait_previous(PDL)
+    sums = ()
+    squares = ()
+    for _ in tl.static_range(ROWS):
+        sums = sums + (tl.zeros([BLOCK_N, BLOCK_K], tl.float32),)  # noqa: RUF005
+        squares = squares + (tl.zeros([1, BLOCK_K], tl.float32),)  # noqa: RUF005
     for t in tl.static_range(K // BLOCK_K):
-        if t < EARLY:
-            weights = held[t].to(tl.float32)
-        else:
-            weights = tl.load(w_tile + t * BLOCK_K, eviction_policy="evict_first").to(tl.float32)
-        if NORM:
-            if t < EARLY:
-                scale = scales[t].to(tl.float32)
-            else:
-                scale = tl.load(norm + t * BLOCK_K + k).to(tl.float32)
+        weights = held[t] if t < EARLY else tl.load(w_tile + t * BLOCK_K, eviction_policy="evict_first")
+        more_sums = ()
+        more_squares = ()
         for m in tl.static_range(ROWS):
             value = tl.load(x + m * K + t * BLOCK_K + k, eviction_policy="evict_last").to(tl.float32)
-            square = value * value
             if NORM:
-                value = value * scale
-            if m == 0:
-                acc0 += weights * value
-                square0 += square
-            elif m == 1:
-                acc1 += weights * value
-                square1 += square
-            elif m == 2:
-                acc2 += weights * value
-                square2 += square
-            else:
-                acc3 += weights * value
-                square3 += square
-    _store_row(acc0, square0, residual, out, eps, tile, 0, N, K, BLOCK_N, NORM, EPILOGUE)
-    if ROWS > 1:
-        _store_row(acc1, square1, residual, out, eps, tile, 1, N, K, BLOCK_N, NORM, EPILOGUE)
-    if ROWS > 2:
-        _store_row(acc2, square2, residual, out, eps, tile, 2, N, K, BLOCK_N, NORM, EPILOGUE)
-    if ROWS > 3:
-        _store_row(acc3, square3, residual, out, eps, tile, 3, N, K, BLOCK_N, NORM, EPILOGUE)
+                more_squares = more_squares + (squares[m] + value * value,)  # noqa: RUF005
+                scale = scales[t] if t < EARLY else tl.load(norm + t * BLOCK_K + k)
+                value = value * scale.to(tl.float32)
+            more_sums = more_sums + (sums[m] + weights.to(tl.float32) * value,)  # noqa: RUF005
+        sums = more_sums
+        if NORM:
+            squares = more_squares
+    for m in tl.static_range(ROWS):
+        _store_row(sums[m], squares[m], residual, out, eps, tile, m, N, K, BLOCK_N, NORM, EPILOGUE)
 
 
 @triton.jit
@@ -223,22 +195,21 @@ def _dot_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
     PREFETCH: tl.constexpr,
+    BULK: tl.constexpr,
     NORM: tl.constexpr,
     EPILOGUE: tl.constexpr,
     WARPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """acc = W tile @ x^T: weight rows are the long side of the tensor-core tile, the batch its short side."""
-    if PDL:
-        gdc_launch_dependents()
+    release_next(PDL)
     tile = tl.program_id(0)
     split = tl.program_id(1)
     first = split * (K // SPLIT)
     rows = weight_rows(tile, N, BLOCK_N, EPILOGUE)[:, None]
-    if PDL:
-        if PREFETCH > 0:
-            prefetch_weights(w, rows, K, first, BLOCK_N, PREFETCH, WARPS)
-        gdc_wait()
+    if PDL and PREFETCH > 0:
+        prefetch_weights(w, rows, K, first, BLOCK_N, PREFETCH, BULK, WARPS)
+    wait_previous(PDL)
     m = tl.arange(0, BLOCK_M)
     k = first + tl.arange(0, BLOCK_K)[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -304,3 +275,120 @@ def _store_tile(
         gate, up = tl.split(tl.permute(tl.reshape(acc, [OUT, 2, BLOCK_M]), (0, 2, 1)))
         acc = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(out + place, acc.to(out.dtype.element_ty), mask=inside)
+
+
+def _launch(
+    config: Config,
+    epilogue: int,
+    x_TK: torch.Tensor,
+    weight: torch.Tensor,
+    out_TN: torch.Tensor,
+    *,
+    norm: tuple[torch.Tensor, float] | None = None,
+    residual_TN: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Run the kernel that `config` names; rows are contiguous, shapes agree, and config has been through fit."""
+    assert x_TK.is_contiguous() and weight.is_contiguous() and out_TN.is_contiguous(), "gemm takes contiguous tensors"
+    (rows, width), columns = x_TK.shape, out_TN.shape[1]
+    assert weight.shape == (columns * (2 if epilogue == SILU else 1), width), "weight and output do not agree"
+    scale_K, eps = norm if norm is not None else (x_TK, 0.0)
+    before_TN = out_TN if residual_TN is None else residual_TN
+    assert before_TN.is_contiguous() and before_TN.shape == out_TN.shape, "residual and output do not agree"
+    tiles = triton.cdiv(columns * (2 if epilogue == SILU else 1), config.block_n)
+    options = {"num_warps": config.warps, **launch_options(x_TK.device)}
+    shared = {"PREFETCH": config.prefetch, "BULK": config.bulk, "NORM": norm is not None, "EPILOGUE": epilogue}
+    shared |= {"N": columns, "K": width, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "WARPS": config.warps}
+    tensors = (x_TK, weight, scale_K, before_TN, out_TN)
+    if config.path == "gemv":
+        _gemv_kernel[(tiles,)](*tensors, eps, ROWS=rows, EARLY=config.stages, **shared, **options)
+        return out_TN
+    block_m = max(16, triton.next_power_of_2(rows))
+    scratch = workspace(x_TK.device)
+    tile_floats = (config.block_n + 1) * block_m
+    assert config.split == 1 or scratch.fits(tiles, config.split, tile_floats), "the product needs a larger workspace"
+    _dot_kernel[(tiles, config.split)](
+        *tensors,
+        scratch.partial_V,
+        scratch.arrived_N,
+        rows,
+        eps,
+        BLOCK_M=block_m,
+        SPLIT=config.split,
+        num_stages=config.stages,
+        **shared,
+        **options,
+    )
+    return out_TN
+
+
+def linear(
+    x_TI: torch.Tensor,
+    weight_OI: torch.Tensor,
+    *,
+    out_TO: torch.Tensor | None = None,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """x W^T, [T, O]."""
+    config = _config(config, "plain", x_TI, weight_OI)
+    if config.path == "torch" or not len(x_TI):
+        return F.linear(x_TI, weight_OI) if out_TO is None else torch.matmul(x_TI, weight_OI.t(), out=out_TO)
+    out_TO = x_TI.new_empty(len(x_TI), len(weight_OI)) if out_TO is None else out_TO
+    return _launch(config, PLAIN, x_TI, weight_OI, out_TO)
+
+
+def norm_linear(
+    h_TH: torch.Tensor,
+    norm_H: torch.Tensor,
+    eps: float,
+    weight_OH: torch.Tensor,
+    *,
+    out_TO: torch.Tensor | None = None,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """RMSNorm, then x W^T: [T, O]. Fused, 1 / rms multiplies the fp32 sums, so it is never rounded to h's dtype."""
+    config = _config(config, "norm", h_TH, weight_OH)
+    if config.path == "torch" or not config.fuse_norm or not len(h_TH):
+        return linear(rms_norm(h_TH, norm_H, eps), weight_OH, out_TO=out_TO, config=config)
+    out_TO = h_TH.new_empty(len(h_TH), len(weight_OH)) if out_TO is None else out_TO
+    return _launch(config, PLAIN, h_TH, weight_OH, out_TO, norm=(norm_H, eps))
+
+
+def norm_gate_up(
+    h_TH: torch.Tensor,
+    norm_H: torch.Tensor,
+    eps: float,
+    weight_FH: torch.Tensor,
+    *,
+    out_TI: torch.Tensor | None = None,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """RMSNorm, then silu(gate) * up, [T, I]. The weight's 2I rows are I gate rows, then I up rows."""
+    config = _config(config, "silu", h_TH, weight_FH)
+    if config.path == "torch" or not len(h_TH):
+        return silu_mul(F.linear(rms_norm(h_TH, norm_H, eps), weight_FH), out_TI=out_TI)
+    out_TI = h_TH.new_empty(len(h_TH), len(weight_FH) // 2) if out_TI is None else out_TI
+    if not config.fuse_norm:
+        return _launch(config, SILU, rms_norm(h_TH, norm_H, eps), weight_FH, out_TI)
+    return _launch(config, SILU, h_TH, weight_FH, out_TI, norm=(norm_H, eps))
+
+
+def linear_add(
+    x_TI: torch.Tensor,
+    weight_HI: torch.Tensor,
+    residual_TH: torch.Tensor,
+    *,
+    out_TH: torch.Tensor | None = None,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """residual + x W^T, [T, H], rounded once. A new tensor unless out_TH is given, which may be the residual itself."""
+    config = _config(config, "add", x_TI, weight_HI)
+    if config.path == "torch" or not len(x_TI):
+        return torch.addmm(residual_TH, x_TI, weight_HI.t(), out=out_TH)
+    out_TH = torch.empty_like(residual_TH) if out_TH is None else out_TH
+    return _launch(config, ADD, x_TI, weight_HI, out_TH, residual_TN=residual_TH)
+
+
+def _config(given: Config | None, operation: str, x_TK: torch.Tensor, weight: torch.Tensor) -> Config:
+    if given is None:
+        return choose(operation, len(x_TK), *weight.shape)
+    return fit(given, len(x_TK), weight.shape[1])

@@ -1,4 +1,4 @@
-"""One public function per operation, the only import site of the kernels. Triton on CUDA tensors, the reference elsewhere.
+"""One public function per operation, the only import site of the kernels: Triton on CUDA, the reference elsewhere.
 
 Shapes and meaning of each are in kernels/reference.py, which is the specification.
 """
@@ -55,7 +55,7 @@ def norm_gate_up(h_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, weight_FH
 
 
 def linear_add(x_TI: torch.Tensor, weight_HI: torch.Tensor, residual_TH: torch.Tensor) -> torch.Tensor:
-    """residual + x W^T."""
+    """residual + x W^T. The residual may be overwritten: use only what is returned."""
     result: torch.Tensor = _pick("linear_add", x_TI)(x_TI, weight_HI, residual_TH)
     return result
 

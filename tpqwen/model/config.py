@@ -14,6 +14,7 @@ from typing import Any
 from tpqwen.errors import ConfigError
 
 DEFAULT_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class ModelConfig:
         path = Path(folder) / "generation_config.json"
         generation = _read(path) if path.exists() else {}
         ends = [*_ids(raw.get("eos_token_id")), *_ids(generation.get("eos_token_id"))]
-        return ModelConfig(
+        config = ModelConfig(
             **{k: _number(raw, k, int) for k in _INT_FIELDS},
             rms_norm_eps=_number(raw, "rms_norm_eps", float),
             rope_theta=_rope_theta(raw),
@@ -52,6 +53,20 @@ class ModelConfig:
             eos_token_ids=tuple(dict.fromkeys(ends)),
             generation_defaults={k: generation[k] for k in DEFAULT_KEYS if generation.get(k) is not None},
         )
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        """Rules between fields that hold for every TP degree."""
+        q, kv = self.num_attention_heads, self.num_key_value_heads
+        if q % kv:
+            raise ConfigError(
+                f"config.json: {q} query heads (num_attention_heads) are no multiple of {kv} key/value heads"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"config.json: head_dim {self.head_dim} is odd, rotary embeddings need pairs")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"config.json: dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
 
     def local_kv_heads(self, tp: int) -> int:
         """Key/value heads that one rank holds; at least one, replicated when there are more ranks than heads."""
@@ -125,8 +140,6 @@ def _refuse(raw: dict[str, Any], folder: Path) -> None:
         raise ConfigError(f"{folder}: model_type 'qwen3_moe' is not supported yet; dense Qwen3 is")
     if kind != "qwen3":
         raise ConfigError(f"{folder}: model_type {kind!r} is not Qwen3; this server runs model_type 'qwen3' only")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
     refusals = {
         "attention_bias": bool(raw.get("attention_bias", False)),
         "use_sliding_window": bool(raw.get("use_sliding_window", False)),
@@ -135,23 +148,34 @@ def _refuse(raw: dict[str, Any], folder: Path) -> None:
     for name, refused in refusals.items():
         if refused:
             raise ConfigError(f"{folder}: {name} {raw[name]!r} is not supported")
-    if rope_type != "default":
-        raise ConfigError(f"{folder}: rope_type {rope_type!r} is not supported yet; remove rope_scaling")
+    for name in ("rope_parameters", "rope_scaling"):  # either may carry it; neither may be overlooked
+        rope = _section(raw, name)
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type != "default":
+            raise ConfigError(f"{folder}: {name} with rope_type {rope_type!r} is not supported yet; remove it")
     if quantization := raw.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ConfigError(f"{folder}: quant_method {method!r} is not supported yet; use the unquantized checkpoint")
 
 
+def _section(raw: dict[str, Any], name: str) -> dict[str, Any]:
+    """A nested object; empty when it is missing or null."""
+    value = raw.get(name) or {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"config.json: {name} must be an object, not {value!r}")
+    return value
+
+
 def _number(raw: dict[str, Any], name: str, kind: type) -> Any:
-    value = raw.get(name)
-    ok = isinstance(value, int) and not isinstance(value, bool) if kind is int else isinstance(value, int | float)
+    value: Any = raw.get(name)
+    ok = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
     if not ok or not value > 0:
         raise ConfigError(f"config.json: {name} must be a positive {kind.__name__}, not {value!r}")
     return kind(value)
 
 
 def _rope_theta(raw: dict[str, Any]) -> float:
-    rope = raw.get("rope_parameters") or {}
+    rope = _section(raw, "rope_parameters")
     if "rope_theta" not in raw and "rope_theta" not in rope:
         raise ConfigError("config.json has no rope_theta; it differs between Qwen3 checkpoints, so there is no default")
     theta: float = _number(raw if "rope_theta" in raw else rope, "rope_theta", float)
@@ -161,4 +185,7 @@ def _rope_theta(raw: dict[str, Any]) -> float:
 def _ids(value: Any) -> list[int]:
     if value is None:
         return []
-    return [int(v) for v in (value if isinstance(value, list) else [value])]
+    ids: list[int] = value if isinstance(value, list) else [value]
+    if not all(type(v) is int for v in ids):
+        raise ConfigError(f"eos_token_id must be a token id or a list of them, not {value!r}")
+    return ids

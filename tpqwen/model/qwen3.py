@@ -87,7 +87,7 @@ class Qwen3(nn.Module):
 
 
 def rope_table(c: ModelConfig, length: int, device: torch.device) -> torch.Tensor:
-    """fp32 [length, D]: cosines of the D/2 frequencies, then sines. Angles are computed in fp32 as transformers does."""
+    """fp32 [length, D]: cosines of the D/2 frequencies, then sines. Angles are computed in fp32, as in transformers."""
     exponent = torch.arange(0, c.head_dim, 2, dtype=torch.int64).float() / c.head_dim
     angles = torch.outer(torch.arange(length).float(), 1.0 / c.rope_theta**exponent)
     return torch.cat([angles.cos(), angles.sin()], -1).to(device)

@@ -1,13 +1,15 @@
 """Weights from safetensors into a rank's parameters: only its slices are read, one tensor at a time.
 
-Peak host memory is one slice beside the weights themselves. Loading must end empty: what is missing, unexpected, wrongly
-shaped or cut off is named, and nothing is ever half-loaded.
+Peak host memory is one slice beside the weights themselves. Loading must end empty: what is missing, unexpected,
+wrongly shaped or cut off is named, and nothing is ever half-loaded.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from tpqwen.parallel.shard import Part
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER_BYTES = 100 * 1024 * 1024
+DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8}  # what a Qwen3 weight may be stored as
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 
 
@@ -102,14 +105,20 @@ def load_weights(model: nn.Module, folder: Path, *, device: torch.device, dtype:
 
 
 def random_weights(model: nn.Module, *, device: torch.device, dtype: torch.dtype, seed: int) -> None:
-    """normal(0, 0.02) matrices and norms of one, for measuring speed without a checkpoint. Ranks draw their own."""
+    """normal(0, 0.02) matrices and norms of one, for measuring speed without a checkpoint.
+
+    Every rank draws each whole tensor from (seed, name) and keeps its slice, so that all TP degrees have one model.
+    Peak memory: the largest full tensor beside the weights.
+    """
     allocate(model, device, dtype)
-    generator = torch.Generator(device).manual_seed(seed)
-    for p in model.parameters():
-        if p.dim() == 1:
-            p.data.fill_(1.0)
-        else:
-            p.data.normal_(0.0, 0.02, generator=generator)
+    generator = torch.Generator(device)
+    for module, part in _parts(model):
+        if len(part.spec.shape) == 1:
+            module.weight.data.fill_(1.0)
+            continue
+        generator.manual_seed(zlib.crc32(f"{seed} {part.name}".encode()))  # CPU generators use 32 bits of a seed
+        full = torch.empty(part.spec.shape, dtype=dtype, device=device).normal_(0.0, 0.02, generator=generator)
+        _fill(module, part, full)
 
 
 def allocate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -135,7 +144,7 @@ def _fill(module: ShardedWeight, part: Part, source: object) -> None:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The file's path. Links are followed only within the model's own repository folder (a Hub cache links its blobs)."""
+    """The file's path. Links are followed only within the model's own repository folder: a Hub cache links blobs."""
     path = folder / name
     root = folder.resolve()
     if root.parent.name == "snapshots":
@@ -148,7 +157,11 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Tensor shapes from a safetensors header; the file's size must be exactly what the header describes."""
+    """Tensor shapes from a safetensors header; the file's size must be exactly what the header describes.
+
+    The types are checked too: whatever is no plain float (a quantized tensor) is refused by its name. An entry that
+    lies about its own size is damage, found here because safetensors itself sees it only after parameters exist.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -158,10 +171,18 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            end = max((t["data_offsets"][1] for t in header.values()), default=0)
+            ends = {n: int(t["data_offsets"][1]) for n, t in header.items()}
+            sizes = {n: ends[n] - int(t["data_offsets"][0]) for n, t in header.items()}
             shapes = {n: tuple(int(d) for d in t["shape"]) for n, t in header.items()}
+            dtypes = {n: str(t["dtype"]) for n, t in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ConfigError(f"{path}: damaged safetensors header ({type(error).__name__})") from None
+    for name, dtype in dtypes.items():
+        if dtype not in DTYPE_BYTES:
+            raise ConfigError(f"{path}: tensor {name} is stored as {dtype}, not as {', '.join(DTYPE_BYTES)}")
+        if sizes[name] != DTYPE_BYTES[dtype] * math.prod(shapes[name]):
+            raise ConfigError(f"{path}: tensor {name} has {sizes[name]} bytes, which is not its shape {shapes[name]}")
+    end = max(ends.values(), default=0)
     if size != 8 + length + end:
         raise ConfigError(f"{path}: {size} bytes, but its header describes {8 + length + end}; the file is cut off")
     return shapes

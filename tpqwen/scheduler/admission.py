@@ -143,6 +143,6 @@ class Admission:
         size = self._rows.block_size
         if self._rows.num_free == self._rows.num_slots:
             return 0
-        horizon = 2 * size * 8 ** min(sequence.preemptions, 8)
+        horizon = (2 * size) << (3 * min(sequence.preemptions, 8))
         own = sequence.num_tokens + min(sequence.max_output - sequence.num_output, horizon)
         return self._rows.growth(horizon) - (-own // size) - (-(-sequence.num_tokens // size))

@@ -14,7 +14,7 @@ from tpqwen.step import Ints
 
 Longs = NDArray[np.int64]
 Mask = NDArray[np.bool_]
-END_COLUMNS = 4  # end ids of a slot compared in one numpy call; Qwen3 has 2, a request may add more
+END_ROWS = 4  # end ids of a slot that are compared in one numpy call; Qwen3 has 2, a request may add more
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,8 +72,8 @@ class Rows:
         self.sequences: list[Sequence | None] = [None] * num_slots
         self._max_output = np.zeros(num_slots, np.int64)
         self._min_tokens = np.zeros(num_slots, np.int64)
-        self._ends: Ints = np.full((num_slots, END_COLUMNS), -1, np.int32)
-        self._many_ends: dict[int, frozenset[int]] = {}  # slot -> end ids, where they are more than END_COLUMNS
+        self._ends: Ints = np.full((END_ROWS, num_slots), -1, np.int32)
+        self._many_ends: dict[int, frozenset[int]] = {}  # slot -> end ids, where they are more than END_ROWS
         self._free = list(range(num_slots))  # a heap: low slots first
 
     @property
@@ -96,9 +96,9 @@ class Rows:
         self._max_output[slot] = sequence.max_output
         self._min_tokens[slot] = sequence.request.params.min_tokens
         ends = sequence.request.end_ids
-        self._ends[slot] = -1
-        if len(ends) <= END_COLUMNS:
-            self._ends[slot, : len(ends)] = ends
+        self._ends[:, slot] = -1
+        if len(ends) <= END_ROWS:
+            self._ends[: len(ends), slot] = ends
         else:
             self._many_ends[slot] = frozenset(ends)
 
@@ -119,7 +119,7 @@ class Rows:
 
     def ended(self, slots: Longs, tokens: Ints, index: Longs) -> tuple[Mask, Mask]:
         """Whether each row's token at output position `index` is an end token, and whether it is the last allowed."""
-        stop = (self._ends[slots] == tokens[:, None]).any(1)
+        stop = (self._ends[:, slots] == tokens).any(0)
         if self._many_ends:
             for i, (slot, token) in enumerate(zip(slots.tolist(), tokens.tolist(), strict=True)):
                 stop[i] |= token in self._many_ends.get(slot, ())

@@ -109,9 +109,8 @@ def _chunk_batch(chunks: tuple[Chunk, ...], parts: list[torch.Tensor], state: Sl
         tables_CM=state.tables[slots_C],
         query_start=query_start,
         lengths_C=lengths,
-        max_query=max(c.num_tokens for c in chunks),
-        max_length=max(c.start + c.num_tokens for c in chunks),
-        fresh=all(c.start == 0 for c in chunks),
+        num_query=tuple(c.num_tokens for c in chunks),
+        num_context=tuple(c.start + c.num_tokens for c in chunks),
     )
     return ChunkBatch(
         ids=ids,

@@ -1,0 +1,141 @@
+"""Ranks as Ray actors on the CPU with gloo: equal tokens at every degree, names, deaths, refusals, nothing left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.processes import title, until
+from tpqwen.config import Config
+from tpqwen.engine.core import EngineCore
+from tpqwen.errors import ConfigError, EngineError, RankDied
+from tpqwen.executor.local import LocalExecutor
+from tpqwen.executor.protocol import Executor
+from tpqwen.executor.ray import RankGroup, RayExecutor
+from tpqwen.request import GenerateRequest, SamplingParams
+
+pytestmark = pytest.mark.ray
+
+
+def config_for(folder: Path, tp: int) -> Config:
+    return Config.load(
+        {
+            "model": str(folder),
+            "tp": tp,
+            "device": "cpu",
+            "dtype": "float32",
+            "threads": 1,
+            "block_size": 16,
+            "num_kv_blocks": 65,
+            "max_num_seqs": 8,
+            "max_batched_tokens": 64,
+            "max_model_len": 256,
+        },
+        {},
+    )
+
+
+def request(index: int, prompt: int, max_tokens: int, temperature: float) -> GenerateRequest:
+    ids = [(7 * index + 3 * i) % 300 + 3 for i in range(prompt)]
+    params = SamplingParams(temperature=temperature)
+    return GenerateRequest(id=f"r{index}", prompt_ids=ids, params=params, max_tokens=max_tokens, seed=index)
+
+
+REQUESTS = [request(0, 5, 30, 0.0), request(1, 150, 20, 0.0), request(2, 17, 40, 0.9), request(3, 1, 10, 0.0)]
+
+
+@contextmanager
+def started(executor: Executor) -> Iterator[EngineCore]:
+    try:
+        capacity = executor.start()
+        yield EngineCore(executor, capacity, epoch=getattr(executor, "epoch", 0))
+    finally:
+        executor.stop()
+
+
+def run_all(core: EngineCore) -> dict[str, list[int]]:
+    tokens: dict[str, list[int]] = {r.id: [] for r in REQUESTS}
+    for one in REQUESTS:
+        core.add(one)
+    while core.has_work:
+        for delta in core.step().deltas:
+            assert delta.error is None
+            tokens[delta.id] += delta.token_ids
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path) -> dict[str, list[int]]:
+    with started(LocalExecutor(config_for(checkpoint, 1), checkpoint)) as core:
+        return run_all(core)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_every_degree_gives_the_tokens_of_one_process(ray_cluster, checkpoint, expected, tp):
+    executor = RayExecutor(config_for(checkpoint, tp), checkpoint)
+    with started(executor) as core:
+        found = executor.ranks.pids()
+        for rank, pid in enumerate(found):
+            until(lambda pid=pid, rank=rank: title(pid) == f"tpqwen rank {rank}/{tp}", "the rank's title")
+        assert run_all(core) == expected
+        stats = executor.stats()
+        assert [(s.rank, s.pid, s.device) for s in stats] == [(r, pid, "cpu") for r, pid in enumerate(found)]
+    for pid in found:
+        until(lambda pid=pid: not title(pid).startswith("tpqwen"), "the rank's end")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_step_within_a_second_and_is_named(ray_cluster, checkpoint, victim):
+    executor = RayExecutor(config_for(checkpoint, 2), checkpoint)
+    with started(executor) as core:
+        seen: list[tuple[int, str]] = []
+        executor.ranks.watch(lambda rank, reason: seen.append((rank, reason)))
+        core.add(request(0, 5, 200, 0.0))
+        core.step()
+        os.kill(executor.ranks.pids()[victim], signal.SIGKILL)
+        begin = time.monotonic()
+        with pytest.raises(RankDied, match=f"rank {victim} died") as caught:
+            step_on(core)
+        assert caught.value.rank == victim
+        assert time.monotonic() - begin < 1.0
+        until(lambda: seen, "Ray's own notice", 5)
+        assert seen[0][0] == victim
+        core.fail(caught.value)
+        assert [d.error_code for d in core.take_deltas()] == ["rank_dead"]
+
+
+def step_on(core: EngineCore) -> None:
+    while core.has_work:
+        core.step()
+
+
+def test_a_rank_that_refuses_ends_the_start_at_once_in_its_own_words(ray_cluster, checkpoint, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in checkpoint.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    begin = time.monotonic()
+    executor = RayExecutor(config_for(broken, 2), broken)
+    with pytest.raises(ConfigError):
+        executor.start()
+    assert time.monotonic() - begin < 60
+    assert executor.stats() == []
+    executor.stop()
+
+
+def test_a_rank_that_dies_while_loading_ends_the_start(ray_cluster, checkpoint):
+    group = RankGroup(config_for(checkpoint, 2), checkpoint)
+    found = group.pids()
+    os.kill(found[1], signal.SIGKILL)
+    with pytest.raises(EngineError, match="rank 1"):
+        group.load()
+    group.stop()
+    until(lambda: not title(found[0]).startswith("tpqwen"), "the survivor's end")

@@ -1,0 +1,213 @@
+"""EngineCore: the pipeline, its deadlines, and what happens when the ranks fail."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.fakes import FakeExecutor, expected_tokens, tiny_capacity
+from tpqwen.config import ScheduleOptions
+from tpqwen.engine.core import EngineCore
+from tpqwen.errors import EngineError, Overloaded, RankDied, RequestError
+from tpqwen.request import Delta, FinishReason, GenerateRequest, SamplingParams
+from tpqwen.step import StepOutput
+
+
+class Clock:
+    """Moves on by a tenth of a second at each look."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        self.now += 0.1
+        return self.now
+
+
+def request(i: int, max_tokens: int = 12, prompt: int = 10) -> GenerateRequest:
+    ids = [50 * i + j for j in range(prompt)]
+    return GenerateRequest(id=str(i), prompt_ids=ids, params=SamplingParams(), max_tokens=max_tokens, seed=i)
+
+
+def core_over(executor: FakeExecutor, depth: int = 2) -> EngineCore:
+    return EngineCore(executor, executor.start(), ScheduleOptions(depth=depth), clock=Clock())
+
+
+def drive(core: EngineCore, deltas: list[Delta] | None = None, limit: int = 2000) -> list[Delta]:
+    deltas = [] if deltas is None else deltas
+    while core.has_work:
+        deltas += core.step().deltas
+        core.scheduler.check()
+        limit -= 1
+        assert limit
+    return deltas
+
+
+def outputs(deltas: list[Delta]) -> dict[str, list[int]]:
+    out: dict[str, list[int]] = {}
+    for d in deltas:
+        tokens = out.setdefault(d.id, [])
+        assert d.index == len(tokens)
+        tokens += d.token_ids
+    return out
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_outputs_do_not_depend_on_the_depth_and_the_pipeline_is_kept_full(depth: int) -> None:
+    executor = FakeExecutor(depth=4)
+    core = core_over(executor, depth)
+    for i in range(5):
+        core.add(request(i))
+    most = 0
+    deltas: list[Delta] = []
+    while core.has_work:
+        result = core.step()
+        most = max(most, len(executor.outputs) + (result.stats is not None))
+        deltas += result.deltas
+    assert outputs(deltas) == {str(i): expected_tokens(request(i), 12) for i in range(5)}
+    assert most == depth
+    assert not executor.outputs
+
+
+def test_the_executors_depth_bounds_the_cores() -> None:
+    executor = FakeExecutor(depth=1)
+    core = core_over(executor, 4)
+    core.add(request(0))
+    assert outputs(drive(core)) == {"0": expected_tokens(request(0), 12)}
+
+
+def test_nothing_is_submitted_without_work() -> None:
+    executor = FakeExecutor()
+    core = core_over(executor)
+    assert not core.has_work
+    assert core.step().stats is None
+    assert executor.steps == []
+
+
+def test_a_ready_result_is_collected_before_the_pipeline_is_full() -> None:
+    executor = FakeExecutor(depth=4)
+    executor.ready = lambda: bool(executor.outputs)  # type: ignore[method-assign]
+    core = core_over(executor, 4)
+    core.add(request(0))
+    assert core.step().stats is not None
+
+
+def test_an_abort_ends_the_request_with_the_next_result_and_drains_the_pipeline() -> None:
+    executor = FakeExecutor()
+    core = core_over(executor)
+    core.add(request(0))
+    core.step()
+    core.abort("0")
+    core.abort("0")
+    core.abort("unknown")
+    deltas = drive(core)
+    assert [(d.finish_reason, d.token_ids) for d in deltas] == [(FinishReason.ABORT, [])]
+    assert not executor.outputs
+    assert core.scheduler.pool.num_used == 0
+
+
+@pytest.mark.parametrize("collect", [1, 2, 5, 9])
+@pytest.mark.parametrize("error", [RankDied("rank 1 was killed", rank=1), EngineError("out of memory")])
+def test_after_a_fault_and_a_restart_every_stream_goes_on_exactly(collect: int, error: EngineError) -> None:
+    executor = FakeExecutor(faults={collect: error})
+    core = core_over(executor)
+    for i in range(12):
+        core.add(request(i))
+    deltas: list[Delta] = []
+    with pytest.raises(type(error), match=str(error)):
+        drive(core, deltas)
+    executor.restart(1)
+    core.restart(1, executor.capacity)
+    core.add(request(12))
+    drive(core, deltas)
+    assert outputs(deltas) == {str(i): expected_tokens(request(i), 12) for i in range(13)}
+    ends = [d for d in deltas if d.finish_reason]
+    assert len(ends) == 13
+    assert any(d.resumed == 1 for d in ends)
+
+
+def test_a_ranks_own_error_is_raised_and_a_late_result_of_old_ranks_is_dropped() -> None:
+    executor = FakeExecutor()
+    core = core_over(executor)
+    core.add(request(0))
+    collect = executor.collect
+    executor.collect = lambda timeout_s: StepOutput(0, 0, b"", error="CUDA out of memory")  # type: ignore[method-assign]
+    with pytest.raises(EngineError, match="CUDA out of memory"):
+        drive(core)
+    executor.restart(1)
+    core.restart(1, executor.capacity)
+    late = [StepOutput(0, 1, b"")]
+    executor.collect = lambda timeout_s: late.pop() if late else collect(timeout_s)  # type: ignore[method-assign]
+    assert outputs(drive(core)) == {"0": expected_tokens(request(0), 12)}
+    assert not late
+
+
+def test_when_the_ranks_are_lost_for_good_every_request_ends_with_the_cause() -> None:
+    executor = FakeExecutor(faults={3: RankDied("rank 0 does not answer", rank=0)})
+    core = core_over(executor)
+    for i in range(3):
+        core.add(request(i))
+    with pytest.raises(RankDied) as caught:
+        drive(core)
+    core.fail(caught.value)
+    assert core.has_work
+    deltas = core.take_deltas()
+    assert [(d.finish_reason, d.error_code) for d in deltas] == [(FinishReason.ERROR, "rank_dead")] * 3
+    assert not core.has_work
+
+
+def test_deadlines_first_step_long_then_by_prefill_tokens() -> None:
+    executor = FakeExecutor(tiny_capacity(num_blocks=100))
+    core = core_over(executor)
+    core.add(request(0, prompt=40))
+    drive(core)
+    first, second, third, *decode = executor.timeouts
+    assert first == 180.0
+    assert second == pytest.approx(10 + 16 * 0.02)  # nothing measured yet
+    assert 10 < third < 12
+    assert set(decode) == {10.0}
+    executor.restart(1)
+    core.restart(1, executor.capacity)
+    core.add(request(1))
+    drive(core)
+    assert executor.timeouts[-12] == 180.0
+
+
+def test_a_draining_core_finishes_what_it_has_and_refuses_more() -> None:
+    core = core_over(FakeExecutor())
+    core.add(request(0))
+    core.drain()
+    with pytest.raises(Overloaded) as caught:
+        core.add(request(1))
+    assert (caught.value.status, caught.value.code) == (503, "draining")
+    assert outputs(drive(core)) == {"0": expected_tokens(request(0), 12)}
+
+
+def test_what_waits_is_counted_and_what_cannot_fit_is_refused() -> None:
+    core = core_over(FakeExecutor(tiny_capacity(max_num_seqs=1)))
+    for i in range(3):
+        core.add(request(i))
+    assert (core.num_waiting, core.waiting_tokens) == (3, 30)
+    core.step()
+    assert (core.num_waiting, core.waiting_tokens) == (2, 20)
+    with pytest.raises(RequestError, match="context holds 96"):
+        core.add(request(9, prompt=200))
+    assert core.capacity.max_model_len == 96
+
+
+def test_a_resubmitted_request_that_was_complete_ends_without_a_step() -> None:
+    executor = FakeExecutor()
+    core = core_over(executor)
+    core.add(GenerateRequest(id="x", prompt_ids=[1], params=SamplingParams(), max_tokens=2, seed=0, output_ids=[3, 4]))
+    assert [d.finish_reason for d in core.step().deltas] == [FinishReason.LENGTH]
+    assert executor.steps == []
+    assert not core.has_work
+
+
+def test_stats_measure_each_step_from_the_end_of_the_one_before() -> None:
+    core = core_over(FakeExecutor())
+    core.add(request(0))
+    stats = [s for s in iter(lambda: core.step() if core.has_work else None, None)]
+    measured = [r.stats for r in stats if r.stats]
+    assert len(measured) == 12
+    assert all(0 < s.duration_s < 1 for s in measured)
+    assert sum(s.output_tokens for s in measured) == 12

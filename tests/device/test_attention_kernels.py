@@ -1,0 +1,304 @@
+"""The attention kernels against kernels/reference.py computed in float64, by relative error.
+
+Inputs are fresh and random, outputs and scratch start as NaN, and so does every cache position that must not be read.
+On a GPU the kernels run in bfloat16; in the interpreter in float32 (its bfloat16 products are not right).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from tpqwen.kernels import attention, prefill, reference
+from tpqwen.kernels.attention_table import MAX_SPLITS, DecodePlan, decode_plan, num_splits
+from tpqwen.kernels.launch import launch_options, pdl_supported
+
+NAN = float("nan")
+EPS = 1e-6
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
+ROWS_WHOLE = DecodePlan(dot=False, tile=16, warps=4, stages=1, programs=1, min_tiles=1)
+ROWS_SPLIT = DecodePlan(dot=False, tile=16, warps=4, stages=1, programs=48, min_tiles=1)
+DOT_SPLIT = DecodePlan(dot=True, tile=16, warps=4, stages=3, programs=48, min_tiles=1)
+DOT_COARSE = DecodePlan(dot=True, tile=32, warps=4, stages=5, programs=24, min_tiles=2)
+
+
+@dataclass
+class Paged:
+    """A cache of random sequences: blocks in random order, NaN wherever no token is."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    tables: torch.Tensor
+    slots: list[torch.Tensor]  # per sequence, of each token
+
+
+@pytest.fixture
+def dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def paged(
+    lengths: list[int], kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> Paged:
+    """Block 0 and every unused position are NaN; unused table entries name block 0."""
+    width = max(1, -(-max(lengths) // block_size)) + 1
+    ids = (torch.randperm(len(lengths) * width) + 1).view(len(lengths), width)
+    shape = (len(lengths) * width + 1, kv_heads, block_size, head_dim)
+    k, v = torch.full(shape, NAN), torch.full(shape, NAN)
+    tables, slots = torch.zeros(len(lengths), width, dtype=torch.int32), []
+    for row, length in enumerate(lengths):
+        used = -(-length // block_size)
+        tables[row, :used] = ids[row, :used].int()
+        where = torch.arange(length)
+        blocks, offsets = ids[row][where // block_size], where % block_size
+        k[blocks, :, offsets] = torch.randn(length, kv_heads, head_dim)
+        v[blocks, :, offsets] = torch.randn(length, kv_heads, head_dim)
+        slots.append((blocks * block_size + offsets).to(device))
+    return Paged(k.to(device, dtype), v.to(device, dtype), tables.to(device), slots)
+
+
+def norm_inputs(head_dim: int, positions: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
+    angles = torch.rand(positions, head_dim // 2) * 6
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1).to(device)
+    return *((torch.rand(head_dim) + 0.5).to(device, dtype) for _ in range(2)), cos_sin
+
+
+def error(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """||value - expected|| / ||expected||; NaN in places that must not have any shows as NaN, which no bound passes."""
+    value, expected = value.double(), expected.double()
+    return float((value - expected).norm() / expected.norm())
+
+
+def forget_last_token(cache: Paged, lengths: list[int]) -> torch.Tensor:
+    """NaN at each sequence's last position, as before its step; returns the slots of those positions, -1 for none."""
+    last = torch.tensor([int(s[-1]) if length else -1 for s, length in zip(cache.slots, lengths, strict=True)])
+    size = cache.k.shape[2]
+    for slot in last[last >= 0].tolist():
+        cache.k[slot // size, :, slot % size] = NAN
+        cache.v[slot // size, :, slot % size] = NAN
+    return last.to(cache.k.device)
+
+
+@pytest.mark.parametrize(
+    ("group", "kv_heads", "head_dim", "block_size", "plan", "lengths"),
+    [
+        (2, 2, 32, 16, ROWS_WHOLE, [1, 15, 16, 17, 0, 50]),
+        (2, 2, 32, 16, ROWS_SPLIT, [1, 2, 16, 17, 18, 0, 33, 90]),
+        (1, 2, 16, 32, ROWS_SPLIT, [1, 31, 32, 33, 34, 0, 70]),
+        (2, 2, 16, 16, DOT_SPLIT, [16, 17, 0, 65]),
+        (4, 1, 32, 64, DOT_COARSE, [1, 63, 64, 65, 66, 0, 200]),
+        (5, 2, 64, 16, DOT_SPLIT, [1, 17, 0, 40]),
+        (8, 1, 128, 64, DOT_COARSE, [64, 65, 130]),
+        (16, 1, 16, 16, DOT_SPLIT, [1, 33, 0]),
+    ],
+)
+def test_decode_attention_equals_the_reference_and_writes_only_the_new_token(
+    group: int,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    plan: DecodePlan,
+    lengths: list[int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(len(lengths) * group + head_dim)
+    cache = paged(lengths, kv_heads, block_size, head_dim, dtype, device)
+    slots = forget_last_token(cache, lengths)
+    q_norm, k_norm, cos_sin = norm_inputs(head_dim, max(lengths), dtype, device)
+    lengths_B = torch.tensor(lengths, dtype=torch.int32, device=device)
+    positions = (lengths_B - 1).clamp(min=0)
+    batch, heads, scale = len(lengths), group * kv_heads, head_dim**-0.5
+    qkv = torch.randn(batch, (heads + 2 * kv_heads) * head_dim, device=device).to(dtype)
+    k64, v64 = cache.k.double(), cache.v.double()
+    q64 = reference.qk_norm_rope_write(
+        qkv.double(), q_norm.double(), k_norm.double(), EPS, cos_sin, positions, k64, v64, slots
+    )
+    expected = reference.paged_decode(q64, k64, v64, cache.tables, lengths_B, scale)
+    scratch = attention.decode_scratch(batch, kv_heads, group, head_dim, device, plan)
+    scratch.partial.fill_(NAN)
+    scratch.stats.fill_(NAN)
+    for _ in range(2):  # the second launch finds the first one's counters and a written token, as a replayed graph does
+        out = torch.full((batch, heads * head_dim), NAN, dtype=dtype, device=device)
+        attention.decode_attention(
+            qkv,
+            q_norm,
+            k_norm,
+            EPS,
+            cos_sin,
+            positions,
+            cache.k,
+            cache.v,
+            slots,
+            cache.tables,
+            lengths_B,
+            scale,
+            scratch,
+            out=out,
+            plan=plan,
+        )
+        assert error(out.view_as(expected), expected) < TOLERANCE[dtype]
+        assert not out.view_as(expected)[lengths_B == 0].any()
+        assert not scratch.arrived.any()
+    for ours, theirs in ((cache.k, k64), (cache.v, v64)):
+        torch.testing.assert_close(ours.double(), theirs, rtol=TOLERANCE[dtype], atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("group", "kv_heads", "head_dim", "plan", "kind"),
+    [
+        (2, 2, 32, ROWS_SPLIT, torch.float32),
+        (4, 1, 32, DOT_SPLIT, torch.float16),
+        (1, 3, 16, DOT_COARSE, torch.float16),
+    ],
+)
+def test_paged_decode_equals_the_reference(
+    group: int, kv_heads: int, head_dim: int, plan: DecodePlan, kind: torch.dtype, device: torch.device
+) -> None:
+    torch.manual_seed(group)
+    kind = torch.bfloat16 if device.type == "cuda" else kind
+    lengths = [0, 1, 31, 32, 33, 75]
+    cache = paged(lengths, kv_heads, 32, head_dim, kind, device)
+    lengths_B = torch.tensor(lengths, dtype=torch.int32, device=device)
+    q = torch.randn(len(lengths), group * kv_heads, head_dim, device=device).to(kind)
+    expected = reference.paged_decode(q.double(), cache.k.double(), cache.v.double(), cache.tables, lengths_B, 0.2)
+    scratch = attention.decode_scratch(len(lengths), kv_heads, group, head_dim, device, plan)
+    out = attention.paged_decode(q, cache.k, cache.v, cache.tables, lengths_B, 0.2, scratch, plan=plan)
+    assert error(out, expected) < TOLERANCE[kind]
+    assert not out[0].any()
+
+
+def test_long_rows_beside_short_ones_use_every_split(device: torch.device, dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    plan = DecodePlan(dot=False, tile=16, warps=4, stages=1, programs=128, min_tiles=1)
+    lengths = [700, 3]
+    cache = paged(lengths, 1, 16, 16, dtype, device)
+    lengths_B = torch.tensor(lengths, dtype=torch.int32, device=device)
+    q = torch.randn(2, 2, 16, device=device).to(dtype)
+    expected = reference.paged_decode(q.double(), cache.k.double(), cache.v.double(), cache.tables, lengths_B, 0.25)
+    scratch = attention.decode_scratch(2, 1, 2, 16, device, plan)
+    scratch.partial.fill_(NAN)
+    assert num_splits(plan, 2) == MAX_SPLITS
+    out = attention.paged_decode(q, cache.k, cache.v, cache.tables, lengths_B, 0.25, scratch, plan=plan)
+    assert error(out, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    ("group", "kv_heads", "head_dim", "tokens"), [(1, 2, 16, 5), (2, 2, 32, 33), (5, 1, 64, 16), (8, 1, 128, 3)]
+)
+def test_qk_norm_rope_write_equals_the_reference(
+    group: int, kv_heads: int, head_dim: int, tokens: int, device: torch.device, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(tokens)
+    q_norm, k_norm, cos_sin = norm_inputs(head_dim, 40, dtype, device)
+    positions = torch.randint(0, 40, (tokens,), dtype=torch.int32, device=device)
+    slots = torch.randperm(6 * 16)[:tokens].to(device)
+    slots[tokens // 2] = -1
+    qkv = torch.randn(tokens, (group + 2) * kv_heads * head_dim, device=device).to(dtype)
+    shape = (6, kv_heads, 16, head_dim)
+    k64, v64 = (torch.full(shape, NAN, dtype=torch.float64, device=device) for _ in range(2))
+    k, v = (torch.full(shape, NAN, dtype=dtype, device=device) for _ in range(2))
+    keys = torch.full((tokens, kv_heads, head_dim), NAN, dtype=dtype, device=device)
+    expected = reference.qk_norm_rope_write(
+        qkv.double(), q_norm.double(), k_norm.double(), EPS, cos_sin, positions, k64, v64, slots
+    )
+    q = prefill.qk_norm_rope_write(qkv, q_norm, k_norm, EPS, cos_sin, positions, k, v, slots, k_out=keys)
+    assert error(q, expected) < TOLERANCE[dtype]
+    for ours, theirs in ((k, k64), (v, v64)):
+        torch.testing.assert_close(ours.double(), theirs, rtol=TOLERANCE[dtype], atol=1e-5, equal_nan=True)
+    written = slots >= 0
+    torch.testing.assert_close(keys[written], k[slots[written] // 16, :, slots[written] % 16], rtol=0, atol=0)
+    assert not keys.isnan().any()
+
+
+CHUNKS = [  # (tokens of the chunk, tokens in the cache with it)
+    [(40, 40)],
+    [(5, 5), (33, 70), (0, 16), (1, 33), (16, 48)],
+    [(20, 53), (3, 3)],
+]
+
+
+def chunked(
+    chunks: list[tuple[int, int]], group: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Paged, torch.Tensor, list[int], list[int]]:
+    lengths = [length for _, length in chunks]
+    starts = [0]
+    for count, _ in chunks:
+        starts.append(starts[-1] + count)
+    q = torch.randn(starts[-1] + 3, group * kv_heads, head_dim, device=device).to(dtype)
+    return paged(lengths, kv_heads, 16, head_dim, dtype, device), q, starts, lengths
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+@pytest.mark.parametrize(
+    ("group", "kv_heads", "head_dim", "tma"), [(2, 2, 16, False), (5, 1, 64, False), (2, 1, 32, True)]
+)
+def test_paged_prefill_equals_the_reference(
+    chunks: list[tuple[int, int]],
+    group: int,
+    kv_heads: int,
+    head_dim: int,
+    tma: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(len(chunks) + group)
+    cache, q, starts, lengths = chunked(chunks, group, kv_heads, head_dim, dtype, device)
+    starts_C, lengths_C = (torch.tensor(x, dtype=torch.int32, device=device) for x in (starts, lengths))
+    expected = reference.paged_prefill(
+        q.double(), cache.k.double(), cache.v.double(), cache.tables, starts_C, lengths_C, 64, 0.3
+    )
+    plan = prefill.PrefillPlan(queries=16, keys=16, warps=4, stages=2, tma=tma)
+    out = torch.full_like(q, NAN)
+    prefill.paged_prefill(q, cache.k, cache.v, cache.tables, starts_C, lengths_C, 64, 0.3, out=out, plan=plan)
+    assert error(out, expected) < TOLERANCE[dtype]
+    assert not out[starts[-1] :].any()
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+def test_gathered_prefill_equals_the_reference(
+    chunks: list[tuple[int, int]], device: torch.device, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(7)
+    cache, q, starts, lengths = chunked(chunks, 2, 2, 32, dtype, device)
+    starts_C, lengths_C = (torch.tensor(x, dtype=torch.int32, device=device) for x in (starts, lengths))
+    expected = reference.paged_prefill(
+        q.double(), cache.k.double(), cache.v.double(), cache.tables, starts_C, lengths_C, 64, 0.3
+    )
+    out = prefill.gathered_prefill(q, cache.k, cache.v, cache.tables, starts, lengths, 0.3)
+    assert error(out, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("starts", [[0, 9], [0, 8, 16, 24], [0, 3, 20, 21]])
+def test_fresh_prefill_equals_the_reference(starts: list[int], device: torch.device, dtype: torch.dtype) -> None:
+    torch.manual_seed(11)
+    total, kv_heads, head_dim = starts[-1] + 2, 2, 32
+    qkv = torch.randn(total, 4 * kv_heads, head_dim, device=device).to(dtype)
+    q, k, v = qkv.split((2 * kv_heads, kv_heads, kv_heads), dim=1)
+    expected = torch.zeros(total, 2 * kv_heads, head_dim, dtype=torch.float64, device=device)
+    for a, b in zip(starts, starts[1:], strict=False):
+        q64, k64, v64 = (x[None, a:b].transpose(1, 2).double() for x in (q, k, v))
+        attended = torch.nn.functional.scaled_dot_product_attention(q64, k64, v64, is_causal=True, enable_gqa=True)
+        expected[a:b] = attended[0].transpose(0, 1)
+    out = prefill.fresh_prefill(q, k, v, starts, head_dim**-0.5)
+    assert error(out, expected) < TOLERANCE[dtype]
+    assert not out[starts[-1] :].any()
+
+
+@pytest.mark.parametrize(("group", "head_dim", "kv_heads"), [(2, 128, 8), (2, 128, 1), (4, 128, 8), (5, 64, 3)])
+def test_scratch_suffices_for_every_batch(group: int, head_dim: int, kv_heads: int, device: torch.device) -> None:
+    scratch = attention.decode_scratch(300, kv_heads, group, head_dim, device)
+    for batch in range(1, 301):
+        splits = num_splits(decode_plan(batch, group, head_dim), batch * kv_heads)
+        assert 1 <= splits <= MAX_SPLITS
+        assert splits == 1 or batch * kv_heads * splits <= len(scratch.partial)
+    assert len(scratch.arrived) == 300 * kv_heads
+
+
+def test_dependent_launch_is_asked_for_only_on_hopper_and_later(device: torch.device) -> None:
+    assert launch_options(torch.device("cpu")) == {"PDL": False}
+    if device.type == "cuda":
+        assert pdl_supported(device) == (torch.cuda.get_device_capability() >= (9, 0))
+        assert launch_options(device).get("launch_pdl", False) == pdl_supported(device)

@@ -1,0 +1,136 @@
+"""The official client against a real socket: uvicorn in a thread, the app over the fake engine."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import openai
+import pytest
+import uvicorn
+
+from tests.http.driver import HELLO
+from tests.http.fake_engine import Server, ids, make_server
+from tpqwen.errors import EngineError, Overloaded
+
+TEXT = "<think>\nI think\n</think>\n\nHello 日本 world"
+
+
+@contextmanager
+def serving(server: Server) -> Iterator[str]:
+    """The base URL of the app on a free port of 127.0.0.1."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(server.app, log_level="error", timeout_graceful_shutdown=1)
+    runner = uvicorn.Server(config)
+    thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    finally:
+        runner.should_exit = True
+        thread.join(10)
+        listener.close()
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with serving(make_server(lambda request: ids(TEXT))) as base_url:
+        yield base_url
+
+
+def client(url: str, retries: int = 0) -> openai.OpenAI:
+    return openai.OpenAI(base_url=url, api_key="none", max_retries=retries, timeout=10)
+
+
+def test_chat_whole_and_streamed(url: str) -> None:
+    with client(url) as api:
+        answer = api.chat.completions.create(model="qwen3-test", messages=HELLO)
+        message: Any = answer.choices[0].message
+        assert (message.content, message.reasoning_content) == ("Hello 日本 world", "I think")
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens_details is not None
+        assert answer.usage.prompt_tokens_details.cached_tokens == 3
+        chunks = list(
+            api.chat.completions.create(
+                model="qwen3-test", messages=HELLO, stream=True, stream_options={"include_usage": True}
+            )
+        )
+        text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        assert text == message.content
+        assert chunks[-1].usage == answer.usage
+        again = api.chat.completions.create(
+            model="qwen3-test", messages=[*HELLO, answer.choices[0].message.model_dump(), *HELLO], n=2
+        )
+        assert len(again.choices) == 2
+
+
+def test_completions_and_models(url: str) -> None:
+    with client(url) as api:
+        answer = api.completions.create(model="qwen", prompt=["a", "b"], max_tokens=3, logprobs=1)
+        assert [c.finish_reason for c in answer.choices] == ["length", "length"]
+        pieces = [c.choices[0].text for c in api.completions.create(model="qwen", prompt="a", stream=True)]
+        assert "".join(pieces) == TEXT
+        assert [m.id for m in api.models.list()] == ["qwen3-test", "qwen"]
+        assert api.models.retrieve("qwen").owned_by == "tpqwen"
+
+
+def test_async_client_streams(url: str) -> None:
+    async def work() -> str:
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=10) as api:
+            whole = await api.chat.completions.create(model="qwen", messages=HELLO)
+            stream = await api.chat.completions.create(model="qwen", messages=HELLO, stream=True)
+            text = "".join([c.choices[0].delta.content or "" async for c in stream])
+            assert text == whole.choices[0].message.content
+            return text
+
+    assert asyncio.run(work()) == "Hello 日本 world"
+
+
+def test_errors_have_the_clients_types(url: str) -> None:
+    with client(url) as api:
+        with pytest.raises(openai.BadRequestError) as bad:
+            api.chat.completions.create(model="qwen", messages=HELLO, extra_body={"foo": 1})
+        assert (bad.value.code, bad.value.param) == ("unknown_parameter", "foo")
+        with pytest.raises(openai.NotFoundError):
+            api.chat.completions.create(model="gpt-4", messages=HELLO)
+
+
+def test_broken_stream_raises_and_overload_is_retried() -> None:
+    attempts: list[Any] = []
+
+    def script(request: Any) -> list[Any]:
+        attempts.append(request)
+        if len(attempts) == 1:
+            return [Overloaded("full", code="queue_full", retry_after_s=0.1)]
+        return [*ids("Hello"), EngineError("rank 1 died", code="rank_dead", status=503)]
+
+    with serving(make_server(script)) as url, client(url, retries=1) as api:
+        stream = api.chat.completions.create(model="qwen", messages=HELLO, stream=True)
+        assert len(attempts) == 2
+        with pytest.raises(openai.APIError) as broken:
+            list(stream)
+        assert broken.value.code == "rank_dead"
+
+
+def test_closed_stream_stops_the_request() -> None:
+    server = make_server(lambda request: [*ids("a"), 0.002] * 200)
+    done = threading.Event()
+    finished = server.hooks.on_finished
+
+    def on_finished(sequence: Any) -> None:
+        finished(sequence)
+        done.set()
+
+    server.hooks.on_finished = on_finished  # type: ignore[method-assign]
+    with serving(server) as url, client(url) as api:
+        stream = api.chat.completions.create(model="qwen", messages=HELLO, stream=True)
+        next(iter(stream))
+        stream.close()
+        assert done.wait(10)
+        assert not server.engine.live
+    assert [f.reason for (f,) in server.hooks.named("finished")] == ["abort"]

@@ -1,0 +1,138 @@
+"""Trains the embedded model from scratch: tokenizer, data, weights, held-out evaluation; one seed, one command.
+
+    python3 tools/train_embedded.py gather --prose .gpu/embedded/prose.xz     once, on Debian: fetches the prose
+    python3 tools/train_embedded.py train --prose .gpu/embedded/prose.xz --minutes 5 --out build/embedded
+    python3 tools/train_embedded.py card --report build/embedded/report.json  figures into docs/embedded-model.md
+
+A run by --steps is repeatable; one by --minutes has as many steps as the machine allows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from embedded import checkpoint, corpus, prose, training
+from embedded.network import Qwen3, load_weights, save_weights
+
+CARD = Path(__file__).parent.parent / "docs" / "embedded-model.md"
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    gather = commands.add_parser("gather", help="fetch prose from Debian packages")
+    gather.add_argument("--prose", type=Path, required=True)
+    train = commands.add_parser("train", help="train and evaluate")
+    train.add_argument("--out", type=Path, required=True, help="report.json and the folder model are written here")
+    train.add_argument("--prose", type=Path, help="the file that gather wrote; without it stories take its place")
+    train.add_argument("--minutes", type=float, help="of training, data and evaluation come on top")
+    train.add_argument("--steps", type=int)
+    train.add_argument("--unique-tokens", type=int, default=180_000_000)
+    train.add_argument("--rows", type=int, default=64, help="of 2,048 tokens, per step")
+    train.add_argument("--sequence", type=int, default=corpus.ROW_TOKENS - 1, help="tokens of a row that are used")
+    train.add_argument("--micro-rows", type=int, default=64, help="per forward pass")
+    train.add_argument("--tokenizer-documents", type=int, default=30_000)
+    train.add_argument("--cases", type=int, default=100, help="evaluated per skill and thinking mode")
+    train.add_argument("--reply-tokens", type=int, default=480, help="most tokens of an evaluated reply")
+    train.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1))
+    train.add_argument("--seed", type=int, default=7)
+    train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    train.add_argument("--no-compile", action="store_true")
+    card = commands.add_parser("card", help="write a report's figures into the model card")
+    card.add_argument("--report", type=Path, required=True)
+    found = parser.parse_args(argv)
+    if found.command == "train" and not (found.minutes or found.steps):
+        parser.error("give --minutes or --steps")
+    return found
+
+
+def prepare(options: argparse.Namespace, folder: Path) -> tuple[corpus.Material, Any]:
+    """Tokenizer and configs in folder, and the training rows."""
+    material = corpus.Material(folder, options.prose, options.seed)
+    clock = time.monotonic()
+    tokenizer = checkpoint.train_tokenizer(corpus.tokenizer_texts(material, options.tokenizer_documents))
+    checkpoint.write_tokenizer(folder, tokenizer)
+    checkpoint.write_configs(folder, tokenizer)
+    print(f"tokenizer: {time.monotonic() - clock:.0f} s", flush=True)
+    clock = time.monotonic()
+    rows = corpus.build(material, options.unique_tokens, options.workers)
+    share = (rows >= corpus.TARGET).mean()
+    print(f"data: {rows.size / 1e6:.1f}M tokens, {share:.0%} targets, {time.monotonic() - clock:.0f} s", flush=True)
+    return material, rows
+
+
+def train(options: argparse.Namespace) -> None:
+    """Everything from data to report."""
+    folder = options.out / "model"
+    material, rows = prepare(options, folder)
+    device = torch.device(options.device)
+    torch.manual_seed(options.seed)
+    torch.set_float32_matmul_precision("high")
+    model = Qwen3(checkpoint.ARCHITECTURE).to(device)
+    print(f"parameters: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M", flush=True)
+    plan = training.Plan(
+        seconds=options.minutes * 60 if options.minutes else None,
+        steps=options.steps,
+        rows=options.rows,
+        micro_rows=min(options.micro_rows, options.rows),
+        seed=options.seed,
+        compiled=device.type == "cuda" and not options.no_compile,
+    )
+    outcome = training.train(model, np.ascontiguousarray(rows[:, : options.sequence + 1]), plan)
+    save_weights(model, folder)
+    load_weights(model, folder)  # from here on the bf16 weights that ship
+    report = {
+        "run": {
+            "steps": outcome.steps,
+            "tokens": outcome.tokens,
+            "unique_tokens": int(rows.size),
+            "seconds": round(outcome.seconds, 1),
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "a CPU",
+            "torch": torch.__version__,
+            "seed": options.seed,
+            "losses": outcome.losses,
+        }
+    }
+    write_report(options, report)
+    plain, asked = corpus.held_out_rows(material)
+    report["held_out_loss"] = {
+        "prose": training.mean_loss(model, plain),
+        "answers": training.mean_loss(model, asked),
+    }
+    write_report(options, report)
+    from embedded import evaluation  # transformers takes seconds to load: not before it is needed
+
+    report["evaluation"] = evaluation.evaluate(folder, material, options.cases, device, options.reply_tokens)
+    write_report(options, report)
+    print(evaluation.table(report), flush=True)
+
+
+def write_report(options: argparse.Namespace, report: dict[str, Any]) -> None:
+    """What is known so far, so that a late failure loses nothing."""
+    checkpoint.write_json(options.out / "report.json", report)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs one command."""
+    options = arguments(argv)
+    if options.command == "gather":
+        options.prose.parent.mkdir(parents=True, exist_ok=True)
+        print(json.dumps(prose.gather(options.prose, options.prose.parent / "debs"), indent=2))
+    elif options.command == "card":
+        from embedded import evaluation
+
+        evaluation.write_card(options.report, CARD)
+    else:
+        train(options)
+
+
+if __name__ == "__main__":
+    main()

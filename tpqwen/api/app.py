@@ -1,0 +1,263 @@
+"""The HTTP surface as a raw ASGI application: routes, admission, one place where every error becomes an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from tpqwen.api.answers import Answer, ChatAnswer, CompletionAnswer, Frame
+from tpqwen.api.body import read_json
+from tpqwen.api.calls import Call, Prepared, prepare, read_chat, read_completion
+from tpqwen.api.exchange import Exchange
+from tpqwen.api.failures import ClientLeft, failure
+from tpqwen.api.hooks import RequestHooks
+from tpqwen.api.info import ApiSettings, ModelInfo
+from tpqwen.api.running import Running
+from tpqwen.api.stream import EventStream, collect, send_events
+from tpqwen.engine.protocol import Engine
+from tpqwen.errors import EngineError, Overloaded, RequestError
+from tpqwen.text.chat import ChatFormat, Variant
+from tpqwen.text.pipeline import OutputText
+
+_log = logging.getLogger(__name__)
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+CLIENT_LEFT = 499
+_FORBIDDEN_HEADERS = ("x-request-timeout-seconds", "x-request-disconnect-disabled")
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+
+Handler = Callable[[Exchange], Awaitable[None]]
+Reader = Callable[[dict[str, Any], ModelInfo], Call]
+
+
+def build_app(
+    engine: Engine,
+    text: ChatFormat,
+    info: ModelInfo,
+    hooks: RequestHooks,
+    settings: ApiSettings | None = None,
+    all_metrics: Callable[[], Awaitable[str]] | None = None,
+) -> ASGIApp:
+    """The application over one engine.
+
+    all_metrics: the metrics of all replicas, for /metrics; without it, or with ?scope=local: hooks.metrics_text().
+    """
+    return _Api(engine, text, info, hooks, settings or ApiSettings(), all_metrics)
+
+
+@dataclass(frozen=True)
+class _Endpoint:
+    """A generation endpoint: how its body is read, how its answer is written."""
+
+    read: Reader
+    answer: Callable[[Frame], Answer]
+
+
+_CHAT = _Endpoint(read_chat, ChatAnswer)
+_COMPLETION = _Endpoint(read_completion, CompletionAnswer)
+
+
+class _Api:
+    """The ASGI callable. Holds no state of its own."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        text: ChatFormat,
+        info: ModelInfo,
+        hooks: RequestHooks,
+        settings: ApiSettings,
+        all_metrics: Callable[[], Awaitable[str]] | None,
+    ) -> None:
+        self._engine = engine
+        self._text = text
+        self._info = info
+        self._hooks = hooks
+        self._settings = settings
+        self._all_metrics = all_metrics
+        self._routes: dict[str, dict[str, Handler]] = {
+            "/v1/chat/completions": {"POST": lambda exchange: self._generate(exchange, _CHAT)},
+            "/v1/completions": {"POST": lambda exchange: self._generate(exchange, _COMPLETION)},
+            "/v1/models": {"GET": self._models},
+            "/v1/models/{id}": {"GET": self._model},
+            "/health": {"GET": self._health},
+            "/ready": {"GET": self._ready},
+            "/metrics": {"GET": self._metrics},
+            "/version": {"GET": self._version},
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1000})
+        else:
+            await self._http(Exchange(scope, receive, send, self._settings.send_request_id))
+
+    async def _http(self, exchange: Exchange) -> None:
+        route = "/v1/models/{id}" if exchange.path.startswith("/v1/models/") else exchange.path
+        handlers = self._routes.get(route)
+        status = CLIENT_LEFT
+        try:
+            await self._handler(exchange, handlers)(exchange)
+            status = exchange.status or CLIENT_LEFT
+        except ClientLeft:
+            pass
+        except Exception as error:
+            failed = failure(error, exchange.request_id)
+            await exchange.fail(failed)
+            status = failed.status
+        finally:
+            self._record(exchange, route if handlers else "other", exchange.counted_status or status)
+
+    def _handler(self, exchange: Exchange, handlers: dict[str, Handler] | None) -> Handler:
+        for name in _FORBIDDEN_HEADERS:
+            if name in exchange.headers:
+                raise RequestError(f"the header {name} is not taken from clients", param=name, code="forbidden_header")
+        if handlers is None:
+            raise RequestError("there is nothing at this path", code="not_found", status=404)
+        method = "GET" if exchange.method == "HEAD" else exchange.method
+        if method in handlers:
+            return handlers[method]
+        allowed = ", ".join(handlers) + (", HEAD" if "GET" in handlers else "")
+        return lambda exchange: self._method_not_allowed(exchange, allowed)
+
+    async def _method_not_allowed(self, exchange: Exchange, allowed: str) -> None:
+        error = RequestError(f"this path takes {allowed}", code="method_not_allowed", status=405)
+        failed = failure(error, exchange.request_id)
+        exchange.code = failed.code
+        await exchange.reply(failed.body, 405, allow=allowed)
+
+    # Generation
+
+    async def _generate(self, exchange: Exchange, endpoint: _Endpoint) -> None:
+        limits = self._settings
+        running: list[Running] = []
+        try:
+            body = await read_json(exchange.headers, exchange.receive, limits.max_body_bytes, limits.thread_above_bytes)
+            call = endpoint.read(body, self._info)
+            work = asyncio.create_task(self._answer(exchange, endpoint, call, running))
+            if not await exchange.until_client_leaves(work):
+                exchange.counted_status = CLIENT_LEFT
+        except (RequestError, EngineError) as error:
+            if not running or isinstance(error, RequestError):
+                self._hooks.on_rejected(failure(error, exchange.request_id).reject_reason)
+            raise
+        finally:
+            for r in running:
+                usage = r.usage
+                exchange.numbers |= {"prompt": usage.prompt, "output": usage.completion, "cached": usage.cached}
+
+    async def _answer(self, exchange: Exchange, endpoint: _Endpoint, call: Call, running: list[Running]) -> None:
+        """Run one call. `running` receives the sequences once they exist."""
+        self._check_state()
+        prepared = await self._prepared(call)
+        vocabulary = self._text.vocabulary
+        texts = [OutputText(vocabulary, prepared.params, prepared.start) for _ in prepared.sequences]
+        run = Running(self._engine, prepared, texts, self._hooks, exchange.arrived)
+        running.append(run)
+        frame = Frame(
+            request_id=exchange.request_id,
+            call=call,
+            info=self._info,
+            vocabulary=vocabulary,
+            created=int(time.time()),
+            num_logprobs=prepared.params.logprobs,
+            prompt_ids=prepared.prompt_ids,
+            n=prepared.params.n,
+        )
+        answer = endpoint.answer(frame)
+        if call.stream:
+            stream = EventStream(exchange.send, self._settings, lambda: run.timing)
+            status = await send_events(run, answer, call, stream, exchange.arrived, exchange.request_id)
+            exchange.counted_status = status
+        else:
+            deltas = await collect(run, call, exchange.arrived)
+            await exchange.reply(answer.body(deltas, run.usage), server_timing=run.timing)
+
+    async def _prepared(self, call: Call) -> Prepared:
+        """Templates are rendered and long prompts tokenized off the event loop."""
+        if call.messages is None and call.prompt_size <= self._settings.thread_above_bytes:
+            return prepare(call, self._text, self._info)
+        return await asyncio.to_thread(prepare, call, self._text, self._info)
+
+    def _check_state(self) -> None:
+        """Refuse early what the engine would refuse anyway. Raises Overloaded, EngineError."""
+        state = self._engine.state
+        if state.accepts:
+            return
+        if state.name == "dead":
+            raise EngineError(state.reason or "the engine is dead", code="engine_dead", status=503)
+        text = f"the server is {state.name}" + (f": {state.reason}" if state.reason else "")
+        raise Overloaded(text, code=state.name, status=503)
+
+    # About the server
+
+    async def _models(self, exchange: Exchange) -> None:
+        await exchange.reply_json({"object": "list", "data": [self._described(name) for name in self._info.names]})
+
+    async def _model(self, exchange: Exchange) -> None:
+        name = exchange.path.removeprefix("/v1/models/")
+        if name not in self._info.names:
+            message = f"the model {name[:64]!r} is not served here; {self._info.name!r} is"
+            raise RequestError(message, param="model", code="model_not_found", status=404)
+        await exchange.reply_json(self._described(name))
+
+    def _described(self, name: str) -> dict[str, Any]:
+        variant = self._text.variant
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._info.created,
+            "owned_by": self._info.owned_by,
+            "max_model_len": self._info.limits.max_model_len,
+            "capabilities": {
+                "completion": True,
+                "chat": variant is not Variant.BASE,
+                "thinking": variant in (Variant.HYBRID, Variant.THINKING),
+            },
+        }
+
+    async def _health(self, exchange: Exchange) -> None:
+        """Liveness of this process, with the engine's state; 503 only when the engine will not come back."""
+        state = self._engine.state
+        body = {"status": state.name, "reason": state.reason}
+        await exchange.reply_json(body, 503 if state.name == "dead" else 200)
+
+    async def _ready(self, exchange: Exchange) -> None:
+        """200 only while new requests are taken."""
+        state = self._engine.state
+        body = {"ready": state.accepts, "status": state.name, "reason": state.reason}
+        await exchange.reply_json(body, 200 if state.accepts else 503)
+
+    async def _metrics(self, exchange: Exchange) -> None:
+        local = self._all_metrics is None or "scope=local" in exchange.query.split("&")
+        text = self._hooks.metrics_text() if local or self._all_metrics is None else await self._all_metrics()
+        await exchange.reply(text.encode(), kind=METRICS_TYPE)
+
+    async def _version(self, exchange: Exchange) -> None:
+        await exchange.reply_json({**self._info.versions, "model": self._info.name, "tp": self._info.tp})
+
+    def _record(self, exchange: Exchange, route: str, status: int) -> None:
+        seconds = time.monotonic() - exchange.arrived
+        method = exchange.method if exchange.method in _METHODS else "other"
+        self._hooks.on_http(route, method, status, seconds)
+        level = logging.INFO if route.startswith("/v1/") or status >= 400 else logging.DEBUG
+        if _log.isEnabledFor(level):
+            numbers = "".join(f" {k}={v}" for k, v in exchange.numbers.items())
+            text = "request=%s route=%s method=%s status=%d code=%s ms=%.1f%s"
+            _log.log(level, text, exchange.request_id, route, method, status, exchange.code, seconds * 1e3, numbers)
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        message = await receive()
+        await send({"type": message["type"] + ".complete"})
+        if message["type"] == "lifespan.shutdown":
+            return

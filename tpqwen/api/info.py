@@ -1,0 +1,40 @@
+"""What the HTTP surface says about the server it stands for, and its own settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tpqwen.text.sequences import Limits
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The served model. name is the id that answers carry; aliases are accepted too. created: Unix seconds."""
+
+    name: str
+    limits: Limits
+    created: int
+    aliases: tuple[str, ...] = ()
+    owned_by: str = "tpqwen"
+    tp: int = 1
+    versions: Mapping[str, str] = field(default_factory=dict)  # of tpqwen, torch, ray, cuda, nccl
+    fingerprint: str | None = None  # system_fingerprint of every answer
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
+
+
+@dataclass(frozen=True)
+class ApiSettings:
+    """send_request_id: whether answers carry x-request-id (off behind a proxy that adds its own).
+
+    thread_above_bytes: longer prompts and bodies are parsed and tokenized in a thread.
+    """
+
+    max_body_bytes: int = 4 * 1024 * 1024
+    send_request_id: bool = True
+    comment_every_s: float = 10.0
+    drop_client_after_s: float = 30.0  # a client that takes nothing for so long is taken for gone
+    thread_above_bytes: int = 64 * 1024

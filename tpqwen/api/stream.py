@@ -1,0 +1,133 @@
+"""Sends one answer: as server-sent events with comments in silence, or whole."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import aclosing
+
+from starlette.types import Send
+
+from tpqwen.api.answers import COMMENT, DONE, Answer, joined
+from tpqwen.api.calls import Call
+from tpqwen.api.failures import deadline_exceeded, failure
+from tpqwen.api.info import ApiSettings
+from tpqwen.api.running import Running
+from tpqwen.text.pipeline import TextDelta
+
+_EVENT_STREAM = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class EventStream:
+    """A response of events that is begun late: nothing is sent until the first event or the first long silence.
+
+    So whatever goes wrong before is an ordinary JSON error. `watch` runs beside the writer; it writes a comment after
+    each comment_every_s of silence, and calls give_up when one write has hung for drop_client_after_s.
+    """
+
+    def __init__(self, send: Send, settings: ApiSettings, timing: Callable[[], str]) -> None:
+        self.begun = False
+        self._send = send
+        self._settings = settings
+        self._timing = timing
+        self._lock = asyncio.Lock()
+        self._writing_since: float | None = None
+        self._last_write = time.monotonic()
+
+    async def write(self, data: bytes, last: bool = False) -> None:
+        """Send data now. `last` ends the response."""
+        async with self._lock:
+            self._writing_since = time.monotonic()
+            if not self.begun:
+                self.begun = True
+                timing = self._timing()
+                headers = [*_EVENT_STREAM, *([(b"server-timing", timing.encode())] if timing else [])]
+                await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+            await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+            self._last_write = time.monotonic()
+            self._writing_since = None
+
+    async def watch(self, give_up: Callable[[], object]) -> None:
+        """Runs until cancelled, or until give_up was called."""
+        every = self._settings.comment_every_s
+        while True:
+            silent = time.monotonic() - self._last_write
+            await asyncio.sleep(max(every - silent, every / 10))
+            since = self._writing_since
+            if since is not None:
+                if time.monotonic() - since > self._settings.drop_client_after_s:
+                    give_up()
+                    return
+            elif time.monotonic() - self._last_write >= every:
+                await self.write(COMMENT)
+
+
+async def send_events(
+    running: Running,
+    answer: Answer,
+    call: Call,
+    stream: EventStream,
+    arrived: float,
+    request_id: str,
+) -> int:
+    """Stream the answer; returns the status that counts in metrics.
+
+    An error before the first byte is raised; after it, it is one event and the stream ends without [DONE].
+    """
+    watcher = asyncio.create_task(stream.watch(_canceller()))
+    try:
+        await _write_events(running, answer, call, stream, arrived)
+    except Exception as error:
+        if not stream.begun:
+            raise
+        failed = failure(error, request_id)
+        await stream.write(failed.event, last=True)
+        return failed.status
+    finally:
+        watcher.cancel()
+        await asyncio.gather(watcher, return_exceptions=True)
+    return 200
+
+
+async def collect(running: Running, call: Call, arrived: float) -> list[TextDelta]:
+    """One complete delta for each choice. Raises EngineError, RequestError."""
+    parts: list[list[TextDelta]] = [[] for _ in running.sequences]
+    try:
+        async with asyncio.timeout(_time_left(call, arrived)), aclosing(running.outputs()) as outputs:
+            async for index, delta in outputs:
+                parts[index].append(delta)
+    except TimeoutError:
+        raise deadline_exceeded(call.timeout_s or 0.0) from None
+    return [joined(p) for p in parts]
+
+
+async def _write_events(running: Running, answer: Answer, call: Call, stream: EventStream, arrived: float) -> None:
+    opened: set[int] = set()
+    try:
+        async with asyncio.timeout(_time_left(call, arrived)), aclosing(running.outputs()) as outputs:
+            async for index, delta in outputs:
+                data = answer.events(index, delta, running.usage if call.continuous_usage else None)
+                if index not in opened:
+                    opened.add(index)
+                    data = answer.opening(index) + data
+                if data:
+                    await stream.write(data)
+    except TimeoutError:
+        raise deadline_exceeded(call.timeout_s or 0.0) from None
+    await stream.write((answer.usage_event(running.usage) if call.include_usage else b"") + DONE, last=True)
+
+
+def _time_left(call: Call, arrived: float) -> float | None:
+    return None if call.timeout_s is None else max(arrived + call.timeout_s - time.monotonic(), 0.0)
+
+
+def _canceller() -> Callable[[], object]:
+    """Ends the task that calls this, as if its client had left."""
+    task = asyncio.current_task()
+    assert task is not None
+    return task.cancel

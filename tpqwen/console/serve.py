@@ -1,0 +1,157 @@
+"""`tpqwen serve MODEL`: a Ray cluster of its own (or the one at RAY_ADDRESS), Serve on it, and progress until ready.
+
+What can be refused is refused before any process starts. Ctrl-C or SIGTERM lets running requests end, a second one does
+not wait for them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+import ray
+from ray import serve
+from ray._private.ray_logging import global_worker_stdstream_dispatcher
+from rich.console import Console
+
+from tpqwen.config import Config, resolve_device
+from tpqwen.console.startup import Watch, banner, is_ready, server_url
+from tpqwen.errors import ConfigError, EngineError
+from tpqwen.gpu import count_gpus
+from tpqwen.service import build_app
+
+APP = "tpqwen"
+POLL_S = 0.2
+CALL_TIMEOUT_S = 30.0
+OBJECT_STORE_BYTES = 128 * 1024 * 1024  # Serve's own messages only; no tensor ever travels through it
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Serving needs no options beyond Config's."""
+    parser.epilog = "Set RAY_ADDRESS to deploy on a running Ray cluster instead of starting one."
+
+
+def run(args: argparse.Namespace, config: Config) -> int:
+    """The command: serves until a signal ends it. Returns the exit code."""
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    watch = Watch(console, verbose=config.server.log == "debug")
+    host, port = config.server.host, config.server.port
+    if "RAY_ADDRESS" not in os.environ:
+        check_host(config)
+    app = build_app(config)  # fetches and checks the model
+    watch.say("model checked")
+    try:
+        with signals_as_interrupt():
+            start_ray(config)
+        with signals_as_interrupt():  # again: Ray has put its own handlers in place
+            take_logs(watch)
+            watch.say("Ray started")
+            facts = deploy(app, host, port, watch)
+            watch.done(facts["load_seconds"])
+            console.print(banner(facts, host, port))
+            threading.Event().wait()
+    except KeyboardInterrupt:
+        console.print("stopping: running requests may end (once more to stop at once)")
+    finally:
+        stop(console)
+    return 0
+
+
+def check_host(config: Config) -> None:
+    """Port free and GPUs enough. Raises ConfigError."""
+    host, port = config.server.host, config.server.port
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
+    if resolve_device(config.parallel.device) == "cuda" and (found := count_gpus()) < config.parallel.tp:
+        raise ConfigError(f"--tp {config.parallel.tp} needs as many GPUs and this host has {found}")
+
+
+def start_ray(config: Config) -> None:
+    """Connect to RAY_ADDRESS, or start a cluster that ends with this process."""
+    quiet = logging.INFO if config.server.log == "debug" else logging.ERROR
+    logging.getLogger("ray.serve").setLevel(quiet)
+    if address := os.environ.get("RAY_ADDRESS"):
+        ray.init(address=address, log_to_driver=True, logging_level=quiet)
+        return
+    bundles = config.parallel.tp + 2  # one CPU each for the ranks, the replica and the engine; a place, not a core
+    ray.init(
+        address="local",
+        num_cpus=max(bundles, os.cpu_count() or 1),
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        log_to_driver=True,
+        logging_level=quiet,
+    )
+
+
+def take_logs(watch: Watch) -> None:
+    """Give what the processes log to `watch` instead of Ray's printer. Ray has no public way to do this."""
+    global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
+    global_worker_stdstream_dispatcher.add_handler("tpqwen", watch.forward)
+
+
+def deploy(app: serve.Application, host: str, port: int, watch: Watch) -> dict[str, Any]:
+    """Hand the application to Serve and wait until it takes requests; what the replica says of itself.
+
+    Raises ConfigError or EngineError when the start has failed for good.
+    """
+    serve.start(http_options={"host": host, "port": port})
+    target = serve.RunTarget(app, name=APP, route_prefix="/")
+    serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+    while not is_ready(server_url(host, port)):
+        status = serve.status().applications.get(APP)
+        if status is not None and str(status.status.value) in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise failure("\n".join([status.message, *(d.message for d in status.deployments.values())]))
+        watch.tick()
+        time.sleep(POLL_S)
+    facts: dict[str, Any] = serve.get_app_handle(APP).describe.remote().result(timeout_s=CALL_TIMEOUT_S)
+    return facts
+
+
+def failure(details: str) -> ConfigError | EngineError:
+    """Our own sentence in Serve's report of a replica that did not start; Serve's words if there is none."""
+    for line in reversed(details.splitlines()):
+        name, colon, text = line.strip().partition(": ")
+        if colon and name.rpartition(".")[2] == "ConfigError":
+            return ConfigError(text)
+        if colon and name.rpartition(".")[2] in ("EngineError", "RankDied"):
+            return EngineError(text)
+    return EngineError(f"the server did not start: {details.strip()}")
+
+
+def stop(console: Console) -> None:
+    """Let the replica drain and end it; a cluster of our own ends with it. An interrupt in here skips the drain."""
+    if not ray.is_initialized():
+        return
+    with suppress(Exception, KeyboardInterrupt), signals_as_interrupt():  # what is already gone needs no ending
+        serve.delete(APP)
+    ray.shutdown()
+    console.print("stopped")
+
+
+@contextmanager
+def signals_as_interrupt() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt as SIGINT does; Ray's own handlers are put back afterwards."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,54 @@
+"""How decode attention runs per batch size: the tuned launch parameters, measured on one H200.
+
+B decode rows, K key/value heads, G query heads per KV head, D head size, S splits. No tuning happens at run time.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+MAX_SPLITS = 64
+
+
+class DecodePlan(NamedTuple):
+    """How one batch bucket runs. dot: tensor cores (G padded to 16 rows), else plain products (G of 1 or 2).
+
+    tile: cached tokens per iteration. programs: how many to aim at, which sets S. min_tiles: least work worth a split.
+    prefetch: tiles of K and V asked into L2 first of all.
+    stages: depth of the tile loop; table entry and tile are two dependent loads, so 5 keeps two tiles in flight.
+    """
+
+    dot: bool
+    tile: int
+    warps: int
+    stages: int
+    programs: int
+    min_tiles: int
+    prefetch: int = 4
+
+
+_LARGE = DecodePlan(dot=True, tile=64, warps=4, stages=5, programs=528, min_tiles=8, prefetch=2)
+
+# (G, D): plans by largest batch of the bucket, ascending.
+PLANS: dict[tuple[int, int], tuple[tuple[int, DecodePlan], ...]] = {
+    (2, 128): (
+        (8, DecodePlan(dot=False, tile=32, warps=4, stages=1, programs=528, min_tiles=1)),
+        (64, DecodePlan(dot=True, tile=64, warps=4, stages=5, programs=1056, min_tiles=2)),
+        (1 << 30, _LARGE),
+    ),
+}
+DOT_PLANS: tuple[tuple[int, DecodePlan], ...] = (
+    (8, DecodePlan(dot=True, tile=32, warps=4, stages=3, programs=528, min_tiles=1)),
+    (64, DecodePlan(dot=True, tile=64, warps=4, stages=5, programs=1056, min_tiles=2)),
+    (1 << 30, _LARGE),
+)
+
+
+def decode_plan(batch: int, group: int, head_dim: int) -> DecodePlan:
+    """The tuned plan of a batch size; other groups and head sizes take the tensor-core plans."""
+    return next(plan for limit, plan in PLANS.get((group, head_dim), DOT_PLANS) if batch <= limit)
+
+
+def num_splits(plan: DecodePlan, rows_and_heads: int) -> int:
+    """Programs per (row, KV head): a function of B * K alone."""
+    return max(1, min(MAX_SPLITS, -(-plan.programs // rows_and_heads)))

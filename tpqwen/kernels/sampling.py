@@ -1,0 +1,455 @@
+"""Sampling kernels: the Gumbel maximum over logits, the same fused with the LM head, and exact top-k candidates.
+
+B rows, V vocabulary ids of this shard, H hidden, S slices of the vocabulary, G groups of ids. Noise is the reference's:
+Philox4x32-10 words of (seed, output index, id // 4, choice), so every path and every rank draws the same. Fusing head and
+sampling after FlashSampling (arXiv 2603.15854); the logits never reach memory.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, var-annotated"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from tpqwen.kernels import gemm
+from tpqwen.kernels.gemm import prefetch_weights
+from tpqwen.kernels.launch import launch_options, release_next, wait_previous
+from tpqwen.kernels.norm import rms_norm
+from tpqwen.kernels.reference import GREEDY_BELOW
+
+NO_ID = tl.constexpr(0x7FFFFFFF)
+COLDEST = tl.constexpr(GREEDY_BELOW)
+SLICE = 4096  # logits that one program of noisy_argmax looks at
+GROUP = 64  # ids that top_candidates first reduces to their maximum
+MAX_CANDIDATES = 64
+MAX_FUSED_ROWS = 64
+PROGRAMS = 264  # of the fused head: two per multiprocessor of an H100 or H200
+
+
+@triton.jit
+def random_words(seed, out_index, choice, group):
+    """The four Philox4x32-10 words of each group of four ids, uint32; int32 arguments and an int64 seed broadcast."""
+    return tl.philox(seed, out_index, group, choice, 0)
+
+
+@triton.jit
+def gumbel(word):
+    """Standard Gumbel noise of uniform words, fp32: -log(-log1p(-u)), precise where u is small."""
+    u = tl.minimum((word.to(tl.float32) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)
+    tail = u * (1 / 4 + u * (1 / 5 + u * (1 / 6 + u * (1 / 7))))
+    series = u * (1.0 + u * (1 / 2 + u * (1 / 3 + tail)))
+    return -tl.log(tl.where(u < 1 / 16, series, -tl.log(1.0 - u)))
+
+
+@triton.jit
+def _row_noise(seed, out_index, choice, first_group, IDS: tl.constexpr):
+    """Noise of IDS consecutive ids from id 4 * first_group on for one row, [IDS]."""
+    w0, w1, w2, w3 = random_words(seed, out_index, choice, first_group + tl.arange(0, IDS // 4))
+    return gumbel(tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [IDS]))
+
+
+@triton.jit
+def _tile_noise(seed, out_index, choice, first_group, IDS: tl.constexpr, ROWS: tl.constexpr):
+    """Noise of IDS consecutive ids for ROWS rows, [IDS, ROWS]; seed, out_index and choice are [ROWS]."""
+    group = first_group + tl.arange(0, IDS // 4)[:, None]
+    w0, w1, w2, w3 = random_words(seed[None, :], out_index[None, :], choice[None, :], group)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [IDS / 4, ROWS, 2, 2]
+    return gumbel(tl.reshape(tl.permute(words, (0, 2, 3, 1)), [IDS, ROWS]))
+
+
+@triton.jit
+def _load_draw(temperature, seeds, choices, out_index, row, inside):
+    """What the rows draw with: temperature fp32, seed int64, choice int32, output index int32."""
+    heat = tl.load(temperature + row, mask=inside, other=0.0).to(tl.float32)
+    seed = tl.load(seeds + row, mask=inside, other=0)
+    choice = tl.load(choices + row, mask=inside, other=0).to(tl.int32)
+    return heat, seed, choice, tl.load(out_index + row, mask=inside, other=0).to(tl.int32)
+
+
+@triton.jit
+def _noisy_slice_kernel(
+    logits,
+    temperature,
+    seeds,
+    choices,
+    out_index,
+    best,
+    best_id,
+    V,
+    base,
+    num_valid,
+    SHIFT: tl.constexpr,
+    IDS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Best score and id of slice (row, s). base is first_id rounded down to 4, SHIFT the rest."""
+    release_next(PDL)
+    row = tl.program_id(0)
+    start = tl.program_id(1) * IDS
+    v = start - SHIFT + tl.arange(0, IDS)
+    wait_previous(PDL)
+    heat, seed, choice, index = _load_draw(temperature, seeds, choices, out_index, row, True)
+    score = tl.load(logits + row.to(tl.int64) * V + v, mask=(v >= 0) & (v < V), other=float("-inf")).to(tl.float32)
+    score = tl.where(score == score, score, float("inf"))
+    if heat >= COLDEST:
+        score = score / heat + _row_noise(seed, index, choice, (base + start) // 4, IDS)
+    score = tl.where(base + SHIFT + v < num_valid, score, float("-inf"))
+    top = tl.max(score, axis=0)
+    place = row * tl.num_programs(1) + tl.program_id(1)
+    tl.store(best + place, top)
+    tl.store(best_id + place, tl.min(tl.where((score == top) & (v >= 0), base + SHIFT + v, NO_ID), axis=0))
+
+
+@triton.jit
+def _best_slice_kernel(
+    best, best_id, value, chosen, bad, S, WIDTH: tl.constexpr, FLAG: tl.constexpr, PDL: tl.constexpr
+):
+    """Reduce a row's S slices to its best value and lowest id. A NaN or an infinite logit has made the best +inf."""
+    release_next(PDL)
+    row = tl.program_id(0)
+    s = tl.arange(0, WIDTH)
+    wait_previous(PDL)
+    top = tl.full([WIDTH], float("-inf"), tl.float32)
+    ids = tl.full([WIDTH], NO_ID, tl.int32)
+    for start in range(0, S, WIDTH):
+        inside = start + s < S
+        other = tl.load(best + row * S + start + s, mask=inside, other=float("-inf"))
+        other_id = tl.load(best_id + row * S + start + s, mask=inside, other=NO_ID)
+        better = (other > top) | ((other == top) & (other_id < ids))
+        top = tl.where(better, other, top)
+        ids = tl.where(better, other_id, ids)
+    highest = tl.max(top, axis=0)
+    tl.store(value + row, highest)
+    tl.store(chosen + row, tl.min(tl.where(top == highest, ids, NO_ID), axis=0).to(tl.int64))
+    if FLAG:
+        tl.store(bad + row, (highest == float("inf")).to(tl.int32))
+
+
+@triton.jit
+def _head_row_kernel(
+    h,
+    w,
+    norm,
+    temperature,
+    seeds,
+    choices,
+    out_index,
+    best,
+    best_id,
+    eps,
+    V,
+    base,
+    num_valid,
+    SHIFT: tl.constexpr,
+    K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    IDS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """LM head of one row: a program takes every num_programs-th tile of IDS ids and loads the next one early."""
+    release_next(PDL)
+    first = tl.program_id(0)
+    stride = tl.num_programs(0)
+    k = tl.arange(0, WIDTH)[None, :]
+    lane = tl.arange(0, IDS)
+    inside = k < K
+    v = tl.minimum(tl.maximum(first * IDS - SHIFT + lane, 0), V - 1)
+    ahead = tl.load(w + v[:, None] * K + k, mask=inside, other=0.0, eviction_policy="evict_first")
+    scale = tl.load(norm + k, mask=inside, other=0.0).to(tl.float32)
+    wait_previous(PDL)
+    heat, seed, choice, index = _load_draw(temperature, seeds, choices, out_index, 0, True)
+    x = tl.load(h + k, mask=inside, other=0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(tl.sum(x * x, axis=1), axis=0) / K + eps)
+    x = x * scale * rstd
+    top = float("-inf")
+    top_id = base + SHIFT + tl.maximum(first * IDS - SHIFT, 0)
+    for tile in range(first, tl.cdiv(V + SHIFT, IDS), stride):
+        weights = ahead
+        v = tl.minimum(tl.maximum((tile + stride) * IDS - SHIFT + lane, 0), V - 1)
+        ahead = tl.load(w + v[:, None] * K + k, mask=inside, other=0.0, eviction_policy="evict_first")
+        score = tl.sum(weights.to(tl.float32) * x, axis=1)
+        score = tl.where(score == score, score, float("inf"))
+        if heat >= COLDEST:
+            score = score / heat + _row_noise(seed, index, choice, (base + tile * IDS) // 4, IDS)
+        v = tile * IDS - SHIFT + lane
+        score = tl.where((v >= 0) & (v < V) & (base + SHIFT + v < num_valid), score, float("-inf"))
+        tile_top = tl.max(score, axis=0)
+        tile_id = tl.min(tl.where((score == tile_top) & (v >= 0), base + SHIFT + v, NO_ID), axis=0)
+        top_id = tl.where(tile_top > top, tile_id, top_id)
+        top = tl.maximum(top, tile_top)
+    tl.store(best + first, top)
+    tl.store(best_id + first, top_id)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _head_rows_kernel(
+    x,
+    w,
+    temperature,
+    seeds,
+    choices,
+    out_index,
+    best,
+    best_id,
+    M,
+    V,
+    base,
+    num_valid,
+    SHIFT: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    IDS: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    WARPS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """LM head of normalized rows x [M, K]: persistent programs, each with a running best per row over its tiles."""
+    release_next(PDL)
+    first = tl.program_id(0)
+    stride = tl.num_programs(0)
+    lane = tl.arange(0, IDS)
+    if PDL and PREFETCH > 0:
+        rows = tl.minimum(tl.maximum(first * IDS - SHIFT + lane, 0), V - 1)
+        prefetch_weights(w, rows[:, None], K, 0, IDS, PREFETCH, True, WARPS)
+    wait_previous(PDL)
+    m = tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)[None, :]
+    heat, seed, choice, index = _load_draw(temperature, seeds, choices, out_index, m, m < M)
+    drawn = heat >= COLDEST
+    any_drawn = tl.max(drawn.to(tl.int32), axis=0) > 0
+    heat = tl.where(drawn, heat, 1.0)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    top_id = tl.full([BLOCK_M], 0, tl.int32) + base + SHIFT + tl.maximum(first * IDS - SHIFT, 0)
+    for tile in range(first, tl.cdiv(V + SHIFT, IDS), stride):
+        v = tile * IDS - SHIFT + lane
+        rows = tl.minimum(tl.maximum(v, 0), V - 1)[:, None]
+        score = tl.zeros([IDS, BLOCK_M], tl.float32)
+        for step in range(0, K, BLOCK_K):
+            weights = tl.load(w + rows * K + (step + k), eviction_policy="evict_first")
+            values = tl.load(x + m[:, None] * K + (step + k), mask=m[:, None] < M, other=0.0)
+            score = tl.dot(weights, tl.trans(values), score, input_precision="ieee")
+        score = tl.where(score == score, score, float("inf"))
+        if any_drawn:
+            noise = _tile_noise(seed, index, choice, (base + tile * IDS) // 4, IDS, BLOCK_M)
+            score = tl.where(drawn[None, :], score / heat[None, :] + noise, score)
+        valid = (v >= 0) & (v < V) & (base + SHIFT + v < num_valid)
+        score = tl.where(valid[:, None], score, float("-inf"))
+        tile_top = tl.max(score, axis=0)
+        ids = tl.where(v >= 0, base + SHIFT + v, NO_ID)[:, None]
+        tile_id = tl.min(tl.where(score == tile_top[None, :], ids, NO_ID), axis=0)
+        top_id = tl.where(tile_top > top, tile_id, top_id)
+        top = tl.maximum(top, tile_top)
+    tl.store(best + m * stride + first, top, mask=m < M)
+    tl.store(best_id + m * stride + first, top_id, mask=m < M)
+
+
+@triton.jit
+def _ordered(value):
+    """fp32 as int32 of the same order."""
+    bits = value.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _group_max_kernel(logits, group_max, V, G, GROUP: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr):
+    release_next(PDL)
+    row = tl.program_id(0)
+    g = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    v = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    wait_previous(PDL)
+    value = tl.load(logits + row.to(tl.int64) * V + v, mask=v < V, other=float("-inf")).to(tl.float32)
+    tl.store(group_max + row * G + g, tl.max(value, axis=1), mask=g < G)
+
+
+@triton.jit
+def _top_kernel(
+    logits,
+    group_max,
+    values,
+    ids,
+    V,
+    G,
+    count,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KEPT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The best `count` <= KEPT logits of a row: they all lie in the KEPT groups with the highest maxima.
+
+    Sorted as int64 keys of (value, lowest id first), so ties have one answer.
+    """
+    release_next(PDL)
+    row = tl.program_id(0)
+    g = tl.arange(0, WIDTH)
+    wait_previous(PDL)
+    highest = tl.load(group_max + row * G + g, mask=g < G, other=float("-inf"))
+    keys = (_ordered(highest).to(tl.int64) << 32) | (NO_ID - g).to(tl.int64)
+    group = NO_ID - (tl.topk(keys, KEPT) & NO_ID).to(tl.int32)
+    v = tl.reshape(group[:, None] * GROUP + tl.arange(0, GROUP)[None, :], [KEPT * GROUP])
+    value = tl.load(logits + row.to(tl.int64) * V + v, mask=v < V, other=float("-inf")).to(tl.float32)
+    keys = (_ordered(value).to(tl.int64) << 32) | (NO_ID - v).to(tl.int64)
+    top = tl.topk(keys, KEPT)
+    order = (top >> 32).to(tl.int32)
+    place = row * count + tl.arange(0, KEPT)
+    kept = tl.arange(0, KEPT) < count
+    value = (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    tl.store(values + place, value, mask=kept)
+    tl.store(ids + place, (NO_ID - (top & NO_ID).to(tl.int32)).to(tl.int64), mask=kept)
+
+
+class _Slices:
+    """Best score and id per (row, slice), between the two kernels of an arg-max."""
+
+    def __init__(self, rows: int, slices: int, device: torch.device) -> None:
+        self.rows, self.slices = rows, slices
+        self.best = torch.empty(rows, slices, dtype=torch.float32, device=device)
+        self.best_id = torch.empty(rows, slices, dtype=torch.int32, device=device)
+
+    def reduce(self, bad_B: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """value_B fp32 and id_B int64; bad_B, if given, is set to 0 or 1."""
+        value_B = torch.empty(self.rows, dtype=torch.float32, device=self.best.device)
+        id_B = torch.empty(self.rows, dtype=torch.int64, device=self.best.device)
+        width = min(1024, triton.next_power_of_2(self.slices))
+        flags = id_B if bad_B is None else bad_B
+        tensors = (self.best, self.best_id, value_B, id_B, flags)
+        options = {"num_warps": max(1, width // 128), **launch_options(value_B.device)}
+        _best_slice_kernel[(self.rows,)](*tensors, self.slices, width, bad_B is not None, **options)
+        return value_B, id_B
+
+
+def noisy_argmax(
+    logits_BV: torch.Tensor,
+    temperature_B: torch.Tensor,
+    seeds_B: torch.Tensor,
+    choices_B: torch.Tensor,
+    out_index_B: torch.Tensor,
+    first_id: int,
+    *,
+    num_valid: int | None = None,
+    bad_B: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sample by the Gumbel maximum: (value_B fp32, id_B int64) as reference.noisy_argmax, from bf16 or fp32 logits.
+
+    Global ids from num_valid on are never chosen. bad_B int32 becomes 1 where a row holds a NaN or +inf, else 0;
+    -inf is a legal mask. Such a row's value is +inf.
+    """
+    assert logits_BV.is_contiguous(), "noisy_argmax takes contiguous logits"
+    rows, vocab = logits_BV.shape
+    shift = first_id % 4
+    slices = _Slices(rows, triton.cdiv(vocab + shift, SLICE), logits_BV.device)
+    if rows:
+        _noisy_slice_kernel[(rows, slices.slices)](
+            logits_BV,
+            temperature_B,
+            seeds_B,
+            choices_B,
+            out_index_B,
+            slices.best,
+            slices.best_id,
+            vocab,
+            first_id - shift,
+            first_id + vocab if num_valid is None else num_valid,
+            shift,
+            SLICE,
+            num_warps=4,
+            **launch_options(logits_BV.device),
+        )
+    return slices.reduce(bad_B) if rows else (logits_BV.new_empty(0).float(), seeds_B.new_empty(0))
+
+
+def head_noisy_argmax(
+    h_BH: torch.Tensor,
+    norm_H: torch.Tensor,
+    eps: float,
+    weight_VH: torch.Tensor,
+    temperature_B: torch.Tensor,
+    seeds_B: torch.Tensor,
+    choices_B: torch.Tensor,
+    out_index_B: torch.Tensor,
+    first_id: int,
+    *,
+    num_valid: int | None = None,
+    bad_B: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Final norm, LM head and noisy_argmax: (value_B fp32, id_B int64), without logits in memory up to 64 rows.
+
+    Fused scores come from fp32 sums that are never rounded to h's dtype, so a near tie may go otherwise than on rounded
+    logits. first_id, num_valid and bad_B as in noisy_argmax.
+    """
+    rows, hidden = h_BH.shape
+    draw = (temperature_B, seeds_B, choices_B, out_index_B)
+    if not 0 < rows <= MAX_FUSED_ROWS or hidden % 64:
+        logits_BV = gemm.norm_linear(h_BH, norm_H, eps, weight_VH)
+        return noisy_argmax(logits_BV, *draw, first_id, num_valid=num_valid, bad_B=bad_B)
+    assert h_BH.is_contiguous() and weight_VH.is_contiguous(), "head_noisy_argmax takes contiguous tensors"
+    vocab, shift = len(weight_VH), first_id % 4
+    place = (vocab, first_id - shift, first_id + vocab if num_valid is None else num_valid, shift, hidden)
+    options = launch_options(h_BH.device)
+    if rows == 1:
+        width = triton.next_power_of_2(hidden)
+        ids = max(4, 16384 // width)
+        slices = _Slices(1, min(PROGRAMS, triton.cdiv(vocab + shift, ids)), h_BH.device)
+        _head_row_kernel[(slices.slices,)](
+            h_BH, weight_VH, norm_H, *draw, slices.best, slices.best_id, eps, *place, width, ids, num_warps=8, **options
+        )
+        return slices.reduce(bad_B)
+    block_m = max(16, triton.next_power_of_2(rows))
+    ids, block_k, warps = 128, 64, 4
+    slices = _Slices(rows, min(PROGRAMS, triton.cdiv(vocab + shift, ids)), h_BH.device)
+    x_BH = rms_norm(h_BH, norm_H, eps)
+    shape = (block_m, block_k, ids, min(hidden, 512), warps)
+    _head_rows_kernel[(slices.slices,)](
+        x_BH,
+        weight_VH,
+        *draw,
+        slices.best,
+        slices.best_id,
+        rows,
+        *place,
+        *shape,
+        num_warps=warps,
+        num_stages=4,
+        **options,
+    )
+    return slices.reduce(bad_B)
+
+
+def top_candidates(logits_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` largest logits of each row, best first, ties by lowest id: values fp32 and ids int64 [B, count].
+
+    Exact. Up to 64 candidates one pass finds the maximum of each group of 64 ids and a second looks only into the best
+    groups; more go to torch.topk (whose ties and value dtype are its own).
+    """
+    rows, vocab = logits_BV.shape
+    if count > MAX_CANDIDATES or vocab <= GROUP or not rows:
+        values_BK, ids_BK = torch.topk(logits_BV, count)
+        return values_BK.float(), ids_BK
+    assert logits_BV.is_contiguous(), "top_candidates takes contiguous logits"
+    groups = triton.cdiv(vocab, GROUP)
+    group_max = torch.empty(rows, groups, dtype=torch.float32, device=logits_BV.device)
+    values_BK = torch.empty(rows, count, dtype=torch.float32, device=logits_BV.device)
+    ids_BK = torch.empty(rows, count, dtype=torch.int64, device=logits_BV.device)
+    options = launch_options(logits_BV.device)
+    at_once = 64
+    grid = (rows, triton.cdiv(groups, at_once))
+    _group_max_kernel[grid](logits_BV, group_max, vocab, groups, GROUP, at_once, num_warps=4, **options)
+    width = max(MAX_CANDIDATES, triton.next_power_of_2(groups))
+    _top_kernel[(rows,)](
+        logits_BV,
+        group_max,
+        values_BK,
+        ids_BK,
+        vocab,
+        groups,
+        count,
+        GROUP,
+        width,
+        MAX_CANDIDATES,
+        num_warps=8,
+        **options,
+    )
+    return values_BK, ids_BK

@@ -1,0 +1,76 @@
+"""From one request with resolved defaults to the sequences that the engine generates. Shared by HTTP and Python API."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+from tpqwen.errors import RequestError
+from tpqwen.request import GenerateRequest, SamplingParams
+
+_MASK64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the model allows. Ids 0 .. vocab_size-1 may be named; end_ids end a sequence unless ignore_eos."""
+
+    max_model_len: int
+    vocab_size: int
+    end_ids: tuple[int, ...]
+
+
+def expand(
+    request_id: str,
+    prompt_ids: list[int],
+    params: SamplingParams,
+    limits: Limits,
+    *,
+    priority: int = 0,
+    cache_salt: str = "",
+) -> list[GenerateRequest]:
+    """One GenerateRequest for each of params.n choices; ids are request_id-0, request_id-1, ...
+
+    The choices share a seed and differ in `choice`. Without max_tokens the context is the limit.
+    Raises RequestError: prompt empty, over the context, or with ids outside the vocabulary.
+    """
+    max_tokens = checked_max_tokens(len(prompt_ids), params, limits)
+    seed = secrets.randbits(63) if params.seed is None else params.seed & _MASK64
+    end_ids = params.stop_token_ids if params.ignore_eos else (*limits.end_ids, *params.stop_token_ids)
+    return [
+        GenerateRequest(
+            id=f"{request_id}-{choice}",
+            prompt_ids=prompt_ids,
+            params=params,
+            max_tokens=max_tokens,
+            seed=seed,
+            choice=choice,
+            end_ids=tuple(dict.fromkeys(end_ids)),
+            priority=priority,
+            cache_salt=cache_salt,
+        )
+        for choice in range(params.n)
+    ]
+
+
+def checked_max_tokens(num_prompt: int, params: SamplingParams, limits: Limits) -> int:
+    """How many tokens the request may produce. Raises RequestError."""
+    if num_prompt == 0:
+        raise RequestError("the prompt is empty; at least one token is needed", param="prompt", code="invalid_value")
+    room = limits.max_model_len - num_prompt
+    wanted = params.max_tokens
+    if room < 1 or (wanted is not None and wanted > room):
+        asked = f" and {wanted} tokens are asked for, {num_prompt + wanted} together" if wanted is not None else ""
+        raise RequestError(
+            f"the prompt has {num_prompt} tokens{asked}; the context holds {limits.max_model_len}",
+            param="max_tokens" if room >= 1 else "prompt",
+            code="context_length_exceeded",
+        )
+    max_tokens = room if wanted is None else wanted
+    if params.min_tokens > max_tokens:
+        raise RequestError(
+            f"min_tokens {params.min_tokens} is more than the {max_tokens} tokens that may be produced",
+            param="min_tokens",
+            code="invalid_value",
+        )
+    return max_tokens
