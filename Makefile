@@ -16,7 +16,7 @@ PYTEST ?= -m "not gpu and not slow and not container"
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: serve test check bench image constraints clean
+.PHONY: serve test check bench image map constraints clean
 
 serve: $(VENV)/installed
 	$(BIN)/tpqwen serve $(MODEL) --tp $(TP) --port $(PORT) $(ARGS)
@@ -48,6 +48,9 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) -e '.[dev]'
 	@touch $@
+
+map: $(VENV)/installed
+	$(BIN)/python tools/readme_map.py
 
 constraints: $(VENV)/installed-dev
 	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable \

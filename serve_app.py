@@ -1,4 +1,4 @@
-"""Entry point of Ray Serve: `serve run serve_app:app model=Qwen/Qwen3-8B tp=2`; without arguments the embedded model."""
+"""Entry point of Ray Serve: `serve run serve_app:app model=Qwen/Qwen3-8B tp=2`; without arguments, our small model."""
 
 from __future__ import annotations
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from zlib import crc32
 
+import msgspec
+
 from tpqwen.request import GenerateRequest, TokenLogprob
 from tpqwen.scheduler.sequence import row_params
 from tpqwen.step import (
@@ -38,11 +40,11 @@ NextToken = Callable[[Sequence[int], RowParams, int], int]
 def tiny_capacity(**changes: int) -> Capacity:
     """Small sizes that make chunking, preemption and eviction frequent."""
     sizes = {"num_blocks": 33, "block_size": 4, "max_num_seqs": 8, "max_model_len": 96, "max_batched_tokens": 16}
-    return Capacity(**(sizes | changes))
+    return msgspec.convert(sizes | changes, Capacity)
 
 
 def hashed_token(history: Sequence[int], params: RowParams, out_index: int) -> int:
-    """A token below VOCABULARY that depends on every token of the history, on seed and choice; never a forbidden end."""
+    """A token below VOCABULARY that depends on all of the history, on seed and choice; never a forbidden end."""
     state = crc32(array("q", [params.seed % 2**31, params.choice, out_index, *history]).tobytes())
     token = state % VOCABULARY
     while out_index < params.min_tokens and token in params.end_ids:

@@ -61,7 +61,8 @@ class ThreadedExecutor:
 
     def start(self) -> Capacity:
         futures = [t.submit(w.load) for t, w in zip(self._threads, self.workers, strict=True)]
-        return [f.result(60) for f in futures][0]
+        capacities = [f.result(60) for f in futures]
+        return capacities[0]
 
     def submit(self, step: StepInput) -> None:
         def one(worker: Worker) -> StepOutput:

@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from embedded import checkpoint, corpus, prose, training
 from embedded.network import Qwen3, load_weights, save_weights
@@ -35,12 +35,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--prose", type=Path, help="the file that gather wrote; without it stories take its place")
     train.add_argument("--minutes", type=float, help="of training, data and evaluation come on top")
     train.add_argument("--steps", type=int)
-    train.add_argument("--unique-tokens", type=int, default=180_000_000)
+    train.add_argument("--unique-tokens", type=int, default=240_000_000)
     train.add_argument("--rows", type=int, default=64, help="of 2,048 tokens, per step")
     train.add_argument("--sequence", type=int, default=corpus.ROW_TOKENS - 1, help="tokens of a row that are used")
     train.add_argument("--micro-rows", type=int, default=64, help="per forward pass")
     train.add_argument("--tokenizer-documents", type=int, default=30_000)
-    train.add_argument("--cases", type=int, default=100, help="evaluated per skill and thinking mode")
+    train.add_argument("--cases", type=int, default=100, help="evaluated per skill and thinking mode; 0: none")
     train.add_argument("--reply-tokens", type=int, default=480, help="most tokens of an evaluated reply")
     train.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1))
     train.add_argument("--seed", type=int, default=7)
@@ -86,7 +86,7 @@ def train(options: argparse.Namespace) -> None:
         seed=options.seed,
         compiled=device.type == "cuda" and not options.no_compile,
     )
-    outcome = training.train(model, np.ascontiguousarray(rows[:, : options.sequence + 1]), plan)
+    outcome = training.train(model, rows[:, : options.sequence + 1], plan)
     save_weights(model, folder)
     load_weights(model, folder)  # from here on the bf16 weights that ship
     report = {
@@ -102,17 +102,18 @@ def train(options: argparse.Namespace) -> None:
         }
     }
     write_report(options, report)
-    plain, asked = corpus.held_out_rows(material)
+    plain, asked = (rows[:, : options.sequence + 1] for rows in corpus.held_out_rows(material))
     report["held_out_loss"] = {
         "prose": training.mean_loss(model, plain),
         "answers": training.mean_loss(model, asked),
     }
     write_report(options, report)
-    from embedded import evaluation  # transformers takes seconds to load: not before it is needed
+    if options.cases:
+        from embedded import evaluation  # transformers takes seconds to load: not before it is needed
 
-    report["evaluation"] = evaluation.evaluate(folder, material, options.cases, device, options.reply_tokens)
-    write_report(options, report)
-    print(evaluation.table(report), flush=True)
+        report["evaluation"] = evaluation.evaluate(folder, material, options.cases, device, options.reply_tokens)
+        write_report(options, report)
+        print(evaluation.table(report), flush=True)
 
 
 def write_report(options: argparse.Namespace, report: dict[str, Any]) -> None:
@@ -125,7 +126,8 @@ def main(argv: list[str] | None = None) -> None:
     options = arguments(argv)
     if options.command == "gather":
         options.prose.parent.mkdir(parents=True, exist_ok=True)
-        print(json.dumps(prose.gather(options.prose, options.prose.parent / "debs"), indent=2))
+        with tempfile.TemporaryDirectory() as work:
+            print(json.dumps(prose.gather(options.prose, Path(work)), indent=2))
     elif options.command == "card":
         from embedded import evaluation
 

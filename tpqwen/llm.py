@@ -128,7 +128,7 @@ class LLM:
 
         progress: show a bar; by default for SHOW_PROGRESS_FROM prompts or more. Raises RequestError, EngineError.
         """
-        many = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
+        many = _as_list(prompts)
         chosen = params or self.sampling_params()
         sequences = [s for p in many for s in self._open(self._ids(p), chosen, None)]
         show = len(many) >= SHOW_PROGRESS_FROM if progress is None else progress
@@ -201,5 +201,11 @@ class LLM:
             steps.close()  # type: ignore[attr-defined]  # a generator: what is left is aborted
 
 
-def _is_ids(prompts: Prompt | Sequence[Prompt]) -> bool:
-    return bool(prompts) and all(isinstance(p, int) for p in prompts)
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt (text or token ids) or many, as many."""
+    if isinstance(prompts, str):
+        return [prompts]
+    ids = [p for p in prompts if isinstance(p, int)]
+    if ids:
+        return [ids]
+    return [p for p in prompts if not isinstance(p, int)]

@@ -7,9 +7,8 @@ import secrets
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 
-from tpqwen.engine.core import EngineCore
-
 from tpqwen.config import Config
+from tpqwen.engine.core import EngineCore
 from tpqwen.executor.local import LocalExecutor
 from tpqwen.executor.protocol import Executor
 from tpqwen.model.config import ModelConfig, check_parallel

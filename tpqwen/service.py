@@ -33,6 +33,7 @@ from tpqwen.engine.protocol import EngineState
 from tpqwen.errors import EngineError
 from tpqwen.executor.ray import RankGroup
 from tpqwen.executor.titles import keep_title
+from tpqwen.exporter import Exporter
 from tpqwen.metrics import ServerMetrics
 from tpqwen.model.config import ModelConfig, check_parallel
 from tpqwen.model.hub import resolve_model
@@ -93,6 +94,7 @@ class Qwen3Server:
         self._group: RankGroup | None = None
         self._engine_actor: Any = None
         self._client: EngineClient | None = None
+        self._exporter: Exporter | None = None
         self._tasks: list[asyncio.Task[None]] = []
         logs.configure(self._config.server.log, "replica")
         keep_title("tpqwen replica")
@@ -118,11 +120,15 @@ class Qwen3Server:
         self._metrics.capacity(capacity)
         self._metrics.build_info(__version__, ray.__version__, torch.__version__, torch.version.cuda or "")
         self._metrics.engine_state("ready")
+        if self._config.server.metrics_port:
+            local = serve.get_replica_context().rank.local_rank
+            self._exporter = Exporter(self._metrics.metrics_text, self._config.server.metrics_port + local)
         _log.info("ready kv_blocks=%d stages=%s", capacity.num_blocks, json.dumps(capacity.load_seconds))
+        chat = await text
         return build_api(
             self._client,
-            await text,
-            self._info(capacity),
+            chat,
+            self._info(capacity, chat.vocabulary.size),
             self._metrics,
             ApiSettings(max_body_bytes=self._config.server.max_body_bytes, send_request_id=False),
         )
@@ -152,6 +158,8 @@ class Qwen3Server:
             return
         for task in self._tasks:
             task.cancel()
+        if self._exporter is not None:
+            self._exporter.close()
         if self._client is not None:
             await self._client.close()
         if self._engine_actor is not None:
@@ -219,8 +227,9 @@ class Qwen3Server:
             self._metrics.observe_ranks(stats, self._config.parallel.tp)
             await asyncio.sleep(RANK_STATS_EVERY_S)
 
-    def _info(self, capacity: Capacity) -> ModelInfo:
-        limits = Limits(capacity.max_model_len, self._model.vocab_size, self._model.eos_token_ids)
+    def _info(self, capacity: Capacity, vocabulary_size: int) -> ModelInfo:
+        ids = min(self._model.vocab_size, vocabulary_size)
+        limits = Limits(capacity.max_model_len, ids, self._model.eos_token_ids)
         versions = {"tpqwen": __version__, "torch": torch.__version__, "ray": ray.__version__}
         versions["transformers"] = version("transformers")
         if torch.version.cuda:

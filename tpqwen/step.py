@@ -91,7 +91,7 @@ class StepInput(msgspec.Struct, frozen=True, array_like=True):
 
     decode: int32 bytes, slots that decode one token each, in row order; None means the same as in the last step.
     blocks: int32 bytes [n, 3], rows (slot, index in its block table, block id).
-    Row order of the pass and of StepOutput.tokens: the decode rows, then the chunks that sample, each in the order given.
+    Row order of the pass and of StepOutput.tokens: the decode rows, then the chunks that sample, in the order given.
     """
 
     epoch: int

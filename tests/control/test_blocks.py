@@ -119,7 +119,7 @@ def test_check_names_a_table_that_holds_blocks_it_does_not_own() -> None:
     pool = BlockPool(5)
     blocks = pool.allocate(2)
     pool.check([blocks])
-    with pytest.raises(EngineError, match=r"blocks \[1\] have other reference counts.*used 2 \+ cached 0 \+ free 2 of 4"):
+    with pytest.raises(EngineError, match=r"blocks \[1\] have other reference counts.*used 2 .* free 2 of 4"):
         pool.check([blocks, blocks[:1]])
     with pytest.raises(EngineError, match="null block is held"):
         pool.check([blocks, [NULL_BLOCK]])

@@ -206,8 +206,7 @@ def test_a_resubmitted_request_that_was_complete_ends_without_a_step() -> None:
 def test_stats_measure_each_step_from_the_end_of_the_one_before() -> None:
     core = core_over(FakeExecutor())
     core.add(request(0))
-    stats = [s for s in iter(lambda: core.step() if core.has_work else None, None)]
-    measured = [r.stats for r in stats if r.stats]
+    measured = [r.stats for r in iter(lambda: core.step() if core.has_work else None, None) if r.stats]
     assert len(measured) == 12
     assert all(0 < s.duration_s < 1 for s in measured)
     assert sum(s.output_tokens for s in measured) == 12

@@ -23,13 +23,13 @@ def pieces(token_ids: list[int], skip_special_tokens: bool = True) -> list[str]:
 
 
 @given(token_ids=any_ids | byte_ids, skip=st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_pieces_add_up_to_the_whole_for_any_ids(token_ids: list[int], skip: bool) -> None:
     assert "".join(pieces(token_ids, skip)) == tokenizer().decode(token_ids, skip_special_tokens=skip)
 
 
 @given(text=st.text(max_size=40))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_text_survives_the_way_through_ids(text: str) -> None:
     token_ids = tokenizer().encode_plain(text)
     assert "".join(pieces(token_ids)) == tokenizer().decode(token_ids)

@@ -10,7 +10,7 @@ from tests.fakes import FakeExecutor, expected_tokens, tiny_capacity
 from tpqwen.errors import EngineError, RequestError
 from tpqwen.request import Delta, FinishReason, GenerateRequest, SamplingParams
 from tpqwen.scheduler.scheduler import Scheduler
-from tpqwen.step import Capacity, StepInput, StepOutput, ints, packed
+from tpqwen.step import Capacity, Chunk, StepInput, StepOutput, ints, packed
 
 ROOMY = tiny_capacity(num_blocks=200, max_batched_tokens=64)
 
@@ -53,6 +53,8 @@ class Pair:
         return step
 
     def run(self) -> list[Delta]:
+        while self.scheduler.num_in_flight:
+            self.collect()
         while self.scheduler.has_work:
             self.step()
         return self.deltas
@@ -63,7 +65,7 @@ class Pair:
 
 def slots_of(step: StepInput) -> list[int]:
     assert step.decode is not None
-    return ints(step.decode).tolist()
+    return [int(slot) for slot in ints(step.decode)]
 
 
 def test_a_prompt_is_admitted_computed_sampled_and_then_decodes() -> None:
@@ -94,7 +96,7 @@ def test_decode_rows_come_before_a_long_prompt_which_takes_what_is_left() -> Non
     pair.add(request("a", 4), request("b", 4))
     pair.step()
     pair.add(request("long", 30))
-    chunks = []
+    chunks: list[Chunk] = []
     while not chunks or not chunks[-1].sample:
         step = pair.step()
         assert step.decode is None or slots_of(step) == [0, 1]
@@ -328,6 +330,21 @@ def test_a_slot_taken_over_while_its_last_step_is_in_flight_gets_no_foreign_toke
     assert [d.id for d in pair.collect()] == ["b"]
     pair.run()
     assert pair.tokens("b") == expected_tokens(request("b"), 10)
+
+
+def test_a_chunk_in_flight_does_not_count_for_a_sequence_that_was_preempted_and_came_back() -> None:
+    pair = Pair(tiny_capacity(max_batched_tokens=8, num_blocks=60))
+    pair.add(request("a", 3), request("b", 30))
+    pair.step()
+    stale = pair.submit()  # b's second chunk
+    pair.scheduler._preempt(pair.scheduler._sequences["b"])
+    pair.add(request("urgent", 2, priority=-1))  # takes b's slot, so b comes back in another, of the same generation
+    assert [c.start for c in pair.submit().chunks] == [0, 4]
+    assert stale.chunks[0].start == 5
+    pair.collect()
+    assert pair.scheduler._sequences["b"].settled == 4
+    pair.run()
+    assert pair.tokens("b") == expected_tokens(request("b", 30), 10)
 
 
 def test_a_resubmitted_request_goes_on_after_its_output() -> None:

@@ -6,6 +6,7 @@ On a GPU the kernels run in bfloat16; in the interpreter in float32 (its bfloat1
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -59,6 +60,11 @@ def paged(
     return Paged(k.to(device, dtype), v.to(device, dtype), tables.to(device), slots)
 
 
+def clean(cache: Paged) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the reference gets: float64, and zeros in place of NaN."""
+    return cache.k.double().nan_to_num(), cache.v.double().nan_to_num()
+
+
 def norm_inputs(head_dim: int, positions: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
     angles = torch.rand(positions, head_dim // 2) * 6
     cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1).to(device)
@@ -85,8 +91,8 @@ def forget_last_token(cache: Paged, lengths: list[int]) -> torch.Tensor:
     ("group", "kv_heads", "head_dim", "block_size", "plan", "lengths"),
     [
         (2, 2, 32, 16, ROWS_WHOLE, [1, 15, 16, 17, 0, 50]),
-        (2, 2, 32, 16, ROWS_SPLIT, [1, 2, 16, 17, 18, 0, 33, 90]),
-        (1, 2, 16, 32, ROWS_SPLIT, [1, 31, 32, 33, 34, 0, 70]),
+        (2, 2, 32, 16, ROWS_SPLIT, [2, 17, 18, 0, 90]),
+        (1, 2, 16, 32, ROWS_SPLIT, [1, 32, 33, 34, 70]),
         (2, 2, 16, 16, DOT_SPLIT, [16, 17, 0, 65]),
         (4, 1, 32, 64, DOT_COARSE, [1, 63, 64, 65, 66, 0, 200]),
         (5, 2, 64, 16, DOT_SPLIT, [1, 17, 0, 40]),
@@ -116,7 +122,7 @@ def test_decode_attention_equals_the_reference_and_writes_only_the_new_token(
     q64 = reference.qk_norm_rope_write(
         qkv.double(), q_norm.double(), k_norm.double(), EPS, cos_sin, positions, k64, v64, slots
     )
-    expected = reference.paged_decode(q64, k64, v64, cache.tables, lengths_B, scale)
+    expected = reference.paged_decode(q64, k64.nan_to_num(), v64.nan_to_num(), cache.tables, lengths_B, scale)
     scratch = attention.decode_scratch(batch, kv_heads, group, head_dim, device, plan)
     scratch.partial.fill_(NAN)
     scratch.stats.fill_(NAN)
@@ -163,7 +169,7 @@ def test_paged_decode_equals_the_reference(
     cache = paged(lengths, kv_heads, 32, head_dim, kind, device)
     lengths_B = torch.tensor(lengths, dtype=torch.int32, device=device)
     q = torch.randn(len(lengths), group * kv_heads, head_dim, device=device).to(kind)
-    expected = reference.paged_decode(q.double(), cache.k.double(), cache.v.double(), cache.tables, lengths_B, 0.2)
+    expected = reference.paged_decode(q.double(), *clean(cache), cache.tables, lengths_B, 0.2)
     scratch = attention.decode_scratch(len(lengths), kv_heads, group, head_dim, device, plan)
     out = attention.paged_decode(q, cache.k, cache.v, cache.tables, lengths_B, 0.2, scratch, plan=plan)
     assert error(out, expected) < TOLERANCE[kind]
@@ -173,11 +179,11 @@ def test_paged_decode_equals_the_reference(
 def test_long_rows_beside_short_ones_use_every_split(device: torch.device, dtype: torch.dtype) -> None:
     torch.manual_seed(3)
     plan = DecodePlan(dot=False, tile=16, warps=4, stages=1, programs=128, min_tiles=1)
-    lengths = [700, 3]
+    lengths = [520, 3]
     cache = paged(lengths, 1, 16, 16, dtype, device)
     lengths_B = torch.tensor(lengths, dtype=torch.int32, device=device)
     q = torch.randn(2, 2, 16, device=device).to(dtype)
-    expected = reference.paged_decode(q.double(), cache.k.double(), cache.v.double(), cache.tables, lengths_B, 0.25)
+    expected = reference.paged_decode(q.double(), *clean(cache), cache.tables, lengths_B, 0.25)
     scratch = attention.decode_scratch(2, 1, 2, 16, device, plan)
     scratch.partial.fill_(NAN)
     assert num_splits(plan, 2) == MAX_SPLITS
@@ -247,9 +253,7 @@ def test_paged_prefill_equals_the_reference(
     torch.manual_seed(len(chunks) + group)
     cache, q, starts, lengths = chunked(chunks, group, kv_heads, head_dim, dtype, device)
     starts_C, lengths_C = (torch.tensor(x, dtype=torch.int32, device=device) for x in (starts, lengths))
-    expected = reference.paged_prefill(
-        q.double(), cache.k.double(), cache.v.double(), cache.tables, starts_C, lengths_C, 64, 0.3
-    )
+    expected = reference.paged_prefill(q.double(), *clean(cache), cache.tables, starts_C, lengths_C, 64, 0.3)
     plan = prefill.PrefillPlan(queries=16, keys=16, warps=4, stages=2, tma=tma)
     out = torch.full_like(q, NAN)
     prefill.paged_prefill(q, cache.k, cache.v, cache.tables, starts_C, lengths_C, 64, 0.3, out=out, plan=plan)
@@ -264,9 +268,7 @@ def test_gathered_prefill_equals_the_reference(
     torch.manual_seed(7)
     cache, q, starts, lengths = chunked(chunks, 2, 2, 32, dtype, device)
     starts_C, lengths_C = (torch.tensor(x, dtype=torch.int32, device=device) for x in (starts, lengths))
-    expected = reference.paged_prefill(
-        q.double(), cache.k.double(), cache.v.double(), cache.tables, starts_C, lengths_C, 64, 0.3
-    )
+    expected = reference.paged_prefill(q.double(), *clean(cache), cache.tables, starts_C, lengths_C, 64, 0.3)
     out = prefill.gathered_prefill(q, cache.k, cache.v, cache.tables, starts, lengths, 0.3)
     assert error(out, expected) < TOLERANCE[dtype]
 
@@ -278,7 +280,7 @@ def test_fresh_prefill_equals_the_reference(starts: list[int], device: torch.dev
     qkv = torch.randn(total, 4 * kv_heads, head_dim, device=device).to(dtype)
     q, k, v = qkv.split((2 * kv_heads, kv_heads, kv_heads), dim=1)
     expected = torch.zeros(total, 2 * kv_heads, head_dim, dtype=torch.float64, device=device)
-    for a, b in zip(starts, starts[1:], strict=False):
+    for a, b in itertools.pairwise(starts):
         q64, k64, v64 = (x[None, a:b].transpose(1, 2).double() for x in (q, k, v))
         attended = torch.nn.functional.scaled_dot_product_attention(q64, k64, v64, is_causal=True, enable_gqa=True)
         expected[a:b] = attended[0].transpose(0, 1)

@@ -1,4 +1,4 @@
-"""The whole engine against transformers on the same weights: any TP degree, chunking, prefix hits, preemption, any batch."""
+"""The whole engine against transformers on the same weights: TP, chunks, prefix hits, preemption, any batch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from random import Random
 
 import pytest
 import torch
-from tpqwen.engine.core import EngineCore
 from transformers import Qwen3ForCausalLM
 
 from tests.ranks_in_threads import ThreadedExecutor
 from tests.tiny import tiny_checkpoint
 from tpqwen.config import Config
+from tpqwen.engine.core import EngineCore
 from tpqwen.request import FinishReason, GenerateRequest, SamplingParams
 
 SHAPES = {
@@ -99,12 +99,12 @@ def test_prefix_hits_change_nothing(tmp_path: Path, tp: int) -> None:
     folder = tiny_checkpoint(tmp_path / "model", **SHAPES["untied_group2"])
     engine = Engine(folder, prefix_cache=True, tp=tp, block_size=8, max_batched_tokens=32, max_model_len=512)
     shared = prompts(1, 50, 300)[0] * 3
-    first = engine.generate([request("a", shared + [1, 2, 3], 30)])["a"]
-    again = engine.generate([request("b", shared + [1, 2, 3], 30), request("c", shared + [9, 9], 30)])
+    first = engine.generate([request("a", [*shared, 1, 2, 3], 30)])["a"]
+    again = engine.generate([request("b", [*shared, 1, 2, 3], 30), request("c", [*shared, 9, 9], 30)])
     engine.close()
     assert engine.cached["b"] >= len(shared) // 8 * 8 - 8
     assert again["b"] == first
-    assert again["c"] == reference(folder, shared + [9, 9], 30)
+    assert again["c"] == reference(folder, [*shared, 9, 9], 30)
 
 
 def test_seeded_sampling_is_the_same_alone_in_a_crowd_preempted_and_for_any_tp(tmp_path: Path) -> None:

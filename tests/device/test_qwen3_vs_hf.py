@@ -147,7 +147,6 @@ def run_rank(rank: int, port: int, cases: list[tuple[str, list[torch.Tensor], li
         group.leave()
 
 
-@pytest.mark.timeout(2 * WAIT_S)
 def test_real_ranks_equal_transformers_also_above_the_kv_heads(tmp_path, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -181,7 +181,7 @@ COMPLETION_ROWS: list[tuple[dict[str, Any], str, str]] = [
     ({}, "missing_field", "prompt"),
     ({"prompt": ""}, "invalid_value", "prompt"),
     ({"prompt": []}, "invalid_value", "prompt"),
-    ({"prompt": [[]]}, "invalid_value", "prompt"),
+    ({"prompt": [[]]}, "invalid_value", "prompt[0]"),
     ({"prompt": [1, -1]}, "invalid_value", "prompt"),
     ({"prompt": [True]}, "invalid_value", "prompt"),
     ({"prompt": [1.0]}, "invalid_value", "prompt"),
@@ -218,6 +218,8 @@ def test_too_long_prompt_names_both_numbers() -> None:
     error = check_error(post(server.app, COMPLETIONS, prompt=[5] * 600, max_tokens=7), 400, "context_length_exceeded")
     assert all(n in error["message"] for n in ("600", "607", "512"))
     assert server.hooks.named("rejected") == [("too_long",)]
+    long = [{"role": "user", "content": "x " * 600}]
+    check_error(post(server.app, CHAT, messages=long), 400, "context_length_exceeded", "messages")
 
 
 def test_messages_do_not_echo_long_input() -> None:

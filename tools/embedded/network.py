@@ -117,9 +117,11 @@ class Qwen3(nn.Module):
         return self.model.norm(x_BTH)
 
     def loss(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Mean cross entropy in nats over targets that are not -100."""
+        """Sum of the cross entropy in nats over targets that are not -100."""
         logits_BTV = F.linear(self(ids_BT), self.model.embed_tokens.weight)
-        return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=-100)
+        return F.cross_entropy(
+            logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=-100, reduction="sum"
+        )
 
 
 def initialise(module: nn.Module) -> None:

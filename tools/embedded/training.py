@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from embedded.network import Qwen3
 MATRIX_RATE, VECTOR_RATE = 3e-3, 2e-3  # peaks; Muon's updates are scaled to AdamW's size
 MATRIX_DECAY = 0.05
 FLAT_SHARE = 0.35  # of the run at the peak, then linear to zero
-WARMUP_STEPS = 60
+WARMUP_STEPS = 60  # or a tenth of a run by steps
 CLIP_NORM = 1.0
 ID_MASK = 0x0FFF
 
@@ -46,7 +47,7 @@ class Outcome:
 
 def batches(rows: np.ndarray, number: int, seed: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless (ids, targets) [number, T] int64; each pass over rows has an order of its own. rows [R, T + 1] uint16."""
-    resident = torch.from_numpy(rows.view(np.int16)).to(device)
+    resident = torch.from_numpy(np.ascontiguousarray(rows).view(np.int16)).to(device)
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(rows), generator=generator).to(device)
@@ -63,23 +64,26 @@ def inputs_and_targets(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def optimisers(model: Qwen3) -> list[torch.optim.Optimizer]:
-    """Muon and AdamW with their peak rates noted in each group."""
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    rest = [p for p in model.parameters() if p.ndim != 2] + [model.model.embed_tokens.weight]
-    fused = rest[0].is_cuda
-    found: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=MATRIX_RATE, weight_decay=MATRIX_DECAY, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=VECTOR_RATE, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=fused),
-    ]
+    """Muon and AdamW with their peak rates noted in each group; on a CPU AdamW alone, Muon's bf16 is too slow there."""
+    on_gpu = model.model.embed_tokens.weight.is_cuda
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2 and on_gpu]
+    chosen = set(matrices)
+    rest = [p for p in model.parameters() if p not in chosen]
+    adam = torch.optim.AdamW(rest, lr=VECTOR_RATE, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=on_gpu)
+    found: list[torch.optim.Optimizer] = [adam]
+    if matrices:
+        muon = torch.optim.Muon(matrices, lr=MATRIX_RATE, weight_decay=MATRIX_DECAY, adjust_lr_fn="match_rms_adamw")
+        found.append(muon)
     for optimiser in found:
         for group in optimiser.param_groups:
             group["peak"] = group["lr"]
     return found
 
 
-def rate(step: int, done: float) -> float:
+def rate(step: int, done: float, steps: int | None = None) -> float:
     """Factor of the peak rate: warm-up, flat, then linear to zero. done is the share of the run, 0 to 1."""
-    return min(1.0, (step + 1) / WARMUP_STEPS) * min(1.0, max(0.0, (1 - done) / (1 - FLAT_SHARE)))
+    warmup = min(WARMUP_STEPS, steps // 10 + 1) if steps else WARMUP_STEPS
+    return min(1.0, (step + 1) / warmup) * min(1.0, max(0.0, (1 - done) / (1 - FLAT_SHARE)))
 
 
 def loss_function(model: Qwen3, plan: Plan, sample: tuple[Tensor, Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
@@ -102,11 +106,11 @@ def forward_backward(
 ) -> Tensor:
     """Adds the gradients of a batch, micro_rows at a time. Returns the mean loss, on the device."""
     ids, targets = batch
-    parts = len(ids) // micro_rows
+    number = (targets >= 0).sum().clamp(min=1)
     total = torch.zeros((), device=ids.device)
-    for ids_part, targets_part in zip(ids.chunk(parts), targets.chunk(parts), strict=True):
+    for ids_part, targets_part in zip(ids.split(micro_rows), targets.split(micro_rows), strict=True):
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
-            loss = loss_of(ids_part, targets_part) / parts
+            loss = loss_of(ids_part, targets_part) / number
         loss.backward()
         total += loss.detach()
     return total
@@ -127,7 +131,7 @@ def train(model: Qwen3, rows: np.ndarray, plan: Plan) -> Outcome:
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         for optimiser in optimising:
             for group in optimiser.param_groups:
-                group["lr"] = group["peak"] * rate(step, done)
+                group["lr"] = group["peak"] * rate(step, done, plan.steps)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         step += 1
@@ -136,6 +140,8 @@ def train(model: Qwen3, rows: np.ndarray, plan: Plan) -> Outcome:
         elapsed = time.monotonic() - started
         if time.monotonic() - reported > plan.report_s or step == 1:
             reported = time.monotonic()
+            if not math.isfinite(loss.item()):
+                raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
             losses.append((step, loss.item()))
             speed = step * plan.rows * (rows.shape[1] - 1) / elapsed
             print(f"step {step} loss {loss.item():.4f} {elapsed:.0f} s {speed:,.0f} tokens/s", flush=True)
@@ -149,11 +155,11 @@ def mean_loss(model: Qwen3, rows: np.ndarray) -> float:
     device = next(model.parameters()).device
     total = count = 0.0
     for start in range(0, len(rows), 4):
-        part = torch.from_numpy(rows[start : start + 4].view(np.int16)).to(device)
+        part = torch.from_numpy(np.ascontiguousarray(rows[start : start + 4]).view(np.int16)).to(device)
         ids, targets = inputs_and_targets(part)
         number = int((targets >= 0).sum())
         if number:
-            total += model.loss(ids, targets).item() * number
+            total += model.loss(ids, targets).item()
             count += number
     return total / max(count, 1.0)
 

@@ -25,7 +25,7 @@ async def read_json(headers: Mapping[str, str], receive: Receive, max_bytes: int
     """
     _check_type(headers)
     length = headers.get("content-length", "")
-    if length.isdigit() and int(length[:20]) > max_bytes:
+    if length.isdecimal() and int(length[:20]) > max_bytes:
         raise _too_large(max_bytes)
     body = await _read(receive, max_bytes)
     return await asyncio.to_thread(parse, body) if len(body) > thread_above else parse(body)

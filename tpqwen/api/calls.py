@@ -101,13 +101,12 @@ def prepare(call: Call, chat: ChatFormat, info: ModelInfo) -> Prepared:
         all_ids = [ids[-call.truncate :] for ids in all_ids]
     # The client's request id is no key: two requests may carry the same one.
     key = secrets.token_hex(8)
-    sequences = [
-        sequence
-        for i, ids in enumerate(all_ids)
-        for sequence in expand(
-            f"{key}-{i}", ids, params, info.limits, priority=call.priority, cache_salt=call.cache_salt
-        )
-    ]
+    common: dict[str, Any] = {
+        "priority": call.priority,
+        "cache_salt": call.cache_salt,
+        "field": "prompt" if call.messages is None else "messages",
+    }
+    sequences = [s for i, ids in enumerate(all_ids) for s in expand(f"{key}-{i}", ids, params, info.limits, **common)]
     return Prepared(sequences, all_ids, params, start)
 
 

@@ -284,7 +284,9 @@ class Prompts:
 
 def _token_ids(value: Sequence[Any], where: str) -> list[int]:
     """Checked by whole-list passes: a prompt may hold hundreds of thousands of ids."""
-    if set(map(type, value)) - {int} or (value and min(value) < 0):
+    if not value:
+        refuse(where, "must not be empty", "invalid_value")
+    if set(map(type, value)) != {int} or min(value) < 0:
         refuse(where, "token ids must be integers of at least 0", "invalid_value")
     return list(value)
 

@@ -1,6 +1,7 @@
 """`tpqwen bench offline`: the named workloads through the engine in this process, no HTTP.
 
-Each workload is warmed up with seed 1 and measured with seeds 2 and 3; both are reported and the table shows the better.
+Each workload is warmed up with seed 1 and measured with seeds 2 and 3; both are reported, the table shows
+the better.
 Prefix cache off; tokens/s are output tokens per second of wall time.
 """
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 
+from tpqwen import logs
 from tpqwen.config import Config
 from tpqwen.engine.core import EngineCore
 from tpqwen.engine.loop import EngineLoop
@@ -31,6 +32,7 @@ class EngineProcess:
     def __init__(self, options: dict[str, Any]) -> None:
         self._config = Config.load(options, {})
         self._hub: Hub | None = None
+        logs.configure(self._config.server.log, "engine")
         keep_title("tpqwen engine")
 
     def pid(self) -> int:

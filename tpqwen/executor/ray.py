@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore
 
+from tpqwen import logs
 from tpqwen.config import Config, resolve_device
 from tpqwen.errors import ConfigError, EngineError, RankDied
 from tpqwen.executor.rank import serve_steps
@@ -58,6 +59,7 @@ class RankProcess:
         self._rank = rank
         self._worker: Worker | None = None
         self._outbox: Sender | None = None
+        logs.configure(self._config.server.log, f"rank {rank}/{self._config.parallel.tp}")
         keep_title(f"tpqwen rank {rank}/{self._config.parallel.tp}")
 
     def node(self) -> str:

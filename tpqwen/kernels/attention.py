@@ -214,7 +214,8 @@ def _combine(
     return acc / tl.where(g < G, total, 1.0)[:, None]
 
 
-@triton.jit
+# Slices of one staging buffer may begin anywhere: that must not cause another compilation.
+@triton.jit(do_not_specialize_on_alignment=["positions", "slots", "tables", "lengths"])
 def _decode_kernel(
     qkv,
     q_norm,
@@ -383,22 +384,16 @@ def _launch(
     assert qkv.stride(-1) == 1 and out.is_contiguous() and tables_BM.stride(1) == 1
     assert splits == 1 or batch * kv_heads * splits <= len(scratch.partial), "the scratch is for fewer rows"
     assert batch * kv_heads <= len(scratch.arrived)
-    q_norm, k_norm, cos_sin = weights or (qkv, qkv, qkv)
     _decode_kernel[(kv_heads, batch, splits)](
         qkv,
-        q_norm,
-        k_norm,
-        cos_sin,
+        *(weights or (qkv, qkv, qkv)),
         lengths_B if positions_B is None else positions_B,
-        k_cache,
-        v_cache,
+        *caches,
         lengths_B if slots_B is None else slots_B,
         tables_BM,
         lengths_B,
         out,
-        scratch.partial,
-        scratch.stats,
-        scratch.arrived,
+        *scratch,
         eps,
         scale * math.log2(math.e),
         qkv.stride(0),

@@ -62,17 +62,16 @@ def attend(
 def _prefill(
     q_TND: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, rows: PrefillRows, scale: float
 ) -> torch.Tensor:
-    """Causal attention of the chunks, [T, N, D]: long fresh ones by cuDNN, the rest by the paged kernel in one launch."""
-    out = (
-        prefill.paged_prefill(
-            q_TND, k_cache, v_cache, rows.tables_CM, rows.query_start, rows.lengths_C, rows.max_query, scale
-        )
-        if _dense_chunks(rows) < len(rows.num_query)
-        else torch.empty_like(q_TND)
-    )
+    """Causal attention of the chunks, [T, N, D]: long whole prompts by cuDNN, the rest in one launch of our own."""
+    dense = [_is_dense(*pair, q_TND.dtype) for pair in zip(rows.num_query, rows.num_context, strict=True)]
+    if all(dense):
+        out = torch.empty_like(q_TND)
+    else:
+        chunks = (rows.tables_CM, rows.query_start, rows.lengths_C, rows.max_query)
+        out = prefill.paged_prefill(q_TND, k_cache, v_cache, *chunks, scale)
     start = 0
-    for chunk, (count, length) in enumerate(zip(rows.num_query, rows.num_context, strict=True)):
-        if count == length and count >= DENSE_FROM:
+    for chunk, count in enumerate(rows.num_query):
+        if dense[chunk]:
             span, table = slice(start, start + count), rows.tables_CM[chunk]
             k_KSD, v_KSD = (_gathered(c, table, count) for c in (k_cache, v_cache))
             out[span] = _dense(q_TND[span], k_KSD, v_KSD, scale)
@@ -80,10 +79,9 @@ def _prefill(
     return out
 
 
-def _dense_chunks(rows: PrefillRows) -> int:
-    """How many chunks are whole prompts long enough for cuDNN."""
-    pairs = zip(rows.num_query, rows.num_context, strict=True)
-    return sum(count == length and count >= DENSE_FROM for count, length in pairs)
+def _is_dense(count: int, length: int, dtype: torch.dtype) -> bool:
+    """Whether a chunk is a whole prompt that pays for cuDNN, which takes 16-bit numbers only."""
+    return count == length and count >= DENSE_FROM and dtype.itemsize == 2
 
 
 def _dense(q_TND: torch.Tensor, k_KTD: torch.Tensor, v_KTD: torch.Tensor, scale: float) -> torch.Tensor:

@@ -37,10 +37,9 @@ TABLE: dict[tuple[str, int, int], tuple[tuple[int, Config], ...]] = {}
 def default_config(rows: int, weights: int, width: int) -> Config:
     """A guess for shapes the table lacks: `rows` batch rows, `weights` weight rows of `width` columns."""
     if rows == 1:
-        block_n = 2 if weights <= 2048 else 4
-        return Config("gemv", block_n, 1024, warps=4, stages=4 if weights * width < 1 << 25 else 2)
+        return Config("gemv", 2 if weights <= 2048 else 4, 2048 if width >= 4096 else 1024, stages=3)
     if rows > 64:
-        return Config("torch")
+        return Config("torch")  # cuBLAS until measured otherwise
     tiles = -(-weights // 64)
     split = 1
     while tiles * split < PROGRAMS * 3 // 4 and width // (2 * split) >= 256 and width % (2 * split * NARROWEST) == 0:

@@ -60,7 +60,8 @@ def _half_norm_rope(source, weight, cos, sin, valid, eps, D: tl.constexpr):
     return a * cos - b * sin, b * cos + a * sin
 
 
-@triton.jit
+# Counts and slices of one staging buffer change from step to step: neither may cause a compilation.
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["positions", "slots"])
 def _qk_norm_rope_write_kernel(
     qkv,
     q_norm,
@@ -211,7 +212,10 @@ def _tiles(
     return m, l, acc
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_chunks"],
+    do_not_specialize_on_alignment=["tables", "query_start", "lengths"],
+)
 def _prefill_kernel(
     q,
     k_cache,

@@ -1,13 +1,15 @@
 """Sampling kernels: the Gumbel maximum over logits, the same fused with the LM head, and exact top-k candidates.
 
 B rows, V vocabulary ids of this shard, H hidden, S slices of the vocabulary, G groups of ids. Noise is the reference's:
-Philox4x32-10 words of (seed, output index, id // 4, choice), so every path and every rank draws the same. Fusing head and
-sampling after FlashSampling (arXiv 2603.15854); the logits never reach memory.
+Philox4x32-10 words of (seed, output index, id // 4, choice), so every path and every rank draws the same. Fusing head
+and sampling after FlashSampling (arXiv 2603.15854): the logits never reach memory.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, var-annotated"
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,16 +24,26 @@ from tpqwen.kernels.reference import GREEDY_BELOW
 NO_ID = tl.constexpr(0x7FFFFFFF)
 COLDEST = tl.constexpr(GREEDY_BELOW)
 SLICE = 4096  # logits that one program of noisy_argmax looks at
-GROUP = 64  # ids that top_candidates first reduces to their maximum
 MAX_CANDIDATES = 64
+FAN = 16  # ids per group and groups per supergroup in top_candidates
+SUPERS = MAX_CANDIDATES * FAN
 MAX_FUSED_ROWS = 64
-PROGRAMS = 264  # of the fused head: two per multiprocessor of an H100 or H200
+MULTIPROCESSORS = 132  # of H100 and H200
 
 
 @triton.jit
 def random_words(seed, out_index, choice, group):
     """The four Philox4x32-10 words of each group of four ids, uint32; int32 arguments and an int64 seed broadcast."""
-    return tl.philox(seed, out_index, group, choice, 0)
+    zero = ((group + out_index + choice) * 0).to(tl.uint32)
+    c0, c1, c2, c3 = zero + out_index.to(tl.uint32), zero + group.to(tl.uint32), zero + choice.to(tl.uint32), zero
+    k0, k1 = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    for _ in range(10):  # a loop on the GPU too: unrolled it would be most of the kernel's code and compile time
+        high0, low0 = tl.umulhi(c0, 0xD2511F53), tl.mul(c0, 0xD2511F53, sanitize_overflow=False)
+        high1, low1 = tl.umulhi(c2, 0xCD9E8D57), tl.mul(c2, 0xCD9E8D57, sanitize_overflow=False)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
 
 
 @triton.jit
@@ -197,8 +209,8 @@ def _head_rows_kernel(
     V,
     base,
     num_valid,
+    K,
     SHIFT: tl.constexpr,
-    K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     IDS: tl.constexpr,
@@ -212,8 +224,8 @@ def _head_rows_kernel(
     stride = tl.num_programs(0)
     lane = tl.arange(0, IDS)
     if PDL and PREFETCH > 0:
-        rows = tl.minimum(tl.maximum(first * IDS - SHIFT + lane, 0), V - 1)
-        prefetch_weights(w, rows[:, None], K, 0, IDS, PREFETCH, True, WARPS)
+        early = tl.minimum(tl.maximum(first * IDS - SHIFT + lane, 0), V - 1)
+        prefetch_weights(w, early[:, None], K, 0, IDS, PREFETCH, True, WARPS)
     wait_previous(PDL)
     m = tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)[None, :]
@@ -254,51 +266,87 @@ def _ordered(value):
 
 
 @triton.jit
-def _group_max_kernel(logits, group_max, V, G, GROUP: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr):
+def _fan_max_kernel(
+    logits,
+    maxima,
+    V,
+    ROW: tl.constexpr,
+    SUPERS: tl.constexpr,
+    FAN: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Maxima of groups of FAN ids, and of supergroups of FAN groups; a row of `maxima` starts with the supergroups."""
     release_next(PDL)
     row = tl.program_id(0)
-    g = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    v = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    g = tl.program_id(1) * AT_ONCE * FAN + tl.arange(0, AT_ONCE * FAN)
+    v = g[:, None] * FAN + tl.arange(0, FAN)[None, :]
     wait_previous(PDL)
     value = tl.load(logits + row.to(tl.int64) * V + v, mask=v < V, other=float("-inf")).to(tl.float32)
-    tl.store(group_max + row * G + g, tl.max(value, axis=1), mask=g < G)
+    group = tl.max(value, axis=1)
+    tl.store(maxima + row * ROW + SUPERS + g, group, mask=g * FAN < V)
+    s = tl.program_id(1) * AT_ONCE + tl.arange(0, AT_ONCE)
+    highest = tl.max(tl.reshape(group, [AT_ONCE, FAN]), axis=1)
+    tl.store(maxima + row * ROW + s, highest, mask=s * FAN * FAN < V)
 
 
 @triton.jit
 def _top_kernel(
     logits,
-    group_max,
+    maxima,
     values,
     ids,
     V,
-    G,
     count,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
+    ROW: tl.constexpr,
+    SUPERS: tl.constexpr,
+    FAN: tl.constexpr,
     KEPT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The best `count` <= KEPT logits of a row: they all lie in the KEPT groups with the highest maxima.
+    """The best `count` <= KEPT logits of a row, by descent: each level keeps the KEPT nodes with the highest maxima.
 
-    Sorted as int64 keys of (value, lowest id first), so ties have one answer.
+    The KEPT best ids lie in those nodes. Sorted as int64 keys of (value, lowest id first), so ties have one answer.
     """
     release_next(PDL)
     row = tl.program_id(0)
-    g = tl.arange(0, WIDTH)
+    nodes = tl.arange(0, KEPT)  # KEPT * FAN = SUPERS, so that their children are all the supergroups
+    order = tl.zeros([KEPT], tl.int32)
     wait_previous(PDL)
-    highest = tl.load(group_max + row * G + g, mask=g < G, other=float("-inf"))
-    keys = (_ordered(highest).to(tl.int64) << 32) | (NO_ID - g).to(tl.int64)
-    group = NO_ID - (tl.topk(keys, KEPT) & NO_ID).to(tl.int32)
-    v = tl.reshape(group[:, None] * GROUP + tl.arange(0, GROUP)[None, :], [KEPT * GROUP])
-    value = tl.load(logits + row.to(tl.int64) * V + v, mask=v < V, other=float("-inf")).to(tl.float32)
-    keys = (_ordered(value).to(tl.int64) << 32) | (NO_ID - v).to(tl.int64)
-    top = tl.topk(keys, KEPT)
-    order = (top >> 32).to(tl.int32)
-    place = row * count + tl.arange(0, KEPT)
-    kept = tl.arange(0, KEPT) < count
-    value = (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    tl.store(values + place, value, mask=kept)
-    tl.store(ids + place, (NO_ID - (top & NO_ID).to(tl.int32)).to(tl.int64), mask=kept)
+    for level in range(3):
+        child = tl.reshape(nodes[:, None] * FAN + tl.arange(0, FAN)[None, :], [KEPT * FAN])
+        limit = tl.where(level == 0, tl.cdiv(V, FAN * FAN), tl.where(level == 1, tl.cdiv(V, FAN), V))
+        place = tl.where(level == 0, 0, SUPERS) + child
+        inner = tl.load(maxima + row * ROW + place, mask=(child < limit) & (level < 2), other=float("-inf"))
+        leaf = tl.load(logits + row.to(tl.int64) * V + child, mask=(child < limit) & (level == 2), other=float("-inf"))
+        value = tl.where(level == 2, leaf.to(tl.float32), inner)
+        keys = tl.topk((_ordered(value).to(tl.int64) << 32) | (-child + NO_ID).to(tl.int64), KEPT)
+        nodes = -(keys & NO_ID).to(tl.int32) + NO_ID
+        order = (keys >> 32).to(tl.int32)
+    kept = tl.arange(0, KEPT)
+    place = row * count + kept
+    tl.store(values + place, (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True), mask=kept < count)
+    tl.store(ids + place, nodes.to(tl.int64), mask=kept < count)
+
+
+class HeadPlan(NamedTuple):
+    """How the fused LM head runs: `programs` take turns at tiles of `ids` ids. The rest is for several rows only."""
+
+    ids: int
+    warps: int
+    programs: int
+    stages: int = 4
+    block_k: int = 64
+    prefetch: int = 512
+
+
+def head_plan(rows: int, hidden: int) -> HeadPlan:
+    """The plan for `rows` rows of `hidden` columns. One row: about 64 weights per thread, so that two tiles fit."""
+    if rows == 1:
+        width = triton.next_power_of_2(hidden)
+        ids = max(4, 8192 // width)
+        return HeadPlan(ids, max(4, ids * width // 2048), MULTIPROCESSORS * (3 if ids * width <= 8192 else 2))
+    return HeadPlan(128, 4 if rows <= 32 else 8, MULTIPROCESSORS * 2)
 
 
 class _Slices:
@@ -340,7 +388,8 @@ def noisy_argmax(
     assert logits_BV.is_contiguous(), "noisy_argmax takes contiguous logits"
     rows, vocab = logits_BV.shape
     shift = first_id % 4
-    slices = _Slices(rows, triton.cdiv(vocab + shift, SLICE), logits_BV.device)
+    ids = min(SLICE, max(4, triton.next_power_of_2(vocab + shift)))
+    slices = _Slices(rows, triton.cdiv(vocab + shift, ids), logits_BV.device)
     if rows:
         _noisy_slice_kernel[(rows, slices.slices)](
             logits_BV,
@@ -354,7 +403,7 @@ def noisy_argmax(
             first_id - shift,
             first_id + vocab if num_valid is None else num_valid,
             shift,
-            SLICE,
+            ids,
             num_warps=4,
             **launch_options(logits_BV.device),
         )
@@ -374,6 +423,7 @@ def head_noisy_argmax(
     *,
     num_valid: int | None = None,
     bad_B: torch.Tensor | None = None,
+    plan: HeadPlan | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Final norm, LM head and noisy_argmax: (value_B fp32, id_B int64), without logits in memory up to 64 rows.
 
@@ -387,33 +437,22 @@ def head_noisy_argmax(
         return noisy_argmax(logits_BV, *draw, first_id, num_valid=num_valid, bad_B=bad_B)
     assert h_BH.is_contiguous() and weight_VH.is_contiguous(), "head_noisy_argmax takes contiguous tensors"
     vocab, shift = len(weight_VH), first_id % 4
-    place = (vocab, first_id - shift, first_id + vocab if num_valid is None else num_valid, shift, hidden)
-    options = launch_options(h_BH.device)
+    place = (vocab, first_id - shift, first_id + vocab if num_valid is None else num_valid)
+    plan = head_plan(rows, hidden) if plan is None else plan
+    slices = _Slices(rows, min(plan.programs, triton.cdiv(vocab + shift, plan.ids)), h_BH.device)
+    grid, options = (slices.slices,), {"num_warps": plan.warps, **launch_options(h_BH.device)}
     if rows == 1:
-        width = triton.next_power_of_2(hidden)
-        ids = max(4, 16384 // width)
-        slices = _Slices(1, min(PROGRAMS, triton.cdiv(vocab + shift, ids)), h_BH.device)
-        _head_row_kernel[(slices.slices,)](
-            h_BH, weight_VH, norm_H, *draw, slices.best, slices.best_id, eps, *place, width, ids, num_warps=8, **options
+        shape = (shift, hidden, triton.next_power_of_2(hidden), plan.ids)
+        _head_row_kernel[grid](
+            h_BH, weight_VH, norm_H, *draw, slices.best, slices.best_id, eps, *place, *shape, **options
         )
         return slices.reduce(bad_B)
-    block_m = max(16, triton.next_power_of_2(rows))
-    ids, block_k, warps = 128, 64, 4
-    slices = _Slices(rows, min(PROGRAMS, triton.cdiv(vocab + shift, ids)), h_BH.device)
     x_BH = rms_norm(h_BH, norm_H, eps)
-    shape = (block_m, block_k, ids, min(hidden, 512), warps)
-    _head_rows_kernel[(slices.slices,)](
-        x_BH,
-        weight_VH,
-        *draw,
-        slices.best,
-        slices.best_id,
-        rows,
-        *place,
-        *shape,
-        num_warps=warps,
-        num_stages=4,
-        **options,
+    block_m = max(16, triton.next_power_of_2(rows))
+    early = min(hidden, plan.prefetch) if plan.warps * 32 >= plan.ids else 0
+    shape = (hidden, shift, block_m, plan.block_k, plan.ids, early, plan.warps)
+    _head_rows_kernel[grid](
+        x_BH, weight_VH, *draw, slices.best, slices.best_id, rows, *place, *shape, num_stages=plan.stages, **options
     )
     return slices.reduce(bad_B)
 
@@ -421,35 +460,22 @@ def head_noisy_argmax(
 def top_candidates(logits_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The `count` largest logits of each row, best first, ties by lowest id: values fp32 and ids int64 [B, count].
 
-    Exact. Up to 64 candidates one pass finds the maximum of each group of 64 ids and a second looks only into the best
-    groups; more go to torch.topk (whose ties and value dtype are its own).
+    Exact. Up to 64 candidates of at most 262144 ids, one pass finds the maxima of groups and supergroups and a second
+    descends into the best of them; the rest goes to torch.topk (whose order of ties is its own).
     """
     rows, vocab = logits_BV.shape
-    if count > MAX_CANDIDATES or vocab <= GROUP or not rows:
+    if count > MAX_CANDIDATES or not MAX_CANDIDATES <= vocab <= SUPERS * FAN * FAN or not rows:
         values_BK, ids_BK = torch.topk(logits_BV, count)
         return values_BK.float(), ids_BK
     assert logits_BV.is_contiguous(), "top_candidates takes contiguous logits"
-    groups = triton.cdiv(vocab, GROUP)
-    group_max = torch.empty(rows, groups, dtype=torch.float32, device=logits_BV.device)
+    width = SUPERS * (1 + FAN)
+    maxima = torch.empty(rows, width, dtype=torch.float32, device=logits_BV.device)
     values_BK = torch.empty(rows, count, dtype=torch.float32, device=logits_BV.device)
     ids_BK = torch.empty(rows, count, dtype=torch.int64, device=logits_BV.device)
     options = launch_options(logits_BV.device)
-    at_once = 64
-    grid = (rows, triton.cdiv(groups, at_once))
-    _group_max_kernel[grid](logits_BV, group_max, vocab, groups, GROUP, at_once, num_warps=4, **options)
-    width = max(MAX_CANDIDATES, triton.next_power_of_2(groups))
-    _top_kernel[(rows,)](
-        logits_BV,
-        group_max,
-        values_BK,
-        ids_BK,
-        vocab,
-        groups,
-        count,
-        GROUP,
-        width,
-        MAX_CANDIDATES,
-        num_warps=8,
-        **options,
-    )
+    at_once = 16
+    grid = (rows, triton.cdiv(vocab, at_once * FAN * FAN))
+    _fan_max_kernel[grid](logits_BV, maxima, vocab, width, SUPERS, FAN, at_once, num_warps=4, **options)
+    shape = (width, SUPERS, FAN, MAX_CANDIDATES)
+    _top_kernel[(rows,)](logits_BV, maxima, values_BK, ids_BK, vocab, count, *shape, num_warps=8, **options)
     return values_BK, ids_BK

@@ -136,13 +136,13 @@ class Admission:
     def _headroom(self, sequence: Sequence) -> int:
         """Blocks that must stay available after an entry, so that it is not preempted at once.
 
-        Everybody, the newcomer included, must be able to make `horizon` more tokens. It grows 8-fold with each
-        preemption of the newcomer, which bounds how often one is preempted: log8(longest output / 2 blocks) + 1.
+        Everybody, the newcomer included, must be able to make `horizon` more tokens. It grows 4-fold with each
+        preemption of the newcomer, which bounds how often one is preempted: log4(longest output / 2 blocks) + 1.
         A sequence that would run alone needs no headroom, so the queue always moves.
         """
         size = self._rows.block_size
         if self._rows.num_free == self._rows.num_slots:
             return 0
-        horizon = (2 * size) << (3 * min(sequence.preemptions, 8))
+        horizon = (2 * size) << (2 * min(sequence.preemptions, 12))
         own = sequence.num_tokens + min(sequence.max_output - sequence.num_output, horizon)
         return self._rows.growth(horizon) - (-own // size) - (-(-sequence.num_tokens // size))

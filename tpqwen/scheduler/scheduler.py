@@ -10,6 +10,7 @@ import heapq
 from bisect import insort
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,14 +26,23 @@ from tpqwen.step import Admit, Capacity, Chunk, Ints, StepInput, StepOutput, Ste
 AHEAD = 4  # blocks given to a decode row at once while there are plenty
 
 
+class Part(NamedTuple):
+    """A chunk in flight: it counts while its slot is still of that generation."""
+
+    sequence: Sequence
+    slot: int
+    generation: int
+    end: int  # position after its last token
+
+
 @dataclass(slots=True)
 class Draft:
-    """A step being put together. parts: (sequence, its slot's generation, end position) of each chunk."""
+    """A step being put together."""
 
     admits: list[Admit] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)  # (slot, index, block) flat
     chunks: list[Chunk] = field(default_factory=list)
-    parts: list[tuple[Sequence, int, int]] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
     sampled: list[Sequence] = field(default_factory=list)
 
 
@@ -44,7 +54,7 @@ class Flight:
     rows: RowSet
     generations: Longs
     num_decode: int
-    parts: list[tuple[Sequence, int, int]]
+    parts: list[Part]
     num_chunk_tokens: int
 
 
@@ -196,9 +206,9 @@ class Scheduler:
             raise EngineError(f"got step {output.step} with {len(tokens)} tokens, expected {wanted}")
         self._collected = self._flights.popleft()
         generation = self._rows.generation
-        for sequence, born, end in flight.parts:
-            if sequence.slot >= 0 and generation[sequence.slot] == born:
-                self._admission.settle(sequence, end)
+        for part in flight.parts:
+            if generation[part.slot] == part.generation:
+                self._admission.settle(part.sequence, part.end)
         live = generation[flight.rows.slots] == flight.generations
         deltas = [self._end_bad(flight.rows.sequences[i]) for i in output.bad_rows if live[i]]
         live[list(output.bad_rows)] = False
@@ -337,7 +347,7 @@ class Scheduler:
         end = min(start + budget, sequence.num_prefill)
         sample = end == sequence.num_prefill
         draft.chunks.append(Chunk(slot, start, sequence.tokens[start:end].tobytes(), sample))
-        draft.parts.append((sequence, int(rows.generation[slot]), end))
+        draft.parts.append(Part(sequence, slot, int(rows.generation[slot]), end))
         rows.computed[slot] = end
         if sample:
             rows.left[slot] -= 1

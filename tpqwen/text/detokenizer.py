@@ -13,7 +13,7 @@ class Detokenizer:
     """Pieces of text whose concatenation, `flush` included, equals decoding all ids at once, for any ids.
 
     A token of byte-level BPE is a string of bytes, so the state is at most three bytes of an unfinished character.
-    Bytes that can't become a character turn into U+FFFD, as in the tokenizer's own decoder. About 0.3 us a token.
+    Bytes that can't become a character turn into U+FFFD, as in the tokenizer's own decoder. Under 1 us a token.
     """
 
     def __init__(self, vocabulary: Vocabulary, skip_special_tokens: bool = True) -> None:

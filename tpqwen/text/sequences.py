@@ -28,13 +28,15 @@ def expand(
     *,
     priority: int = 0,
     cache_salt: str = "",
+    field: str = "prompt",
 ) -> list[GenerateRequest]:
     """One GenerateRequest for each of params.n choices; ids are request_id-0, request_id-1, ...
 
-    The choices share a seed and differ in `choice`. Without max_tokens the context is the limit.
+    The choices share a seed and differ in `choice`. Without max_tokens the context is the limit. field: the name that
+    errors give to the prompt.
     Raises RequestError: prompt empty, over the context, or with ids outside the vocabulary.
     """
-    max_tokens = checked_max_tokens(len(prompt_ids), params, limits)
+    max_tokens = checked_max_tokens(len(prompt_ids), params, limits, field)
     seed = secrets.randbits(63) if params.seed is None else params.seed & _MASK64
     end_ids = params.stop_token_ids if params.ignore_eos else (*limits.end_ids, *params.stop_token_ids)
     return [
@@ -53,17 +55,17 @@ def expand(
     ]
 
 
-def checked_max_tokens(num_prompt: int, params: SamplingParams, limits: Limits) -> int:
+def checked_max_tokens(num_prompt: int, params: SamplingParams, limits: Limits, field: str = "prompt") -> int:
     """How many tokens the request may produce. Raises RequestError."""
     if num_prompt == 0:
-        raise RequestError("the prompt is empty; at least one token is needed", param="prompt", code="invalid_value")
+        raise RequestError("the prompt is empty; at least one token is needed", param=field, code="invalid_value")
     room = limits.max_model_len - num_prompt
     wanted = params.max_tokens
     if room < 1 or (wanted is not None and wanted > room):
         asked = f" and {wanted} tokens are asked for, {num_prompt + wanted} together" if wanted is not None else ""
         raise RequestError(
             f"the prompt has {num_prompt} tokens{asked}; the context holds {limits.max_model_len}",
-            param="max_tokens" if room >= 1 else "prompt",
+            param="max_tokens" if room >= 1 else field,
             code="context_length_exceeded",
         )
     max_tokens = room if wanted is None else wanted

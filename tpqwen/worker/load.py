@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from tpqwen.worker.runner import Runner
 from tpqwen.worker.sampler import LogitEdits, SampleKind, Sampler
 from tpqwen.worker.slots import SlotState
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -29,7 +32,7 @@ class Loaded:
 
 
 def load(config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, group: TPGroup) -> Loaded:
-    """Build the model, read this rank's slices, make the cache as large as the memory left allows. Raises ConfigError."""
+    """Build the model, read this rank's slices, make the cache as large as memory allows. Raises ConfigError."""
     clock = _Stages()
     device, dtype = torch.device("cuda:0" if sizes.device == "cuda" else "cpu"), getattr(torch, sizes.dtype)
     with torch.device("meta"):
@@ -77,6 +80,7 @@ class _Stages:
             torch.cuda.synchronize()
         now = time.monotonic()
         self.seconds[stage_name] = round(now - self._last, 3)
+        _log.info("loaded stage=%s seconds=%.2f", stage_name, now - self._last)
         self._last = now
 
 

@@ -1,7 +1,7 @@
 """One forward pass of one rank: slots in, sampled tokens out, all on the device.
 
-B decode rows, T tokens, R sampled rows, P block size. Nothing here reads a device value on the host, so a decode pass can
-be captured as a CUDA graph and the next pass can be launched before this one has run.
+B decode rows, T tokens, R sampled rows, P block size. Nothing here reads a device value on the host, so a decode pass
+can be captured as a CUDA graph and the next pass can be launched before this one has run.
 """
 
 from __future__ import annotations

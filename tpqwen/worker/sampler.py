@@ -24,7 +24,7 @@ NEVER = float("-inf")
 
 @dataclass(frozen=True)
 class SampleKind:
-    """Which work a set of rows needs; part of a captured graph's identity. Rows of one kind may ride in a larger one."""
+    """Which work a set of rows needs; part of a graph's identity. Rows of one kind may ride in a larger one."""
 
     candidates: bool = False  # some row has 0 < top_k <= MAX_CANDIDATES
     full: bool = False  # some row truncates without a small top_k: whole rows are gathered

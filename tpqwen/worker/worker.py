@@ -5,6 +5,7 @@ submit launches a step and returns; collect waits for the oldest. On a GPU sever
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import time
@@ -19,6 +20,7 @@ from tpqwen.gpu import Gpu
 from tpqwen.model.config import ModelConfig
 from tpqwen.model.sizing import Sizes, derive
 from tpqwen.parallel.group import TPGroup
+from tpqwen.request import TokenLogprob
 from tpqwen.step import Capacity, RankStats, RowParams, StepInput, StepOutput, ints
 from tpqwen.worker.batch import ChunkBatch, Stager, stage
 from tpqwen.worker.graphs import DecodeGraphs
@@ -92,7 +94,7 @@ class Worker:
         if not self._pending:
             return False
         done = self._pending[0].done
-        return done is None or done.query()
+        return done is None or bool(done.query())  # type: ignore[no-untyped-call]
 
     @torch.inference_mode()
     def collect(self) -> StepOutput:
@@ -104,7 +106,7 @@ class Worker:
             busy = p.started.elapsed_time(p.done) / 1e3
         self._busy_s += busy
         count = p.tokens.shape[0]
-        logprobs = ()
+        logprobs: tuple[tuple[int, TokenLogprob], ...] = ()
         if p.sampled is not None and p.sampled.logprobs is not None:
             logprobs = tuple(p.sampled.logprobs.rows([r.logprobs for r in p.params]))
         bad = tuple(torch.nonzero(p.bad)[:, 0].tolist()) if count and bool(p.bad.any()) else ()
@@ -131,6 +133,9 @@ class Worker:
         self._pending.clear()
         if hasattr(self, "graphs"):
             del self.graphs, self.runner
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
         self._group.leave()
 
     def _run(self, chunks: ChunkBatch | None, params: tuple[RowParams, ...]) -> Sampled | None:
@@ -178,6 +183,6 @@ class Worker:
     def _event(self) -> torch.cuda.Event | None:
         if self._device.type == "cpu":
             return None
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event

@@ -1,0 +1,183 @@
+"""The whole server on Ray Serve, tp=2 on the CPU: streams, names, clients that leave, killed processes, the end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.cluster.processes import children_of, title, until
+from tpqwen.errors import ConfigError
+
+pytestmark = pytest.mark.ray
+
+OPTIONS = {
+    "tp": "2",
+    "device": "cpu",
+    "dtype": "float32",
+    "threads": "1",
+    "max_model_len": "512",
+    "max_num_seqs": "32",
+    "max_batched_tokens": "256",
+}
+TITLES = ["tpqwen engine", "tpqwen rank 0/2", "tpqwen rank 1/2", "tpqwen replica"]
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+
+def ours() -> dict[int, str]:
+    """Our processes below this one: pid -> title."""
+    return {pid: name for pid in children_of({os.getpid()}) if (name := title(pid)).startswith("tpqwen")}
+
+
+def open_files() -> dict[str, int]:
+    """How many files each of our processes has open."""
+    return {name: len(os.listdir(f"/proc/{pid}/fd")) for pid, name in ours().items()}
+
+
+def is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready", timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def server(ray_cluster: None) -> Iterator[str]:
+    from ray import serve
+
+    import serve_app
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(serve_app.app(OPTIONS), name="tpqwen", route_prefix="/")
+    url = f"http://127.0.0.1:{port}"
+    until(lambda: is_ready(url), "readiness", 120)
+    yield url
+    serve.shutdown()
+
+
+def body(index: int, **changes: Any) -> dict[str, Any]:
+    prompt = " ".join(WORDS[(index + i) % 10] for i in range(1 + index % 7))
+    settings = {"prompt": prompt, "max_tokens": 4 + index % 29, "temperature": 0, "ignore_eos": True, "stream": True}
+    return settings | {"model": "tpqwen-demo"} | changes
+
+
+async def stream(client: httpx.AsyncClient, payload: dict[str, Any], leave_after: int | None = None) -> list[Any]:
+    """The events of one stream, decoded; the last is "[DONE]" unless we leave before."""
+    events: list[Any] = []
+    async with client.stream("POST", "/v1/completions", json=payload) as response:
+        assert response.status_code == 200, await response.aread()
+        async for line in response.aiter_lines():
+            if line.startswith("data: "):
+                data = line.removeprefix("data: ")
+                events.append(data if data == "[DONE]" else json.loads(data))
+            if leave_after is not None and len(events) >= leave_after:
+                break
+    return events
+
+
+def text_of(events: list[Any]) -> str:
+    assert events[-1] == "[DONE]"
+    chunks = [e for e in events[:-1] if e["choices"]]
+    reasons = [e["choices"][0]["finish_reason"] for e in chunks]
+    assert reasons[-1] == "length" and not any(reasons[:-1])
+    return "".join(e["choices"][0]["text"] for e in chunks)
+
+
+def gauge(url: str, name: str, **labels: str) -> float:
+    wanted = [f'{k}="{v}"' for k, v in labels.items()]
+    for line in httpx.get(f"{url}/metrics", timeout=10).text.splitlines():
+        if line.startswith(name + "{") and all(w in line for w in wanted):
+            return float(line.rpartition(" ")[2])
+    raise AssertionError(f"{name} is not exported")
+
+
+def test_every_process_shows_what_it_is_all_the_time(server):
+    until(lambda: sorted(ours().values()) == TITLES, "the titles of all processes")
+    for _ in range(50):  # probes and calls go on meanwhile
+        httpx.get(f"{server}/ready", timeout=5)
+        assert sorted(ours().values()) == TITLES
+
+
+def test_two_hundred_streams_with_twenty_closed_early_equal_their_solo_runs(server):
+    before: dict[str, int] = {}
+
+    async def main() -> None:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=server, timeout=240, limits=limits) as client:
+            kinds = 10
+            solo = [text_of(await stream(client, body(i))) for i in range(kinds)]
+            before.update(open_files())
+            leaving = {i for i in range(200) if i % 10 == 3}
+            calls = [
+                stream(client, body(i % kinds, max_tokens=400), leave_after=2) if i in leaving
+                else stream(client, body(i % kinds))
+                for i in range(200)
+            ]  # fmt: skip
+            results = await asyncio.gather(*calls)
+            for i, events in enumerate(results):
+                if i not in leaving:
+                    assert text_of(events) == solo[i % kinds]
+
+    asyncio.run(main())
+    until(lambda: gauge(server, "tpqwen_requests_running") == 0, "all requests ended")
+    assert gauge(server, "tpqwen_requests_waiting") == 0
+    assert gauge(server, "tpqwen_kv_cache_blocks", state="used") == 0
+    until(lambda: all(n <= before[name] + 2 for name, n in open_files().items()), f"no more files than {before}")
+
+
+@pytest.mark.parametrize(
+    ("victim", "code", "words"),
+    [("tpqwen rank 1/2", "rank_dead", "rank 1 died"), ("tpqwen engine", "engine_dead", "the engine process")],
+)
+def test_a_killed_process_ends_streams_with_one_error_event_and_serve_replaces_the_replica(server, victim, code, words):
+    before = ours()
+
+    async def main() -> list[Any]:
+        async with httpx.AsyncClient(base_url=server, timeout=60) as client:
+            task = asyncio.create_task(stream(client, body(6, max_tokens=500)))
+            until_running = asyncio.get_running_loop().time() + 20
+            while await asyncio.to_thread(gauge, server, "tpqwen_requests_running") < 1:
+                assert asyncio.get_running_loop().time() < until_running
+            os.kill(next(pid for pid, name in before.items() if name == victim), signal.SIGKILL)
+            return await asyncio.wait_for(task, 10)
+
+    events = asyncio.run(main())
+    errors = [e["error"] for e in events if e != "[DONE]" and "error" in e]
+    assert len(errors) == 1
+    assert words in errors[0]["message"] and errors[0]["code"] == code
+    until(lambda: not before.keys() & ours().keys(), "the end of the old processes", 90)
+    until(lambda: sorted(ours().values()) == TITLES and is_ready(server), "a new replica", 150)
+    answer = httpx.post(f"{server}/v1/completions", json=body(1, stream=False), timeout=60)
+    assert answer.status_code == 200
+
+
+def test_what_cannot_work_is_refused_before_any_process_starts(ray_cluster):
+    import serve_app
+
+    before = ours()
+    with pytest.raises(ConfigError, match="tp"):
+        serve_app.app({"tp": "3"})
+    with pytest.raises(ConfigError, match="did you mean 'model'"):
+        serve_app.app({"modell": "x"})
+    with pytest.raises(ConfigError):
+        serve_app.app({"model": "/nowhere/at/all"})
+    assert ours() == before
+
+
+def test_deleting_the_application_frees_everything(server):
+    from ray import serve
+    from ray.util import placement_group_table
+
+    serve.delete("tpqwen")
+    until(lambda: not ours(), "the end of all processes", 30)
+    until(lambda: all(group["state"] == "REMOVED" for group in placement_group_table().values()), "the placement group")
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith("tpqwen")]

@@ -1,0 +1,185 @@
+"""Sampling kernels against the reference: random words, noise, arg-max, the fused head and top candidates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from tpqwen.kernels import reference, sampling
+
+EPS = 1e-6
+
+
+@triton.jit
+def words_kernel(seeds, out_index, choices, words, noise, first_group, GROUPS: tl.constexpr):
+    row = tl.program_id(0)
+    seed, index, choice = tl.load(seeds + row), tl.load(out_index + row), tl.load(choices + row)
+    group = tl.arange(0, GROUPS)
+    w0, w1, w2, w3 = sampling.random_words(seed, index, choice, first_group + group)
+    place = (row * GROUPS + group) * 4
+    tl.store(words + place, w0.to(tl.int64))
+    tl.store(words + place + 1, w1.to(tl.int64))
+    tl.store(words + place + 2, w2.to(tl.int64))
+    tl.store(words + place + 3, w3.to(tl.int64))
+    row_noise = sampling._row_noise(seed, index, choice, first_group, GROUPS * 4)
+    tl.store(noise + row * GROUPS * 4 + tl.arange(0, GROUPS * 4), row_noise)
+
+
+@triton.jit
+def gumbel_kernel(words, noise, COUNT: tl.constexpr):
+    i = tl.arange(0, COUNT)
+    tl.store(noise + i, sampling.gumbel(tl.load(words + i).to(tl.uint32)))
+
+
+@triton.jit
+def tile_noise_kernel(seeds, out_index, choices, noise, first_group, IDS: tl.constexpr, ROWS: tl.constexpr):
+    m = tl.arange(0, ROWS)
+    seed, index, choice = tl.load(seeds + m), tl.load(out_index + m), tl.load(choices + m)
+    tile = sampling._tile_noise(seed, index, choice, first_group, IDS, ROWS)
+    tl.store(noise + m[None, :] * IDS + tl.arange(0, IDS)[:, None], tile)
+
+
+def draws(rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Seeds over all 64 bits, choices, output indexes."""
+    seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), dtype=torch.int64)
+    choices = torch.randint(0, 5, (rows,), dtype=torch.int32)
+    out_index = torch.randint(0, 2**20, (rows,), dtype=torch.int32)
+    return seeds.to(device), choices.to(device), out_index.to(device)
+
+
+def test_words_and_noise_are_the_references(device: torch.device) -> None:
+    torch.manual_seed(1)
+    rows, groups, first_group = 3, 16, 37_000
+    seeds, choices, out_index = draws(rows, device)
+    words = torch.full((rows, groups, 4), -1, dtype=torch.int64, device=device)
+    noise = torch.full((rows, groups * 4), torch.nan, device=device)
+    words_kernel[(rows,)](seeds, out_index, choices, words, noise, first_group, groups)
+    key = (seeds[:, None] & 0xFFFFFFFF, (seeds[:, None] >> 32) & 0xFFFFFFFF)
+    group = torch.arange(first_group, first_group + groups, device=device)[None].expand(rows, -1)
+    counter = (out_index[:, None].long(), group, choices[:, None].long(), torch.zeros_like(group))
+    assert torch.equal(words, torch.stack(reference.philox(counter, key), dim=-1))
+    ids = torch.arange(4 * first_group, 4 * (first_group + groups), device=device)
+    expected = reference.gumbel_noise(seeds, choices, out_index, ids)
+    torch.testing.assert_close(noise, expected, rtol=1e-5, atol=1e-5)
+    tile = torch.full((2, groups * 4), torch.nan, device=device)
+    tile_noise_kernel[(1,)](seeds, out_index, choices, tile, first_group, groups * 4, 2)
+    torch.testing.assert_close(tile, expected[:2], rtol=1e-5, atol=1e-5)
+
+
+def test_noise_is_precise_over_its_whole_range(device: torch.device) -> None:
+    words = torch.cat(
+        [torch.arange(32), 2 ** torch.arange(5, 32), 2**32 - 2 ** torch.arange(0, 32), torch.arange(37) * 2**26]
+    )
+    words = words.long().to(device)
+    assert len(words) == 128
+    noise = torch.full((128,), torch.nan, device=device)
+    gumbel_kernel[(1,)](words, noise, 128)
+    uniform = ((words.float() + 0.5) * 2.0**-32).clamp(max=reference.LARGEST_UNIFORM).double()
+    torch.testing.assert_close(noise.double(), -torch.log(-torch.log1p(-uniform)), rtol=1e-5, atol=1e-5)
+    assert noise.isfinite().all()
+
+
+@pytest.mark.parametrize(("vocab", "first_id"), [(5000, 0), (4096, 18_992), (9000, 1002)])
+def test_noisy_argmax_is_the_references(vocab: int, first_id: int, device: torch.device) -> None:
+    torch.manual_seed(vocab)
+    rows = 3
+    logits = (torch.randn(rows, vocab) * 3).to(device)
+    temperature = torch.tensor([0.0, 0.7, 1.3], device=device)
+    value, token = sampling.noisy_argmax(logits, temperature, *draws_of(7, rows, device), first_id)
+    expected_value, expected = reference.noisy_argmax(logits, temperature, *draws_of(7, rows, device), first_id)
+    assert token.dtype == torch.int64 and torch.equal(token, expected)
+    torch.testing.assert_close(value, expected_value, rtol=1e-5, atol=1e-5)
+
+
+def draws_of(seed: int, rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(seed)
+    return draws(rows, device)
+
+
+def test_noisy_argmax_takes_the_lowest_of_equal_ids_and_skips_padding(device: torch.device) -> None:
+    logits = torch.zeros(2, 8200, dtype=torch.bfloat16, device=device)
+    logits[0, [300, 5000]] = 2
+    logits[1, 8195] = 9
+    greedy = torch.zeros(2, device=device)
+    value, token = sampling.noisy_argmax(logits, greedy, *draws(2, device), 100, num_valid=100 + 8195)
+    assert token.tolist() == [400, 100]
+    assert value.tolist() == [2.0, 0.0]
+    masked = torch.full((1, 64), -torch.inf, device=device)
+    value, token = sampling.noisy_argmax(masked, greedy[:1], *draws(1, device), 8)
+    assert (value.tolist(), token.tolist()) == ([-torch.inf], [8])
+
+
+def test_rows_that_are_not_finite_are_reported(device: torch.device) -> None:
+    logits = torch.randn(5, 6000).to(device)
+    logits[1, 5000] = torch.nan
+    logits[2, 3] = torch.inf
+    logits[3, 0:4000] = -torch.inf
+    bad = torch.full((5,), 7, dtype=torch.int32, device=device)
+    temperature = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0], device=device)
+    _, token = sampling.noisy_argmax(logits, temperature, *draws(5, device), 0, bad_B=bad)
+    assert bad.tolist() == [0, 1, 1, 0, 0]
+    assert token[3] >= 4000
+
+
+def test_draws_follow_the_softmax(device: torch.device) -> None:
+    rows, probabilities = 96, torch.tensor([0.5, 0.3, 0.15, 0.05])
+    logits = probabilities.log().expand(rows, 4).contiguous().to(device)
+    warm = torch.ones(rows, device=device)
+    token = sampling.noisy_argmax(logits, warm, *draws_of(3, rows, device), 0)[1]
+    share = torch.bincount(token.cpu(), minlength=4) / rows
+    assert (share - probabilities).abs().max() < 0.15
+
+
+@pytest.mark.parametrize(("rows", "hidden"), [(1, 128), (1, 192), (2, 64), (20, 128)])
+def test_fused_head_is_head_then_noisy_argmax(rows: int, hidden: int, device: torch.device) -> None:
+    torch.manual_seed(rows + hidden)
+    vocab, first_id = 600, 1002
+    h, norm = torch.randn(rows, hidden).to(device), torch.rand(hidden).to(device) + 0.5
+    weight = torch.randn(vocab, hidden).to(device)
+    temperature = (torch.arange(rows) % 3 * 0.8).to(device)
+    bad = torch.full((rows,), 7, dtype=torch.int32, device=device)
+    plan = sampling.head_plan(rows, hidden)._replace(programs=3, ids=32)
+    drawn = draws(rows, device)
+    value, token = sampling.head_noisy_argmax(
+        h, norm, EPS, weight, temperature, *drawn, first_id, num_valid=first_id + 590, bad_B=bad, plan=plan
+    )
+    logits = reference.norm_linear(h, norm, EPS, weight)[:, :590]
+    expected_value, expected = reference.noisy_argmax(logits, temperature, *drawn, first_id)
+    assert torch.equal(token, expected)
+    torch.testing.assert_close(value, expected_value, rtol=1e-4, atol=1e-4)
+    assert not bad.any()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_fused_head_reports_a_broken_row(rows: int, device: torch.device) -> None:
+    h, norm, weight = torch.randn(rows, 64).to(device), torch.ones(64).to(device), torch.randn(200, 64).to(device)
+    h[-1, 5] = torch.nan
+    bad = torch.full((rows,), 7, dtype=torch.int32, device=device)
+    sampling.head_noisy_argmax(
+        h, norm, EPS, weight, torch.ones(rows, device=device), *draws(rows, device), 0, bad_B=bad
+    )
+    assert bad.tolist() == [0] * (rows - 1) + [1]
+
+
+def test_many_rows_go_through_logits(device: torch.device) -> None:
+    h, norm, weight = torch.randn(65, 64).to(device), torch.ones(64).to(device), torch.randn(80, 64).to(device)
+    drawn = draws(65, device)
+    greedy = torch.zeros(65, device=device)
+    _, token = sampling.head_noisy_argmax(h, norm, EPS, weight, greedy, *drawn, 0)
+    assert torch.equal(token, reference.norm_linear(h, norm, EPS, weight).argmax(-1))
+
+
+@pytest.mark.parametrize(("vocab", "count"), [(5000, 60), (40, 8), (5000, 70)])
+def test_top_candidates_are_exact(vocab: int, count: int, device: torch.device) -> None:
+    torch.manual_seed(vocab + count)
+    logits = (torch.randn(1, vocab) * 4 - 9).to(torch.bfloat16).to(device)  # many ties, both signs among the best
+    values, ids = sampling.top_candidates(logits, count)
+    assert values.dtype == torch.float32 and ids.dtype == torch.int64
+    assert torch.equal(values, torch.topk(logits, count).values.float())
+    assert torch.equal(logits.gather(1, ids).float(), values)
+    assert all(len(row.unique()) == count for row in ids)
+    if vocab >= 64 and count <= 64:
+        order = torch.argsort(logits.float(), dim=-1, descending=True, stable=True)
+        assert torch.equal(ids, order[:, :count])
