@@ -64,6 +64,8 @@ def _prefill(
 ) -> torch.Tensor:
     """Causal attention of the chunks, [T, N, D]: long whole prompts by cuDNN, the rest in one launch of our own."""
     dense = [_is_dense(*pair, q_TND.dtype) for pair in zip(rows.num_query, rows.num_context, strict=True)]
+    if all(dense) and len(set(rows.num_query)) == 1:
+        return _dense(q_TND, k_cache, v_cache, rows.tables_CM, rows.num_query[0], scale)
     if all(dense):
         out = torch.empty_like(q_TND)
     else:
@@ -72,9 +74,8 @@ def _prefill(
     start = 0
     for chunk, count in enumerate(rows.num_query):
         if dense[chunk]:
-            span, table = slice(start, start + count), rows.tables_CM[chunk]
-            k_KSD, v_KSD = (_gathered(c, table, count) for c in (k_cache, v_cache))
-            out[span] = _dense(q_TND[span], k_KSD, v_KSD, scale)
+            span, table = slice(start, start + count), rows.tables_CM[chunk : chunk + 1]
+            out[span] = _dense(q_TND[span], k_cache, v_cache, table, count, scale)
         start += count
     return out
 
@@ -84,20 +85,27 @@ def _is_dense(count: int, length: int, dtype: torch.dtype) -> bool:
     return count == length and count >= DENSE_FROM and dtype.itemsize == 2
 
 
-def _dense(q_TND: torch.Tensor, k_KTD: torch.Tensor, v_KTD: torch.Tensor, scale: float) -> torch.Tensor:
-    q_NTD = q_TND.transpose(0, 1)
+def _dense(
+    q_TND: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    tables_CM: torch.Tensor,
+    length: int,
+    scale: float,
+) -> torch.Tensor:
+    """C whole prompts of one length through cuDNN on gathered keys, [T, N, D]."""
+    q_CNSD = q_TND.unflatten(0, (len(tables_CM), length)).transpose(1, 2)
+    k_CKSD, v_CKSD = (_gathered(c, tables_CM, length) for c in (k_cache, v_cache))
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
-        mixed = F.scaled_dot_product_attention(
-            q_NTD[None], k_KTD[None], v_KTD[None], is_causal=True, scale=scale, enable_gqa=True
-        )
-    return mixed[0].transpose(0, 1)
+        mixed = F.scaled_dot_product_attention(q_CNSD, k_CKSD, v_CKSD, is_causal=True, scale=scale, enable_gqa=True)
+    return mixed.transpose(1, 2).flatten(0, 1)
 
 
-def _gathered(cache_layer: torch.Tensor, table_M: torch.Tensor, length: int) -> torch.Tensor:
-    """The first `length` tokens of one block table, [K, length, D]."""
+def _gathered(cache_layer: torch.Tensor, tables_CM: torch.Tensor, length: int) -> torch.Tensor:
+    """The first `length` tokens of each block table, [C, K, length, D]."""
     _, kv_heads, size, head_dim = cache_layer.shape
-    blocks = cache_layer[table_M[: -(-length // size)]]  # [M, K, P, D]
-    return blocks.transpose(0, 1).reshape(kv_heads, -1, head_dim)[:, :length]
+    blocks = cache_layer[tables_CM[:, : -(-length // size)]]  # [C, M, K, P, D]
+    return blocks.transpose(1, 2).reshape(len(tables_CM), kv_heads, -1, head_dim)[:, :, :length]
 
 
 def linear_add(x_TI: torch.Tensor, weight_HI: torch.Tensor, residual_TH: torch.Tensor) -> torch.Tensor:
