@@ -94,7 +94,7 @@ def _dense(
     scale: float,
 ) -> torch.Tensor:
     """C whole prompts of one length through cuDNN on gathered keys, [T, N, D]."""
-    q_CNSD = q_TND.unflatten(0, (len(tables_CM), length)).transpose(1, 2)
+    q_CNSD = q_TND.reshape(len(tables_CM), length, *q_TND.shape[1:]).transpose(1, 2)
     k_CKSD, v_CKSD = (_gathered(c, tables_CM, length) for c in (k_cache, v_cache))
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
         mixed = F.scaled_dot_product_attention(q_CNSD, k_CKSD, v_CKSD, is_causal=True, scale=scale, enable_gqa=True)
