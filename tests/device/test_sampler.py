@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 import pytest
 import torch
 
@@ -12,25 +13,34 @@ from tests.ranks_in_threads import Meeting, ThreadGroup
 from tpqwen.parallel.group import TPGroup
 from tpqwen.step import Admit, RowParams
 from tpqwen.worker.sampler import LogitEdits, SampleKind, Sampler, kind_of
-from tpqwen.worker.slots import ADMIT_INTS, RowTensors, SlotState, admit_row
+from tpqwen.worker.slots import ADMIT_INTS, SlotState, admit_row
 
 VOCAB = 96
 EVERYTHING = SampleKind(candidates=True, full=True)
 
 
-def rows_of(params: list[RowParams]) -> tuple[SlotState, RowTensors]:
-    """Slots 0.. hold the given parameters."""
+def state_of(params: list[RowParams], out_index: torch.Tensor | None = None) -> SlotState:
+    """Slots 0.. hold the given parameters; a pass has begun."""
     state = SlotState(len(params), 4, torch.device("cpu"))
-    admits = tuple(Admit(i, p, 0, 0) for i, p in enumerate(params))
+    index = [0] * len(params) if out_index is None else out_index.tolist()
+    admits = tuple(Admit(i, p, index[i], 0) for i, p in enumerate(params))
     rows = torch.tensor([admit_row(a) for a in admits], dtype=torch.int32).reshape(-1, ADMIT_INTS)
     state.admit(admits, rows)
-    return state, state.gather(torch.arange(len(params)))
+    state.tensors.turn.add_(1)
+    return state
+
+
+def every_slot(state: SlotState) -> torch.Tensor:
+    return torch.arange(state.tensors.padding_slot, dtype=torch.int32)
 
 
 def sample(logits: torch.Tensor, params: list[RowParams], out_index: torch.Tensor, kind: SampleKind) -> torch.Tensor:
-    _, rows = rows_of(params)
-    tokens, bad = Sampler(TPGroup.single(), 0, VOCAB).sample(logits, rows, out_index, kind)
-    assert not bad.any()
+    state = state_of(params, out_index)
+    tokens = Sampler(TPGroup.single(), state.tensors, 0).sample(logits, every_slot(state), kind)
+    assert (tokens >= 0).all()
+    assert torch.equal(state.tensors.last_token[:-1], tokens)
+    assert torch.equal(state.tensors.ring[0], tokens)
+    assert torch.equal(state.tensors.out_index[:-1], out_index + 1)
     return tokens
 
 
@@ -68,12 +78,8 @@ def test_samples_follow_the_exact_distribution(p: RowParams) -> None:
     """Chi-square of 20,000 draws; the seeds are fixed, so the test is deterministic."""
     draws = 20000
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(5)) * 2
-    _, one = rows_of([p])
-    rows = RowTensors(one._fields.expand(-1, draws).contiguous(), torch.arange(draws))
-    kind = kind_of([p])
-    tokens, _ = Sampler(TPGroup.single(), 0, VOCAB).sample(
-        logits.expand(draws, -1), rows, torch.zeros(draws, dtype=torch.int32), kind
-    )
+    params = [msgspec.structs.replace(p, seed=seed) for seed in range(draws)]
+    tokens = sample(logits.expand(draws, -1), params, torch.zeros(draws, dtype=torch.int32), kind_of([p]))
     expected = allowed_distribution(logits, p) * draws
     counts = torch.bincount(tokens.long(), minlength=VOCAB).double()
     assert counts[expected == 0].sum() == 0, "a forbidden token was drawn"
@@ -114,14 +120,14 @@ def test_shards_choose_what_the_whole_vocabulary_chooses(size: int) -> None:
     logits = torch.randn(len(params), VOCAB, generator=torch.Generator().manual_seed(9)) * 3
     index = torch.arange(len(params), dtype=torch.int32)
     whole = sample(logits, params, index, EVERYTHING)
-    full = Sampler(TPGroup.single(), 0, VOCAB).logprobs(logits, whole, 5)
+    full = Sampler(TPGroup.single(), state_of(params).tensors, 0).logprobs(logits, whole, 5)
     meeting, width = Meeting(size), VOCAB // size
 
     def rank(r: int) -> tuple[torch.Tensor, list[object]]:
-        _, rows = rows_of(params)
-        sampler = Sampler(ThreadGroup(r, size, meeting), r * width, width)
+        state = state_of(params, index)
+        sampler = Sampler(ThreadGroup(r, size, meeting), state.tensors, r * width)
         shard = logits[:, r * width : (r + 1) * width].contiguous()
-        tokens, _ = sampler.sample(shard, rows, index, EVERYTHING)
+        tokens = sampler.sample(shard, every_slot(state), EVERYTHING)
         part = sampler.logprobs(shard, tokens, 5)
         return tokens, [part.chosen, part.top[:, :5], part.top_ids[:, :5]]
 
@@ -139,9 +145,10 @@ def test_a_bad_row_is_reported_and_its_neighbours_are_untouched() -> None:
     index = torch.zeros(3, dtype=torch.int32)
     clean = sample(logits, params, index, SampleKind())
     logits[1, 40] = float("nan")
-    _, rows = rows_of(params)
-    tokens, bad = Sampler(TPGroup.single(), 0, VOCAB).sample(logits, rows, index, SampleKind())
-    assert bad.tolist() == [False, True, False]
+    state = state_of(params, index)
+    tokens = Sampler(TPGroup.single(), state.tensors, 0).sample(logits, every_slot(state), SampleKind())
+    assert tokens[1] == -1
+    assert state.tensors.last_token[1] == 0
     assert tokens[0] == clean[0]
     assert tokens[2] == clean[2]
 
@@ -151,7 +158,8 @@ def test_penalties_bias_and_min_tokens_edit_the_logits() -> None:
         0.0, 0, 1.0, 0.0, 0, 0, 0.5, 0.25, 1.5, logit_bias=((9, -3.0),), min_tokens=2, end_ids=(4,), logprobs=0
     )
     plain = RowParams(0.0, 0, 1.0, 0.0, 0, 0)
-    state, rows = rows_of([p, plain])
+    state = state_of([p, plain])
+    rows = state.gather(every_slot(state))
     edits = LogitEdits(2, 0, VOCAB, torch.device("cpu"))
     edits.admit(0, [1, 2, 2, 3, 3, 3], num_prompt=3)  # prompt 1 2 2, output 3 3 3
     edits.count(torch.tensor([0, 1]), torch.tensor([5, 5]))

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from tpqwen.kernels import reference, sampling
+from tpqwen.kernels.context import SlotTensors
 
 EPS = 1e-6
 
@@ -81,93 +82,90 @@ def test_noise_is_precise_over_its_whole_range(device: torch.device) -> None:
     assert noise.isfinite().all()
 
 
+def slots_of(temperature: list[float], device: torch.device) -> tuple[SlotTensors, torch.Tensor]:
+    """Slots with these temperatures and random seeds, and rows that stand for them in another order."""
+    size = len(temperature) + 1
+    seeds, choices, out_index = draws(size, device)
+
+    def zeros(kind: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.zeros(size, dtype=kind, device=device)
+
+    state = SlotTensors(
+        tables_SM=torch.zeros(size, 3, dtype=torch.int32, device=device),
+        length=zeros(),
+        last_token=zeros(),
+        out_index=out_index,
+        seed=seeds,
+        choice=choices,
+        top_k=zeros(),
+        temperature=torch.tensor([*temperature, 0.0], device=device),
+        top_p=zeros(torch.float32) + 1,
+        min_p=zeros(torch.float32),
+        turn=torch.ones(1, dtype=torch.int32, device=device),
+        ring=torch.full((4, size), -7, dtype=torch.int32, pin_memory=device.type == "cuda"),
+    )
+    return state, torch.randperm(len(temperature)).int().to(device)
+
+
 @pytest.mark.parametrize(("vocab", "first_id"), [(5000, 0), (4096, 18_992), (9000, 1002)])
-def test_noisy_argmax_is_the_references(vocab: int, first_id: int, device: torch.device) -> None:
+def test_noisy_slices_hold_the_references_best(vocab: int, first_id: int, device: torch.device) -> None:
     torch.manual_seed(vocab)
-    rows = 3
-    logits = (torch.randn(rows, vocab) * 3).to(device)
-    temperature = torch.tensor([0.0, 0.7, 1.3], device=device)
-    value, token = sampling.noisy_argmax(logits, temperature, *draws_of(7, rows, device), first_id)
-    expected_value, expected = reference.noisy_argmax(logits, temperature, *draws_of(7, rows, device), first_id)
-    assert token.dtype == torch.int64 and torch.equal(token, expected)
+    state, slots = slots_of([0.0, 0.7, 1.3], device)
+    logits = (torch.randn(3, vocab) * 3).to(device)
+    value, token = reference.best_slice(*sampling.noisy_slices(logits, state, slots, first_id))
+    expected_value, expected = reference.best_slice(*reference.noisy_slices(logits, state, slots, first_id))
+    assert torch.equal(token, expected)
     torch.testing.assert_close(value, expected_value, rtol=1e-5, atol=1e-5)
 
 
-def draws_of(seed: int, rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    torch.manual_seed(seed)
-    return draws(rows, device)
-
-
-def test_noisy_argmax_takes_the_lowest_of_equal_ids_and_skips_padding(device: torch.device) -> None:
-    logits = torch.zeros(2, 8200, dtype=torch.bfloat16, device=device)
+def test_the_lowest_of_equal_ids_wins_and_masked_rows_have_no_value(device: torch.device) -> None:
+    state, _ = slots_of([0.0, 0.0], device)
+    slots = torch.arange(2, dtype=torch.int32, device=device)
+    logits = torch.full((2, 8200), -torch.inf, dtype=torch.bfloat16, device=device)
     logits[0, [300, 5000]] = 2
-    logits[1, 8195] = 9
-    greedy = torch.zeros(2, device=device)
-    value, token = sampling.noisy_argmax(logits, greedy, *draws(2, device), 100, num_valid=100 + 8195)
+    value, token = reference.best_slice(*sampling.noisy_slices(logits, state, slots, 100))
     assert token.tolist() == [400, 100]
-    assert value.tolist() == [2.0, 0.0]
-    masked = torch.full((1, 64), -torch.inf, device=device)
-    value, token = sampling.noisy_argmax(masked, greedy[:1], *draws(1, device), 8)
-    assert (value.tolist(), token.tolist()) == ([-torch.inf], [8])
-
-
-def test_rows_that_are_not_finite_are_reported(device: torch.device) -> None:
-    logits = torch.randn(5, 6000).to(device)
-    logits[1, 5000] = torch.nan
-    logits[2, 3] = torch.inf
-    logits[3, 0:4000] = -torch.inf
-    bad = torch.full((5,), 7, dtype=torch.int32, device=device)
-    temperature = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0], device=device)
-    _, token = sampling.noisy_argmax(logits, temperature, *draws(5, device), 0, bad_B=bad)
-    assert bad.tolist() == [0, 1, 1, 0, 0]
-    assert token[3] >= 4000
+    assert value.tolist() == [2.0, -torch.inf]
 
 
 def test_draws_follow_the_softmax(device: torch.device) -> None:
     rows, probabilities = 96, torch.tensor([0.5, 0.3, 0.15, 0.05])
+    torch.manual_seed(3)
+    state, slots = slots_of([1.0] * rows, device)
     logits = probabilities.log().expand(rows, 4).contiguous().to(device)
-    warm = torch.ones(rows, device=device)
-    token = sampling.noisy_argmax(logits, warm, *draws_of(3, rows, device), 0)[1]
+    _, token = reference.best_slice(*sampling.noisy_slices(logits, state, slots, 0))
     share = torch.bincount(token.cpu(), minlength=4) / rows
     assert (share - probabilities).abs().max() < 0.15
 
 
 @pytest.mark.parametrize(("rows", "hidden"), [(1, 128), (1, 192), (2, 64), (20, 128)])
-def test_fused_head_is_head_then_noisy_argmax(rows: int, hidden: int, device: torch.device) -> None:
+def test_fused_head_is_head_then_noisy_slices(rows: int, hidden: int, device: torch.device) -> None:
     torch.manual_seed(rows + hidden)
     vocab, first_id = 600, 1002
     h, norm = torch.randn(rows, hidden).to(device), torch.rand(hidden).to(device) + 0.5
     weight = torch.randn(vocab, hidden).to(device)
-    temperature = (torch.arange(rows) % 3 * 0.8).to(device)
-    bad = torch.full((rows,), 7, dtype=torch.int32, device=device)
+    state, slots = slots_of([i % 3 * 0.8 for i in range(rows)], device)
     plan = sampling.head_plan(rows, hidden)._replace(programs=3, ids=32)
-    drawn = draws(rows, device)
-    value, token = sampling.head_noisy_argmax(
-        h, norm, EPS, weight, temperature, *drawn, first_id, num_valid=first_id + 590, bad_B=bad, plan=plan
-    )
-    logits = reference.norm_linear(h, norm, EPS, weight)[:, :590]
-    expected_value, expected = reference.noisy_argmax(logits, temperature, *drawn, first_id)
+    inputs = (h, norm, EPS, weight, state, slots, first_id, 590)
+    value, token = reference.best_slice(*sampling.head_slices(*inputs, plan=plan))
+    expected_value, expected = reference.best_slice(*reference.head_slices(*inputs))
     assert torch.equal(token, expected)
     torch.testing.assert_close(value, expected_value, rtol=1e-4, atol=1e-4)
-    assert not bad.any()
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_fused_head_reports_a_broken_row(rows: int, device: torch.device) -> None:
+def test_fused_head_shows_a_broken_row(rows: int, device: torch.device) -> None:
     h, norm, weight = torch.randn(rows, 64).to(device), torch.ones(64).to(device), torch.randn(200, 64).to(device)
     h[-1, 5] = torch.nan
-    bad = torch.full((rows,), 7, dtype=torch.int32, device=device)
-    sampling.head_noisy_argmax(
-        h, norm, EPS, weight, torch.ones(rows, device=device), *draws(rows, device), 0, bad_B=bad
-    )
-    assert bad.tolist() == [0] * (rows - 1) + [1]
+    state, slots = slots_of([1.0] * rows, device)
+    value, _ = reference.best_slice(*sampling.head_slices(h, norm, EPS, weight, state, slots, 0, 200))
+    assert value.isfinite().tolist() == [True] * (rows - 1) + [False]
 
 
 def test_many_rows_go_through_logits(device: torch.device) -> None:
     h, norm, weight = torch.randn(65, 64).to(device), torch.ones(64).to(device), torch.randn(80, 64).to(device)
-    drawn = draws(65, device)
-    greedy = torch.zeros(65, device=device)
-    _, token = sampling.head_noisy_argmax(h, norm, EPS, weight, greedy, *drawn, 0)
+    state, slots = slots_of([0.0] * 65, device)
+    _, token = reference.best_slice(*sampling.head_slices(h, norm, EPS, weight, state, slots, 0, 80))
     assert torch.equal(token, reference.norm_linear(h, norm, EPS, weight).argmax(-1))
 
 

@@ -215,7 +215,7 @@ def _combine(
 
 
 # Slices of one staging buffer may begin anywhere: that must not cause another compilation.
-@triton.jit(do_not_specialize_on_alignment=["positions", "slots", "tables", "lengths"])
+@triton.jit(do_not_specialize_on_alignment=["positions", "slots", "table_rows", "lengths"])
 def _decode_kernel(
     qkv,
     q_norm,
@@ -226,6 +226,7 @@ def _decode_kernel(
     v_cache,
     slots,
     tables,
+    table_rows,
     lengths,
     out,
     partial,
@@ -236,7 +237,6 @@ def _decode_kernel(
     qkv_stride,
     table_stride,
     block_stride,
-    FUSED: tl.constexpr,
     DOT: tl.constexpr,
     EARLY: tl.constexpr,
     PREFETCH: tl.constexpr,
@@ -252,7 +252,7 @@ def _decode_kernel(
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One (KV head, row, split). FUSED: qkv is raw and the last token is new; else qkv holds finished queries only.
+    """One (KV head, row, split).
 
     EARLY reads lengths and block tables, and prefetches K/V, before gdc_wait: rule 2 of launch.py. The cache lines of
     this layer that matter were written one step ago, by this kernel. Its own write of the new token is not read by any
@@ -271,12 +271,12 @@ def _decode_kernel(
     if not EARLY:
         wait_previous(PDL)
     length = tl.load(lengths + row)
-    past = length - 1 if FUSED else length
+    past = length - 1
     num_tiles = tl.cdiv(tl.maximum(past, 0), TILE)
     per_split = tl.maximum(tl.cdiv(num_tiles, S), MIN_TILES) if S > 1 else num_tiles
     used = tl.maximum(tl.cdiv(num_tiles, per_split), 1) if S > 1 else 1
     if split < used:
-        table = tables + row.to(tl.int64) * table_stride
+        table = tables + tl.load(table_rows + row).to(tl.int64) * table_stride
         first = split * per_split
         last = tl.minimum(first + per_split, num_tiles)
         if PREFETCH > 0:
@@ -287,35 +287,33 @@ def _decode_kernel(
         q_offsets = (head * G + g)[:, None] * D + d[None, :]
         in_group = (g < G)[:, None]
         owner = (split == used - 1) & (length > 0)
-        if FUSED:
-            half: tl.constexpr = D // 2
-            partner_d = d ^ half
-            position = tl.load(positions + row).to(tl.int64)
-            slot = tl.load(slots + row).to(tl.int64)
-            cos = tl.load(cos_sin + position * D + d % half)[None, :]
-            sin = tl.load(cos_sin + position * D + half + d % half)
-            sin = tl.where(d < half, -sin, sin)[None, :]
-            q_weight = tl.load(q_norm + d).to(tl.float32)[None, :]
-            q_weight_partner = tl.load(q_norm + partner_d).to(tl.float32)[None, :]
-            k_weight = tl.load(k_norm + d).to(tl.float32)[None, :]
-            k_weight_partner = tl.load(k_norm + partner_d).to(tl.float32)[None, :]
+        half: tl.constexpr = D // 2
+        partner_d = d ^ half
+        position = tl.load(positions + row).to(tl.int64)
+        slot = tl.load(slots + row).to(tl.int64)
+        cos = tl.load(cos_sin + position * D + d % half)[None, :]
+        sin = tl.load(cos_sin + position * D + half + d % half)
+        sin = tl.where(d < half, -sin, sin)[None, :]
+        q_weight = tl.load(q_norm + d).to(tl.float32)[None, :]
+        q_weight_partner = tl.load(q_norm + partner_d).to(tl.float32)[None, :]
+        k_weight = tl.load(k_norm + d).to(tl.float32)[None, :]
+        k_weight_partner = tl.load(k_norm + partner_d).to(tl.float32)[None, :]
         if EARLY:
             wait_previous(PDL)
         q = tl.load(source + q_offsets, mask=in_group, other=0.0)
-        if FUSED:
-            q_partner = tl.load(source + (head * G + g)[:, None] * D + partner_d[None, :], mask=in_group, other=0.0)
-            k_source = source + (K * G + head) * D
-            k_new = tl.load(k_source + d).to(tl.float32)[None, :]
-            k_partner = tl.load(k_source + partner_d).to(tl.float32)[None, :]
-            v_new = tl.load(k_source + K * D + d)[None, :]
-            q = normed_rope(
-                q.to(tl.float32), q_partner.to(tl.float32), q_weight, q_weight_partner, cos, sin, eps, D, dtype
-            )
-            k_new = normed_rope(k_new, k_partner, k_weight, k_weight_partner, cos, sin, eps, D, dtype)
-            target = slot // P * block_stride + head * (P * D) + slot % P * D + d[None, :]
-            write = owner & (slot >= 0)
-            tl.store(k_cache + target, k_new, mask=write)
-            tl.store(v_cache + target, v_new, mask=write)
+        q_partner = tl.load(source + (head * G + g)[:, None] * D + partner_d[None, :], mask=in_group, other=0.0)
+        k_source = source + (K * G + head) * D
+        k_new = tl.load(k_source + d).to(tl.float32)[None, :]
+        k_partner = tl.load(k_source + partner_d).to(tl.float32)[None, :]
+        v_new = tl.load(k_source + K * D + d)[None, :]
+        q = normed_rope(
+            q.to(tl.float32), q_partner.to(tl.float32), q_weight, q_weight_partner, cos, sin, eps, D, dtype
+        )
+        k_new = normed_rope(k_new, k_partner, k_weight, k_weight_partner, cos, sin, eps, D, dtype)
+        target = slot // P * block_stride + head * (P * D) + slot % P * D + d[None, :]
+        write = owner & (slot >= 0)
+        tl.store(k_cache + target, k_new, mask=write)
+        tl.store(v_cache + target, v_new, mask=write)
         if DOT:
             m, l, acc = _attend_dot(
                 q, caches, table, first, last, past, head, block_stride, qk_scale, SHAPE, GP, STAGES
@@ -325,16 +323,15 @@ def _decode_kernel(
             m, l, acc = _attend_rows(
                 q_scaled, caches, table, first, last, past, head, block_stride, SHAPE, G, GP, STAGES
             )
-        if FUSED:
-            s_new = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 1) * qk_scale
-            s_new = tl.where(owner, s_new, -float("inf"))
-            m_new = tl.maximum(m, s_new)
-            safe = tl.where(m_new == -float("inf"), 0.0, m_new)
-            alpha = tl.exp2(m - safe)
-            p = tl.exp2(s_new - safe)
-            l = l * alpha + p
-            acc = acc * alpha[:, None] + p[:, None] * v_new.to(tl.float32)
-            m = m_new
+        s_new = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 1) * qk_scale
+        s_new = tl.where(owner, s_new, -float("inf"))
+        m_new = tl.maximum(m, s_new)
+        safe = tl.where(m_new == -float("inf"), 0.0, m_new)
+        alpha = tl.exp2(m - safe)
+        p = tl.exp2(s_new - safe)
+        l = l * alpha + p
+        acc = acc * alpha[:, None] + p[:, None] * v_new.to(tl.float32)
+        m = m_new
         target_out = out + row.to(tl.int64) * (K * G * D)
         if used == 1:
             result = acc / tl.where(length > 0, l, 1.0)[:, None]
@@ -357,52 +354,66 @@ def _decode_kernel(
                 tl.store(arrived + row * K + head, 0)
 
 
-def _launch(
-    qkv: torch.Tensor,
-    weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+def decode_attention(
+    qkv_BF: torch.Tensor,
+    q_norm_D: torch.Tensor,
+    k_norm_D: torch.Tensor,
     eps: float,
-    positions_B: torch.Tensor | None,
-    slots_B: torch.Tensor | None,
-    caches: tuple[torch.Tensor, torch.Tensor],
-    tables_BM: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions_B: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_slots_B: torch.Tensor,
+    tables_SM: torch.Tensor,
+    table_rows_B: torch.Tensor,
     lengths_B: torch.Tensor,
     scale: float,
     scratch: DecodeScratch,
-    out: torch.Tensor,
-    plan: DecodePlan,
-    early: bool,
-) -> None:
-    k_cache, v_cache = caches
+    *,
+    out: torch.Tensor | None = None,
+    settled: bool = False,
+    plan: DecodePlan | None = None,
+) -> torch.Tensor:
+    """qk_norm_rope_write and paged_decode of reference.py for one token per row, in one launch: [B, N * D].
+
+    qkv rows [N query | K key | V value heads] of D. table_rows_B names each row's table. lengths_B counts this step's
+    token, whose slot is cache_slots_B (-1: not written); rows of length 0 give zeros. settled: StepContext.settled.
+    """
     _, kv_heads, block_size, head_dim = k_cache.shape
-    batch = len(tables_BM)
-    group = out.shape[-1] // (kv_heads * head_dim) if out.dim() == 2 else out.shape[1] // kv_heads
-    dot = plan.dot or group > 2
-    tile = min(plan.tile, block_size)
+    batch = len(qkv_BF)
+    width = qkv_BF.shape[1] - 2 * kv_heads * head_dim
+    group = width // (kv_heads * head_dim)
+    out = torch.empty((batch, width), dtype=qkv_BF.dtype, device=qkv_BF.device) if out is None else out
+    plan = plan or decode_plan(batch, group, head_dim)
+    dot, tile = plan.dot or group > 2, min(plan.tile, block_size)
     splits = num_splits(plan, batch * kv_heads)
     padded = max(2, triton.next_power_of_2(group))
     assert k_cache.stride() == v_cache.stride() and k_cache.stride()[1:] == (block_size * head_dim, head_dim, 1)
-    assert qkv.stride(-1) == 1 and out.is_contiguous() and tables_BM.stride(1) == 1
+    assert qkv_BF.stride(-1) == 1 and out.is_contiguous() and tables_SM.stride(1) == 1
     assert splits == 1 or batch * kv_heads * splits <= len(scratch.partial), "the scratch is for fewer rows"
     assert batch * kv_heads <= len(scratch.arrived)
     _decode_kernel[(kv_heads, batch, splits)](
-        qkv,
-        *(weights or (qkv, qkv, qkv)),
-        lengths_B if positions_B is None else positions_B,
-        *caches,
-        lengths_B if slots_B is None else slots_B,
-        tables_BM,
+        qkv_BF,
+        q_norm_D,
+        k_norm_D,
+        cos_sin,
+        positions_B,
+        k_cache,
+        v_cache,
+        cache_slots_B,
+        tables_SM,
+        table_rows_B,
         lengths_B,
         out,
         *scratch,
         eps,
         scale * math.log2(math.e),
-        qkv.stride(0),
-        tables_BM.stride(0),
+        qkv_BF.stride(0),
+        tables_SM.stride(0),
         k_cache.stride(0),
-        FUSED=weights is not None,
         DOT=dot,
-        EARLY=early,
-        PREFETCH=plan.prefetch if qkv.is_cuda else 0,
+        EARLY=settled,
+        PREFETCH=plan.prefetch if qkv_BF.is_cuda else 0,
         K=kv_heads,
         G=group,
         GP=max(16, padded) if dot else 2,
@@ -414,74 +425,6 @@ def _launch(
         MIN_TILES=plan.min_tiles,
         CHUNK=max(2, min(triton.next_power_of_2(splits), COMBINE_FLOATS // (padded * head_dim))),
         num_warps=plan.warps,
-        **launch_options(qkv.device),
+        **launch_options(qkv_BF.device),
     )
-
-
-def decode_attention(
-    qkv_BF: torch.Tensor,
-    q_norm_D: torch.Tensor,
-    k_norm_D: torch.Tensor,
-    eps: float,
-    cos_sin: torch.Tensor,
-    positions_B: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    cache_slots_B: torch.Tensor,
-    tables_BM: torch.Tensor,
-    lengths_B: torch.Tensor,
-    scale: float,
-    scratch: DecodeScratch,
-    *,
-    out: torch.Tensor | None = None,
-    settled: bool = False,
-    plan: DecodePlan | None = None,
-) -> torch.Tensor:
-    """qk_norm_rope_write and paged_decode of reference.py for one token per row, in one launch: [B, N * D].
-
-    qkv rows [N query | K key | K value heads] of D. lengths_B counts this step's token, whose slot is cache_slots_B
-    (-1: not written); rows of length 0 give zeros. settled promises that lengths, tables, positions and the cache were
-    last written before the last launch without PDL (see launch.py), so that they may be read ahead of gdc_wait; false
-    where the same step's prefill writes blocks that these rows may share.
-    """
-    batch, kv_heads, head_dim = len(qkv_BF), k_cache.shape[1], k_cache.shape[3]
-    width = qkv_BF.shape[1] - 2 * kv_heads * head_dim
-    out = torch.empty((batch, width), dtype=qkv_BF.dtype, device=qkv_BF.device) if out is None else out
-    plan = plan or decode_plan(batch, width // (kv_heads * head_dim), head_dim)
-    weights, caches = (q_norm_D, k_norm_D, cos_sin), (k_cache, v_cache)
-    _launch(
-        qkv_BF,
-        weights,
-        eps,
-        positions_B,
-        cache_slots_B,
-        caches,
-        tables_BM,
-        lengths_B,
-        scale,
-        scratch,
-        out,
-        plan,
-        settled,
-    )
-    return out
-
-
-def paged_decode(
-    q_BND: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    tables_BM: torch.Tensor,
-    lengths_B: torch.Tensor,
-    scale: float,
-    scratch: DecodeScratch,
-    *,
-    plan: DecodePlan | None = None,
-) -> torch.Tensor:
-    """reference.paged_decode: finished queries, and a cache that already holds the last token. [B, N, D]."""
-    batch, num_heads, head_dim = q_BND.shape
-    out = torch.empty_like(q_BND, memory_format=torch.contiguous_format)
-    plan = plan or decode_plan(batch, num_heads // k_cache.shape[1], head_dim)
-    q_BF = q_BND.reshape(batch, -1)
-    _launch(q_BF, None, 0.0, None, None, (k_cache, v_cache), tables_BM, lengths_B, scale, scratch, out, plan, False)
     return out

@@ -1,4 +1,4 @@
-"""How decode attention runs per batch size: launch parameters, so far chosen by hand from first runs on an H200.
+"""How decode attention runs per batch size: launch parameters, measured on an H100 (docs/benchmarks/h200.md).
 
 B decode rows, K key/value heads, G query heads per KV head, D head size, S splits. No tuning happens at run time.
 """
@@ -27,20 +27,24 @@ class DecodePlan(NamedTuple):
     prefetch: int = 4
 
 
-_LARGE = DecodePlan(dot=True, tile=64, warps=4, stages=5, programs=528, min_tiles=8, prefetch=2)
-
 # (G, D): plans by largest batch of the bucket, ascending.
 PLANS: dict[tuple[int, int], tuple[tuple[int, DecodePlan], ...]] = {
     (2, 128): (
-        (2, DecodePlan(dot=False, tile=32, warps=4, stages=2, programs=528, min_tiles=1)),
-        (64, DecodePlan(dot=True, tile=64, warps=4, stages=5, programs=1056, min_tiles=2)),
-        (1 << 30, _LARGE),
+        (2, DecodePlan(dot=True, tile=64, warps=2, stages=2, programs=512, min_tiles=1, prefetch=2)),
+        (8, DecodePlan(dot=True, tile=32, warps=4, stages=5, programs=768, min_tiles=1, prefetch=0)),
+        (24, DecodePlan(dot=True, tile=64, warps=4, stages=2, programs=384, min_tiles=1, prefetch=2)),
+        (48, DecodePlan(dot=True, tile=64, warps=4, stages=3, programs=512, min_tiles=4, prefetch=0)),
+        (96, DecodePlan(dot=True, tile=32, warps=2, stages=2, programs=512, min_tiles=1, prefetch=0)),
+        (1 << 30, DecodePlan(dot=True, tile=64, warps=4, stages=2, programs=2048, min_tiles=8, prefetch=0)),
     ),
 }
 DOT_PLANS: tuple[tuple[int, DecodePlan], ...] = (
-    (8, DecodePlan(dot=True, tile=32, warps=4, stages=3, programs=528, min_tiles=1)),
-    (64, DecodePlan(dot=True, tile=64, warps=4, stages=5, programs=1056, min_tiles=2)),
-    (1 << 30, _LARGE),
+    (2, DecodePlan(dot=True, tile=64, warps=2, stages=2, programs=512, min_tiles=1, prefetch=2)),
+    (8, DecodePlan(dot=True, tile=32, warps=2, stages=4, programs=512, min_tiles=1, prefetch=2)),
+    (24, DecodePlan(dot=True, tile=64, warps=4, stages=4, programs=256, min_tiles=2, prefetch=0)),
+    (48, DecodePlan(dot=True, tile=64, warps=4, stages=2, programs=256, min_tiles=4, prefetch=0)),
+    (96, DecodePlan(dot=True, tile=32, warps=2, stages=5, programs=512, min_tiles=1, prefetch=2)),
+    (1 << 30, DecodePlan(dot=True, tile=64, warps=4, stages=4, programs=2048, min_tiles=1, prefetch=0)),
 )
 
 

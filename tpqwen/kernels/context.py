@@ -1,6 +1,6 @@
-"""StepContext: everything a forward pass needs besides token ids, as one explicit argument.
+"""What kernels are given besides activations and weights: the slots' state, and StepContext, one forward pass.
 
-T tokens, B decode rows, C chunks, M table width, N query heads, K key/value heads, D head size, P block size, L layers.
+T tokens, B decode rows, C chunks, S slots, M table width, N query heads, K key/value heads, D head size, P block size.
 The pass runs over T = B + prefill tokens: first one token of each decode row, then the chunks one after another.
 All tensors live at fixed addresses when the pass is captured as a CUDA graph.
 """
@@ -8,8 +8,45 @@ All tensors live at fixed addresses when the pass is captured as a CUDA graph.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+
+
+@dataclass(frozen=True)
+class SlotTensors:
+    """Per-slot state on the device, [S + 1]: the last slot belongs to padding rows. Kernels advance it in place.
+
+    turn counts passes begun. A pass leaves its tokens in ring[(turn - 1) % len(ring)], in row order; on a GPU the ring is
+    pinned host memory that kernels write into, so no copy brings the tokens back.
+    """
+
+    tables_SM: torch.Tensor  # int32, block ids
+    length: torch.Tensor  # int32, tokens in the cache
+    last_token: torch.Tensor  # int32
+    out_index: torch.Tensor  # int32, index of the next output token
+    seed: torch.Tensor  # int64
+    choice: torch.Tensor  # int32
+    top_k: torch.Tensor  # int32
+    temperature: torch.Tensor  # fp32
+    top_p: torch.Tensor  # fp32
+    min_p: torch.Tensor  # fp32
+    turn: torch.Tensor  # int32 [1]
+    ring: torch.Tensor  # int32 [passes, S]
+
+    @property
+    def padding_slot(self) -> int:
+        """The slot of rows that do not exist."""
+        return len(self.length) - 1
+
+
+class DecodeInputs(NamedTuple):
+    """What one decode pass starts from, per row."""
+
+    ids_B: torch.Tensor  # int32
+    positions_B: torch.Tensor  # int32
+    cache_slots_B: torch.Tensor  # int64
+    lengths_B: torch.Tensor  # int32
 
 
 @dataclass(frozen=True)
@@ -35,14 +72,20 @@ class PrefillRows:
 
 @dataclass(frozen=True)
 class StepContext:
-    """num_decode rows of one token, then the prefill tokens."""
+    """num_decode rows of one token, then the prefill tokens.
+
+    settled: tables and decode inputs were complete before the last kernel that was launched without PDL, and no chunk
+    of this pass writes blocks that decode rows read, so kernels may read all that early (kernels/launch.py).
+    """
 
     positions_T: torch.Tensor  # int32
     cache_slots_T: torch.Tensor  # int64: block id * P + offset; -1 on padding rows (nothing is written)
     num_decode: int
-    decode_tables_BM: torch.Tensor  # int32
+    tables_SM: torch.Tensor  # int32, of all slots
+    decode_slots_B: torch.Tensor  # int32, each row's table
     decode_lengths_B: torch.Tensor  # int32, tokens in the cache including the one of this step; 0 on padding rows
     prefill: PrefillRows | None
     k_cache: list[torch.Tensor]  # per layer [blocks, K, P, D]
     v_cache: list[torch.Tensor]
     cos_sin: torch.Tensor  # fp32 [positions, D]: cos of the D/2 frequencies, then sin
+    settled: bool = False

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tpqwen.kernels import attention, gemm, norm, prefill, sampling
+from tpqwen.kernels import attention, gemm, norm, prefill, sampling, stepping
 from tpqwen.kernels.context import PrefillRows, StepContext
 
 MAX_DECODE_ROWS = 1024
@@ -50,11 +50,13 @@ def attend(
             k_cache,
             v_cache,
             ctx.cache_slots_T[:count],
-            ctx.decode_tables_BM,
+            ctx.tables_SM,
+            ctx.decode_slots_B,
             ctx.decode_lengths_B,
             scale,
             _scratch(kv_heads, width // (kv_heads * head_dim), head_dim, qkv_TF.device),
             out=out[:count],
+            settled=ctx.settled,
         )
     return out
 
@@ -125,5 +127,11 @@ OPERATIONS = {
     "norm_gate_up": gemm.norm_gate_up,
     "linear_add": linear_add,
     "attend": attend,
-    "noisy_argmax": sampling.noisy_argmax,
+    "noisy_slices": sampling.noisy_slices,
+    "head_slices": sampling.head_slices,
+    "top_candidates": sampling.top_candidates,
+    "begin_step": stepping.begin_step,
+    "finish_step": stepping.finish_step,
+    "edit_slots": stepping.edit_slots,
+    "set_rows": stepping.set_rows,
 }

@@ -30,22 +30,92 @@ class Config(NamedTuple):
     fuse_norm: bool = True
 
 
-# (operation, weight rows, K): configurations by largest number of rows, ascending; measured on an H200.
-TABLE: dict[tuple[str, int, int], tuple[tuple[int, Config], ...]] = {}
+def _gemv(block_n: int, block_k: int, warps: int, stages: int, prefetch: int = 0) -> Config:
+    return Config("gemv", block_n, block_k, warps, stages, prefetch=prefetch)
+
+
+def _dot(block_n: int, block_k: int, warps: int, stages: int, split: int = 1, prefetch: int = 512) -> Config:
+    return Config("dot", block_n, block_k, warps, stages, split, prefetch, fuse_norm=False)
+
+
+_CUBLAS = (MAX_ROWS, Config("torch"))
+
+# (operation, weight rows, K): configurations by largest number of rows, ascending; measured on an H100.
+TABLE: dict[tuple[str, int, int], tuple[tuple[int, Config], ...]] = {
+    # Qwen3-0.6B
+    ("norm", 4096, 1024): (
+        (1, _gemv(2, 512, 2, 2)),
+        (4, _dot(32, 256, 4, 4)),
+        (8, _dot(64, 128, 4, 6, 2)),
+        (32, _dot(32, 256, 4, 6)),
+        (64, _dot(64, 128, 4, 6, prefetch=0)),
+        _CUBLAS,
+    ),
+    ("add", 1024, 2048): (
+        (1, _gemv(2, 1024, 4, 2)),
+        (2, _gemv(4, 512, 2, 2, 1024)),
+        (16, _dot(32, 256, 4, 6, 4)),
+        (32, _dot(64, 256, 8, 3, 4)),
+        (64, _dot(64, 128, 8, 6, 4)),
+        _CUBLAS,
+    ),
+    ("silu", 6144, 1024): (
+        (1, _gemv(8, 512, 2, 1, 512)),
+        (2, _gemv(8, 512, 2, 1)),
+        (32, _dot(64, 128, 4, 6)),
+        (64, _dot(64, 128, 4, 4)),
+        (128, _dot(64, 64, 8, 6)),
+    ),
+    ("add", 1024, 3072): (
+        (1, _gemv(4, 1024, 2, 2, 1024)),
+        (2, _gemv(8, 1024, 4, 1, 1024)),
+        (16, _dot(64, 256, 4, 4, 4)),
+        (64, _dot(64, 128, 8, 6, 4)),
+        _CUBLAS,
+    ),
+    # Qwen3-8B
+    ("norm", 6144, 4096): (
+        (1, _gemv(8, 1024, 4, 2, 1024)),
+        (2, _gemv(2, 2048, 4, 2)),
+        (64, _dot(64, 128, 4, 6)),
+        _CUBLAS,
+    ),
+    ("add", 4096, 4096): (
+        (1, _gemv(2, 2048, 4, 1)),
+        (4, _dot(32, 256, 4, 6)),
+        (16, _dot(64, 256, 4, 4, prefetch=0)),
+        (32, _dot(64, 128, 4, 6, prefetch=0)),
+        _CUBLAS,
+    ),
+    ("silu", 24576, 4096): (
+        (1, _gemv(2, 2048, 8, 1)),
+        (2, _gemv(8, 512, 2, 1, 1024)),
+        (32, _dot(64, 128, 4, 6)),
+        (64, _dot(64, 128, 8, 6, prefetch=0)),
+        (128, _dot(64, 64, 4, 6, prefetch=0)),
+    ),
+    ("add", 4096, 12288): (
+        (1, _gemv(4, 2048, 8, 4)),
+        (4, _dot(32, 256, 4, 6)),
+        (16, _dot(64, 256, 4, 4, prefetch=0)),
+        (32, _dot(64, 128, 4, 6, prefetch=0)),
+        (64, _dot(64, 256, 8, 3, 2)),
+        _CUBLAS,
+    ),
+}
 
 
 def default_config(rows: int, weights: int, width: int) -> Config:
-    """A guess for shapes the table lacks: `rows` batch rows, `weights` weight rows of `width` columns."""
+    """For shapes the table lacks, what its neighbours have in common: `rows` batch rows, `weights` rows of `width`."""
+    large = weights * width > 1 << 23
     if rows == 1:
-        return Config("gemv", 2 if weights <= 2048 else 4, 2048 if width >= 4096 else 1024, stages=3)
-    if rows > 64:
-        return Config("torch")  # cuBLAS until measured otherwise
-    tiles = -(-weights // 64)
+        return _gemv(4, 2048, 8, 2) if large else _gemv(2, 1024, 4, 2)
+    if rows > 64 or (rows > 32 and large and weights < 8192):
+        return Config("torch")
     split = 1
-    while tiles * split < PROGRAMS * 3 // 4 and width // (2 * split) >= 256 and width % (2 * split * NARROWEST) == 0:
+    while -(-weights // 64) * split < PROGRAMS // 3 and width % (2 * split * 256) == 0:
         split *= 2
-    piece = width // split
-    return Config("dot", 64, 128 if rows <= 32 else 64, 4, stages=4, split=split, prefetch=min(piece, 1024))
+    return _dot(64, 128, 4, 6, split)
 
 
 def fit(config: Config, rows: int, width: int) -> Config:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tpqwen.kernels import reference
-from tpqwen.kernels.context import StepContext
+from tpqwen.kernels.context import DecodeInputs, SlotTensors, StepContext
 
 Op = Callable[..., Any]
 
@@ -74,23 +74,66 @@ def attend(
     return result
 
 
-def gumbel_noise(seed: torch.Tensor, choice: torch.Tensor, out_index: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Noise of each (row, id); ids [V] or [R, V]."""
-    return reference.gumbel_noise(seed, choice, out_index, ids)
+def begin_step(state: SlotTensors, slots_B: torch.Tensor, block_size: int) -> DecodeInputs:
+    """Count a pass and advance its decode rows; every pass begins with it."""
+    result: DecodeInputs = _pick("begin_step", slots_B)(state, slots_B, block_size)
+    return result
 
 
-def noisy_argmax(
-    logits_RV: torch.Tensor,
-    temperature: torch.Tensor,
-    seed: torch.Tensor,
-    choice: torch.Tensor,
-    out_index: torch.Tensor,
-    first_id: int,
+def noisy_slices(
+    logits_RV: torch.Tensor, state: SlotTensors, slots_R: torch.Tensor, first_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Value fp32 and global id of the arg-max of logits / T + noise."""
-    op = _pick("noisy_argmax", logits_RV)
-    value, token = op(logits_RV, temperature, seed, choice, out_index, first_id)
+    """Best of logits / T + noise, and its global id, per row and slice of the vocabulary."""
+    value, token = _pick("noisy_slices", logits_RV)(logits_RV, state, slots_R, first_id)
     return value, token
+
+
+def head_slices(
+    h_RH: torch.Tensor,
+    norm_H: torch.Tensor,
+    eps: float,
+    weight_VH: torch.Tensor,
+    state: SlotTensors,
+    slots_R: torch.Tensor,
+    first_id: int,
+    num_valid: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """noisy_slices straight from the residual stream."""
+    op = _pick("head_slices", h_RH)
+    value, token = op(h_RH, norm_H, eps, weight_VH, state, slots_R, first_id, num_valid)
+    return value, token
+
+
+def best_slice(value_RS: torch.Tensor, id_RS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's best slice."""
+    return reference.best_slice(value_RS, id_RS)
+
+
+def choose(values_RC: torch.Tensor, ids_RC: torch.Tensor, state: SlotTensors, slots_R: torch.Tensor) -> torch.Tensor:
+    """One of each row's candidates, by its slot's top-k, top-p and min-p: ids [R]."""
+    return reference.choose(values_RC, ids_RC, state, slots_R)
+
+
+def finish_step(
+    state: SlotTensors,
+    slots_R: torch.Tensor,
+    value_RS: torch.Tensor,
+    id_RS: torch.Tensor,
+    candidates: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    """Settle the rows' tokens, int32 [R], in their slots and in the ring; every pass that samples ends with it."""
+    result: torch.Tensor = _pick("finish_step", slots_R)(state, slots_R, value_RS, id_RS, candidates)
+    return result
+
+
+def edit_slots(tables_SM: torch.Tensor, edits_E3: torch.Tensor) -> None:
+    """Set block table entries: (slot, index, block) each."""
+    _pick("edit_slots", tables_SM)(tables_SM, edits_E3)
+
+
+def set_rows(rows: torch.Tensor, slots_B: torch.Tensor, padding: int) -> None:
+    """Make these the slots that decode."""
+    _pick("set_rows", rows)(rows, slots_B, padding)
 
 
 def top_candidates(logits_RV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

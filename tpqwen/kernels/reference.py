@@ -1,7 +1,7 @@
 """Every operation in plain torch: the specification of the Triton kernels, and the CPU path.
 
 T tokens, B decode rows, C chunks, M table width, N query heads, K key/value heads, G = N / K, D head size,
-P block size, S context tokens, H hidden, I inner (local), F fused rows, V vocabulary (local).
+P block size, S context tokens, H hidden, I inner (local), F fused rows, V vocabulary (local), R sampled rows.
 Caches are [blocks, K, P, D].
 Host reads (boolean masks, .tolist()) are allowed here and nowhere on the GPU path.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from tpqwen.kernels.context import StepContext
+from tpqwen.kernels.context import DecodeInputs, SlotTensors, StepContext
 
 GATHER_ELEMENTS = 1 << 20  # 4 MiB of fp32: keys of one attention call on the CPU
 GREEDY_BELOW = 1e-5  # temperatures under it mean plain argmax, as SamplingParams.greedy
@@ -279,7 +279,7 @@ def attend(
     )
     count, parts = ctx.num_decode, []
     if count:
-        rows = (ctx.decode_tables_BM, ctx.decode_lengths_B)
+        rows = (ctx.tables_SM[ctx.decode_slots_B], ctx.decode_lengths_B)
         parts.append(paged_decode(q_TND[:count], k_cache, v_cache, *rows, scale))
     if ctx.prefill is not None:
         p = ctx.prefill
@@ -292,3 +292,118 @@ def top_candidates(logits_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, t
     """The `count` largest of each row, best first: values and ids int64 [B, count]."""
     values, ids = torch.topk(logits_BV, count)
     return values, ids
+
+
+def begin_step(state: SlotTensors, slots_B: torch.Tensor, block_size: int) -> DecodeInputs:
+    """Start a pass: count it, and advance the decode rows' slots by the token that this pass runs.
+
+    slots_B int32; rows of the padding slot get token 0, length 0 and no place in the cache.
+    """
+    state.turn.add_(1)
+    slots = slots_B.long()
+    active = slots != state.padding_slot
+    positions = torch.where(active, state.length[slots], 0)
+    blocks = state.tables_SM[slots, (positions // block_size).long()].long()
+    cache_slots = torch.where(active, blocks * block_size + positions % block_size, -1)
+    lengths = torch.where(active, positions + 1, 0)
+    state.length[slots] = lengths
+    ids = torch.where(active, state.last_token[slots], 0)
+    return DecodeInputs(ids, positions, cache_slots, lengths)
+
+
+def noisy_slices(
+    logits_RV: torch.Tensor, state: SlotTensors, slots_R: torch.Tensor, first_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """noisy_argmax of rows that draw as their slots say: [R, slices] each, values fp32 and global ids int64.
+
+    The best of a row's slices (ties: lowest id) is its token; here there is one slice. A row with NaN or +inf has a NaN
+    or +inf among its values.
+    """
+    draw = (x[slots_R.long()] for x in (state.temperature, state.seed, state.choice, state.out_index))
+    value, token = noisy_argmax(logits_RV, *draw, first_id)
+    return value[:, None], token[:, None]
+
+
+def head_slices(
+    h_RH: torch.Tensor,
+    norm_H: torch.Tensor,
+    eps: float,
+    weight_VH: torch.Tensor,
+    state: SlotTensors,
+    slots_R: torch.Tensor,
+    first_id: int,
+    num_valid: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Final norm, LM head and noisy_slices over its first num_valid ids."""
+    logits_RV = norm_linear(h_RH, norm_H, eps, weight_VH)
+    logits_RV[:, num_valid:] = float("-inf")
+    return noisy_slices(logits_RV, state, slots_R, first_id)
+
+
+def best_slice(value_RS: torch.Tensor, id_RS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's best slice, the lowest id of equal ones: value fp32 and id int64 [R]. NaN counts as +inf."""
+    value_RS = torch.where(torch.isnan(value_RS), float("inf"), value_RS)
+    best_R = value_RS.amax(-1)
+    ids = torch.where(value_RS == best_R[:, None], id_RS.long(), torch.iinfo(torch.int64).max)
+    return best_R, ids.amin(-1)
+
+
+def choose(
+    values_RC: torch.Tensor, ids_RC: torch.Tensor, state: SlotTensors, slots_R: torch.Tensor
+) -> torch.Tensor:
+    """Top-k, top-p over what is left, min-p, then the arg-max of value / T + noise: ids int64 [R].
+
+    Values are logits, best first. Temperatures are at least GREEDY_BELOW where the answer is used.
+    """
+    slots = slots_R.long()
+    temperature = state.temperature[slots].clamp_min(GREEDY_BELOW)[:, None]
+    scaled = values_RC.float() / temperature
+    rank = torch.arange(values_RC.shape[1], device=values_RC.device)
+    top_k = state.top_k[slots]
+    top_k = torch.where(top_k > 0, top_k, values_RC.shape[1])
+    scaled = scaled.masked_fill(rank >= top_k[:, None], float("-inf"))
+    probs = torch.softmax(scaled, -1)
+    before = probs.cumsum(-1) - probs
+    keep = (before < state.top_p[slots][:, None]) & (probs >= state.min_p[slots][:, None] * probs[:, :1])
+    keep[:, 0] = True
+    noise = gumbel_noise(state.seed[slots], state.choice[slots], state.out_index[slots], ids_RC)
+    noisy = (scaled + noise).masked_fill(~keep, float("-inf"))
+    return ids_RC.gather(1, noisy.argmax(-1, keepdim=True))[:, 0]
+
+
+def finish_step(
+    state: SlotTensors,
+    slots_R: torch.Tensor,
+    value_RS: torch.Tensor,
+    id_RS: torch.Tensor,
+    candidates: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    """Settle each row's token, make it its slot's last one, and write it into the ring: int32 [R].
+
+    The token is the best slice's; where the slot draws with 0 < top_k <= C, the one chosen of its C candidates (values
+    and ids [R, C], best first). -1, and 0 as the slot's last token, where the best value is not finite: NaN or
+    infinity in the logits, or nothing allowed. Slots are distinct but for the padding slot.
+    """
+    value_R, token_R = best_slice(value_RS, id_RS)
+    slots = slots_R.long()
+    if candidates is not None:
+        top_k = state.top_k[slots]
+        drawn = (state.temperature[slots] >= GREEDY_BELOW) & (top_k > 0) & (top_k <= candidates[0].shape[1])
+        token_R = torch.where(drawn, choose(*candidates, state, slots_R), token_R)
+    tokens = torch.where(torch.isfinite(value_R), token_R, -1).to(torch.int32)
+    state.last_token[slots] = tokens.clamp(min=0)
+    state.out_index[slots] += 1
+    state.ring[(state.turn - 1) % len(state.ring), : len(tokens)] = tokens
+    return tokens
+
+
+def edit_slots(tables_SM: torch.Tensor, edits_E3: torch.Tensor) -> None:
+    """tables[slot, index] = block for each edit int32 (slot, index, block)."""
+    e = edits_E3.long()
+    tables_SM[e[:, 0], e[:, 1]] = edits_E3[:, 2]
+
+
+def set_rows(rows: torch.Tensor, slots_B: torch.Tensor, padding: int) -> None:
+    """rows int32 becomes slots_B, then padding up to its end."""
+    rows[: len(slots_B)] = slots_B
+    rows[len(slots_B) :] = padding

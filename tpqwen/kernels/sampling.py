@@ -1,6 +1,6 @@
 """Sampling kernels: the Gumbel maximum over logits, the same fused with the LM head, and exact top-k candidates.
 
-B rows, V vocabulary ids of this shard, H hidden, S slices of the vocabulary, G groups of ids. Noise is the reference's:
+R rows, V vocabulary ids of this shard, H hidden, S slices of the vocabulary, G groups of ids. Noise is the reference's:
 Philox4x32-10 words of (seed, output index, id // 4, choice), so every path and every rank draws the same. Fusing head
 and sampling after FlashSampling (arXiv 2603.15854): the logits never reach memory.
 """
@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from tpqwen.kernels import gemm
+from tpqwen.kernels.context import SlotTensors
 from tpqwen.kernels.gemm import prefetch_weights
 from tpqwen.kernels.launch import launch_options, release_next, wait_previous
 from tpqwen.kernels.norm import rms_norm
@@ -23,7 +24,7 @@ from tpqwen.kernels.reference import GREEDY_BELOW
 
 NO_ID = tl.constexpr(0x7FFFFFFF)
 COLDEST = tl.constexpr(GREEDY_BELOW)
-SLICE = 4096  # logits that one program of noisy_argmax looks at
+SLICE = 4096  # logits that one program of noisy_slices looks at
 MAX_CANDIDATES = 64
 FAN = 16  # ids per group and groups per supergroup in top_candidates
 SUPERS = MAX_CANDIDATES * FAN
@@ -72,17 +73,19 @@ def _tile_noise(seed, out_index, choice, first_group, IDS: tl.constexpr, ROWS: t
 
 
 @triton.jit
-def _load_draw(temperature, seeds, choices, out_index, row, inside):
-    """What the rows draw with: temperature fp32, seed int64, choice int32, output index int32."""
-    heat = tl.load(temperature + row, mask=inside, other=0.0).to(tl.float32)
-    seed = tl.load(seeds + row, mask=inside, other=0)
-    choice = tl.load(choices + row, mask=inside, other=0).to(tl.int32)
-    return heat, seed, choice, tl.load(out_index + row, mask=inside, other=0).to(tl.int32)
+def _load_draw(slots, temperature, seeds, choices, out_index, row, inside):
+    """What the rows' slots draw with: temperature fp32, seed int64, choice int32, output index int32."""
+    slot = tl.load(slots + row, mask=inside, other=0)
+    heat = tl.load(temperature + slot, mask=inside, other=0.0)
+    seed = tl.load(seeds + slot, mask=inside, other=0)
+    choice = tl.load(choices + slot, mask=inside, other=0)
+    return heat, seed, choice, tl.load(out_index + slot, mask=inside, other=0)
 
 
 @triton.jit
 def _noisy_slice_kernel(
     logits,
+    slots,
     temperature,
     seeds,
     choices,
@@ -91,7 +94,6 @@ def _noisy_slice_kernel(
     best_id,
     V,
     base,
-    num_valid,
     SHIFT: tl.constexpr,
     IDS: tl.constexpr,
     PDL: tl.constexpr,
@@ -102,12 +104,11 @@ def _noisy_slice_kernel(
     start = tl.program_id(1) * IDS
     v = start - SHIFT + tl.arange(0, IDS)
     wait_previous(PDL)
-    heat, seed, choice, index = _load_draw(temperature, seeds, choices, out_index, row, True)
+    heat, seed, choice, index = _load_draw(slots, temperature, seeds, choices, out_index, row, True)
     score = tl.load(logits + row.to(tl.int64) * V + v, mask=(v >= 0) & (v < V), other=float("-inf")).to(tl.float32)
     score = tl.where(score == score, score, float("inf"))
     if heat >= COLDEST:
         score = score / heat + _row_noise(seed, index, choice, (base + start) // 4, IDS)
-    score = tl.where(base + SHIFT + v < num_valid, score, float("-inf"))
     top = tl.max(score, axis=0)
     place = row * tl.num_programs(1) + tl.program_id(1)
     tl.store(best + place, top)
@@ -115,35 +116,11 @@ def _noisy_slice_kernel(
 
 
 @triton.jit
-def _best_slice_kernel(
-    best, best_id, value, chosen, bad, S, WIDTH: tl.constexpr, FLAG: tl.constexpr, PDL: tl.constexpr
-):
-    """Reduce a row's S slices to its best value and lowest id. A NaN or an infinite logit has made the best +inf."""
-    release_next(PDL)
-    row = tl.program_id(0)
-    s = tl.arange(0, WIDTH)
-    wait_previous(PDL)
-    top = tl.full([WIDTH], float("-inf"), tl.float32)
-    ids = tl.full([WIDTH], NO_ID, tl.int32)
-    for start in range(0, S, WIDTH):
-        inside = start + s < S
-        other = tl.load(best + row * S + start + s, mask=inside, other=float("-inf"))
-        other_id = tl.load(best_id + row * S + start + s, mask=inside, other=NO_ID)
-        better = (other > top) | ((other == top) & (other_id < ids))
-        top = tl.where(better, other, top)
-        ids = tl.where(better, other_id, ids)
-    highest = tl.max(top, axis=0)
-    tl.store(value + row, highest)
-    tl.store(chosen + row, tl.min(tl.where(top == highest, ids, NO_ID), axis=0).to(tl.int64))
-    if FLAG:
-        tl.store(bad + row, (highest == float("inf")).to(tl.int32))
-
-
-@triton.jit
 def _head_row_kernel(
     h,
     w,
     norm,
+    slots,
     temperature,
     seeds,
     choices,
@@ -171,7 +148,7 @@ def _head_row_kernel(
     ahead = tl.load(w + v[:, None] * K + k, mask=inside, other=0.0, eviction_policy="evict_first")
     scale = tl.load(norm + k, mask=inside, other=0.0).to(tl.float32)
     wait_previous(PDL)
-    heat, seed, choice, index = _load_draw(temperature, seeds, choices, out_index, 0, True)
+    heat, seed, choice, index = _load_draw(slots, temperature, seeds, choices, out_index, 0, True)
     x = tl.load(h + k, mask=inside, other=0.0).to(tl.float32)
     rstd = tl.rsqrt(tl.sum(tl.sum(x * x, axis=1), axis=0) / K + eps)
     x = x * scale * rstd
@@ -199,6 +176,7 @@ def _head_row_kernel(
 def _head_rows_kernel(
     x,
     w,
+    slots,
     temperature,
     seeds,
     choices,
@@ -229,7 +207,7 @@ def _head_rows_kernel(
     wait_previous(PDL)
     m = tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)[None, :]
-    heat, seed, choice, index = _load_draw(temperature, seeds, choices, out_index, m, m < M)
+    heat, seed, choice, index = _load_draw(slots, temperature, seeds, choices, out_index, m, m < M)
     drawn = heat >= COLDEST
     any_drawn = tl.max(drawn.to(tl.int32), axis=0) > 0
     heat = tl.where(drawn, heat, 1.0)
@@ -341,120 +319,93 @@ class HeadPlan(NamedTuple):
 
 
 def head_plan(rows: int, hidden: int) -> HeadPlan:
-    """The plan for `rows` rows of `hidden` columns. One row: about 64 weights per thread, so that two tiles fit."""
+    """The plan for `rows` rows of `hidden` columns, measured on an H100 for 1024 and 4096."""
     if rows == 1:
-        width = triton.next_power_of_2(hidden)
-        ids = max(4, 8192 // width)
-        return HeadPlan(ids, max(4, ids * width // 2048), MULTIPROCESSORS * (3 if ids * width <= 8192 else 2))
-    return HeadPlan(128, 4 if rows <= 32 else 8, MULTIPROCESSORS * 2)
+        return HeadPlan(8, 4, MULTIPROCESSORS * 4) if hidden <= 2048 else HeadPlan(4, 8, MULTIPROCESSORS * 4)
+    if rows <= 16:
+        return HeadPlan(64, 4, MULTIPROCESSORS * (4 if hidden <= 2048 else 2), stages=5, prefetch=0)
+    return HeadPlan(64, 4, MULTIPROCESSORS * 2, stages=3, block_k=128)
 
 
-class _Slices:
-    """Best score and id per (row, slice), between the two kernels of an arg-max."""
-
-    def __init__(self, rows: int, slices: int, device: torch.device) -> None:
-        self.rows, self.slices = rows, slices
-        self.best = torch.empty(rows, slices, dtype=torch.float32, device=device)
-        self.best_id = torch.empty(rows, slices, dtype=torch.int32, device=device)
-
-    def reduce(self, bad_B: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """value_B fp32 and id_B int64; bad_B, if given, is set to 0 or 1."""
-        value_B = torch.empty(self.rows, dtype=torch.float32, device=self.best.device)
-        id_B = torch.empty(self.rows, dtype=torch.int64, device=self.best.device)
-        width = min(1024, triton.next_power_of_2(self.slices))
-        flags = id_B if bad_B is None else bad_B
-        tensors = (self.best, self.best_id, value_B, id_B, flags)
-        options = {"num_warps": max(1, width // 128), **launch_options(value_B.device)}
-        _best_slice_kernel[(self.rows,)](*tensors, self.slices, width, bad_B is not None, **options)
-        return value_B, id_B
+def _slices(rows: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for the best score fp32 and id int32 of every (row, slice)."""
+    shape = (rows, count)
+    return (
+        torch.empty(shape, dtype=torch.float32, device=device),
+        torch.empty(shape, dtype=torch.int32, device=device),
+    )
 
 
-def noisy_argmax(
-    logits_BV: torch.Tensor,
-    temperature_B: torch.Tensor,
-    seeds_B: torch.Tensor,
-    choices_B: torch.Tensor,
-    out_index_B: torch.Tensor,
-    first_id: int,
-    *,
-    num_valid: int | None = None,
-    bad_B: torch.Tensor | None = None,
+def _draw(state: SlotTensors, slots_R: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return slots_R, state.temperature, state.seed, state.choice, state.out_index
+
+
+def noisy_slices(
+    logits_RV: torch.Tensor, state: SlotTensors, slots_R: torch.Tensor, first_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sample by the Gumbel maximum: (value_B fp32, id_B int64) as reference.noisy_argmax, from bf16 or fp32 logits.
-
-    Global ids from num_valid on are never chosen. bad_B int32 becomes 1 where a row holds a NaN or +inf, else 0;
-    -inf is a legal mask. Such a row's value is +inf.
-    """
-    assert logits_BV.is_contiguous(), "noisy_argmax takes contiguous logits"
-    rows, vocab = logits_BV.shape
+    """reference.noisy_slices of contiguous bf16 or fp32 logits, SLICE ids a slice; ids int32. NaN gives +inf."""
+    assert logits_RV.is_contiguous(), "noisy_slices takes contiguous logits"
+    rows, vocab = logits_RV.shape
     shift = first_id % 4
     ids = min(SLICE, max(4, triton.next_power_of_2(vocab + shift)))
-    slices = _Slices(rows, triton.cdiv(vocab + shift, ids), logits_BV.device)
+    best, best_id = _slices(rows, triton.cdiv(vocab + shift, ids), logits_RV.device)
     if rows:
-        _noisy_slice_kernel[(rows, slices.slices)](
-            logits_BV,
-            temperature_B,
-            seeds_B,
-            choices_B,
-            out_index_B,
-            slices.best,
-            slices.best_id,
+        _noisy_slice_kernel[tuple(best.shape)](
+            logits_RV,
+            *_draw(state, slots_R),
+            best,
+            best_id,
             vocab,
             first_id - shift,
-            first_id + vocab if num_valid is None else num_valid,
             shift,
             ids,
             num_warps=4,
-            **launch_options(logits_BV.device),
+            **launch_options(logits_RV.device),
         )
-    return slices.reduce(bad_B) if rows else (logits_BV.new_empty(0).float(), seeds_B.new_empty(0))
+    return best, best_id
 
 
-def head_noisy_argmax(
-    h_BH: torch.Tensor,
+def head_slices(
+    h_RH: torch.Tensor,
     norm_H: torch.Tensor,
     eps: float,
     weight_VH: torch.Tensor,
-    temperature_B: torch.Tensor,
-    seeds_B: torch.Tensor,
-    choices_B: torch.Tensor,
-    out_index_B: torch.Tensor,
+    state: SlotTensors,
+    slots_R: torch.Tensor,
     first_id: int,
+    num_valid: int,
     *,
-    num_valid: int | None = None,
-    bad_B: torch.Tensor | None = None,
     plan: HeadPlan | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Final norm, LM head and noisy_argmax: (value_B fp32, id_B int64), without logits in memory up to 64 rows.
+    """reference.head_slices, without logits in memory up to MAX_FUSED_ROWS rows. NaN gives +inf.
 
     Fused scores come from fp32 sums that are never rounded to h's dtype, so a near tie may go otherwise than on rounded
-    logits. first_id, num_valid and bad_B as in noisy_argmax.
+    logits.
     """
-    rows, hidden = h_BH.shape
-    draw = (temperature_B, seeds_B, choices_B, out_index_B)
+    rows, hidden = h_RH.shape
     if not 0 < rows <= MAX_FUSED_ROWS or hidden % 64:
-        logits_BV = gemm.norm_linear(h_BH, norm_H, eps, weight_VH)
-        return noisy_argmax(logits_BV, *draw, first_id, num_valid=num_valid, bad_B=bad_B)
-    assert h_BH.is_contiguous() and weight_VH.is_contiguous(), "head_noisy_argmax takes contiguous tensors"
+        logits_RV = gemm.norm_linear(h_RH, norm_H, eps, weight_VH)
+        logits_RV[:, num_valid:] = float("-inf")
+        return noisy_slices(logits_RV, state, slots_R, first_id)
+    assert h_RH.is_contiguous() and weight_VH.is_contiguous(), "head_slices takes contiguous tensors"
     vocab, shift = len(weight_VH), first_id % 4
-    place = (vocab, first_id - shift, first_id + vocab if num_valid is None else num_valid)
+    place = (vocab, first_id - shift, first_id + num_valid)
     plan = head_plan(rows, hidden) if plan is None else plan
-    slices = _Slices(rows, min(plan.programs, triton.cdiv(vocab + shift, plan.ids)), h_BH.device)
-    grid, options = (slices.slices,), {"num_warps": plan.warps, **launch_options(h_BH.device)}
+    best, best_id = _slices(rows, min(plan.programs, triton.cdiv(vocab + shift, plan.ids)), h_RH.device)
+    draw = _draw(state, slots_R)
+    grid, options = (best.shape[1],), {"num_warps": plan.warps, **launch_options(h_RH.device)}
     if rows == 1:
         shape = (shift, hidden, triton.next_power_of_2(hidden), plan.ids)
-        _head_row_kernel[grid](
-            h_BH, weight_VH, norm_H, *draw, slices.best, slices.best_id, eps, *place, *shape, **options
-        )
-        return slices.reduce(bad_B)
-    x_BH = rms_norm(h_BH, norm_H, eps)
+        _head_row_kernel[grid](h_RH, weight_VH, norm_H, *draw, best, best_id, eps, *place, *shape, **options)
+        return best, best_id
+    x_RH = rms_norm(h_RH, norm_H, eps)
     block_m = max(16, triton.next_power_of_2(rows))
     early = min(hidden, plan.prefetch) if plan.warps * 32 >= plan.ids else 0
     shape = (hidden, shift, block_m, plan.block_k, plan.ids, early, plan.warps)
     _head_rows_kernel[grid](
-        x_BH, weight_VH, *draw, slices.best, slices.best_id, rows, *place, *shape, num_stages=plan.stages, **options
+        x_RH, weight_VH, *draw, best, best_id, rows, *place, *shape, num_stages=plan.stages, **options
     )
-    return slices.reduce(bad_B)
+    return best, best_id
 
 
 def top_candidates(logits_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tpqwen.kernels import ops
-from tpqwen.kernels.context import StepContext
+from tpqwen.kernels.context import SlotTensors, StepContext
 from tpqwen.model.config import ModelConfig
 from tpqwen.parallel.group import TPGroup
 from tpqwen.parallel.layers import ColumnParallel, ReplicatedWeight, RowParallel, VocabParallel
@@ -84,6 +84,12 @@ class Qwen3(nn.Module):
     def logits(self, h_TH: torch.Tensor) -> torch.Tensor:
         """Local logits [T, V] of the given rows of the residual stream."""
         return self.lm_head.logits(h_TH, self.norm.weight, self.eps)
+
+    def slices(
+        self, h_RH: torch.Tensor, state: SlotTensors, slots_R: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each row's best noisy scores among the local ids, value and id [R, slices]."""
+        return self.lm_head.slices(h_RH, self.norm.weight, self.eps, state, slots_R)
 
 
 def rope_table(c: ModelConfig, length: int, device: torch.device) -> torch.Tensor:

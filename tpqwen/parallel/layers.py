@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tpqwen.kernels import ops
+from tpqwen.kernels.context import SlotTensors
 from tpqwen.parallel.group import TPGroup
 from tpqwen.parallel.shard import Part, ShardSpec
 
@@ -86,3 +87,9 @@ class VocabParallel(ShardedWeight):
         if self.num_valid < self.num_local:
             logits[:, self.num_valid :] = float("-inf")
         return logits
+
+    def slices(
+        self, h_RH: torch.Tensor, norm_H: torch.Tensor, eps: float, state: SlotTensors, slots_R: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Final norm, head and noisy arg-max of this rank's ids, without logits in memory: ops.head_slices."""
+        return ops.head_slices(h_RH, norm_H, eps, self.weight, state, slots_R, self.first_id, self.num_valid)

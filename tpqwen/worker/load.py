@@ -107,7 +107,7 @@ class _Build:
         )
         state = SlotState(s.max_num_seqs, s.blocks_per_sequence, self.device)
         head = self.model.lm_head
-        sampler = Sampler(self.group, head.first_id, head.num_local)
+        sampler = Sampler(self.group, state.tensors, head.first_id)
         edits = LogitEdits(s.max_num_seqs, head.first_id, head.num_local, self.device)
         table = rope_table(c, s.max_model_len, self.device)
         return Runner(self.model, cache, state, sampler, edits, table)
@@ -135,7 +135,8 @@ class _Build:
         )
         _, chunks = stage(step, runner.state, Stager(self.device, 1), s.block_size)
         assert chunks is not None
-        runner.mixed(None, chunks, SampleKind(candidates=True), (params,) * count)
+        none = torch.empty(0, dtype=torch.int32, device=self.device)
+        runner.mixed(none, chunks, SampleKind(candidates=True), (params,) * count)
         rows = self.model.lm_head.num_local * s.max_num_seqs * 12  # logits of all slots at once: value, copy, index
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - runner.cache.data.nbytes + rows

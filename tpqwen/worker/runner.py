@@ -10,34 +10,21 @@ from dataclasses import dataclass
 
 import torch
 
-from tpqwen.kernels.context import StepContext
+from tpqwen.kernels import ops
+from tpqwen.kernels.context import DecodeInputs, StepContext
 from tpqwen.model.qwen3 import Qwen3
 from tpqwen.step import RowParams
 from tpqwen.worker.batch import ChunkBatch
 from tpqwen.worker.kv_cache import KVCache
 from tpqwen.worker.sampler import LogitEdits, LogprobTensors, SampleKind, Sampler
-from tpqwen.worker.slots import RowTensors, SlotState
-
-
-@dataclass(frozen=True)
-class DecodeRows:
-    """The rows that decode, gathered when they change. Padding rows point at the padding slot."""
-
-    slots: torch.Tensor  # int64 [B]
-    tables_BM: torch.Tensor  # int32
-    params: RowTensors
-
-    def take(self, count: int) -> DecodeRows:
-        """The first `count` rows, as views."""
-        return DecodeRows(self.slots[:count], self.tables_BM[:count], self.params.take(count))
+from tpqwen.worker.slots import SlotState
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a pass leaves on the device."""
+    """What a pass leaves on the device. tokens are in the slots' ring as well, where the host reads them."""
 
-    tokens: torch.Tensor  # int32 [R]
-    bad: torch.Tensor  # bool [R]
+    tokens: torch.Tensor  # int32 [R], -1 where the logits were bad
     logprobs: LogprobTensors | None = None
 
 
@@ -54,100 +41,78 @@ class Runner:
         self.edits = edits
         self.cos_sin = cos_sin
 
-    def decode_logits(self, rows: DecodeRows) -> torch.Tensor:
-        """One token of each row through the model; the slots' lengths advance. Returns local logits [B, V]."""
-        ids, context = self._decode_inputs(rows)
-        hidden = self.model(ids, context)
-        self.state.length[rows.slots] = context.decode_lengths_B
-        return self.model.logits(hidden)
+    def decode_logits(self, slots_B: torch.Tensor) -> torch.Tensor:
+        """One token of each slot (int32) through the model; the slots' lengths advance. Returns local logits [B, V]."""
+        return self.model.logits(self._decode_hidden(slots_B))
 
-    def decode(self, rows: DecodeRows, kind: SampleKind) -> Sampled:
+    def decode(self, slots_B: torch.Tensor, kind: SampleKind) -> Sampled:
         """A whole decode step without host decisions (kind.in_graph)."""
-        return self.sample(self.decode_logits(rows), rows.slots, rows.params, kind, ())
+        hidden = self._decode_hidden(slots_B)
+        if kind.needs_logits:
+            return Sampled(self.sampler.sample(self.model.logits(hidden), slots_B, kind))
+        return Sampled(self.sampler.settle(*self.model.slices(hidden, self.state.tensors, slots_B), slots_B))
 
     def mixed(
-        self, rows: DecodeRows | None, chunks: ChunkBatch, kind: SampleKind, params: tuple[RowParams, ...]
+        self, rows_B: torch.Tensor, chunks: ChunkBatch, kind: SampleKind, params: tuple[RowParams, ...]
     ) -> Sampled | None:
-        """Decode rows and prefill chunks in one pass; the chunks that sample come after the decode rows. None when
-        nothing samples."""
-        ids, context = self._mixed_inputs(rows, chunks)
-        hidden = self.model(ids, context)
-        state, num_decode = self.state, context.num_decode
-        state.length[chunks.slots_C] = chunks.rows.lengths_C
-        if rows is not None:
-            state.length[rows.slots] = context.decode_lengths_B
-        where, slots = chunks.sampled + num_decode, chunks.sampled_slots
-        if rows is not None:
-            where = torch.cat([torch.arange(num_decode, device=where.device), where])
-            slots = torch.cat([rows.slots, slots])
-        if not slots.shape[0]:
+        """Decode rows (slots int32, possibly none) and prefill chunks in one pass; the chunks that sample come after
+        the decode rows. None when nothing samples."""
+        decode = ops.begin_step(self.state.tensors, rows_B, self.cache.block_size)
+        hidden = self.model(torch.cat([decode.ids_B, chunks.ids]), self._mixed_context(decode, rows_B, chunks))
+        self.state.tensors.length[chunks.slots_C] = chunks.rows.lengths_C
+        count = len(rows_B)
+        where = torch.cat([torch.arange(count, device=hidden.device), chunks.sampled + count])
+        if not len(where):
             return None
-        logits = self.model.logits(hidden[where])
-        return self.sample(logits, slots, state.gather(slots), kind, params)
+        slots = torch.cat([rows_B, chunks.sampled_slots])
+        return self.sample(self.model.logits(hidden[where]), slots, kind, params)
 
     def sample(
-        self,
-        logits_RV: torch.Tensor,
-        slots: torch.Tensor,
-        rows: RowTensors,
-        kind: SampleKind,
-        params: tuple[RowParams, ...],
+        self, logits_RV: torch.Tensor, slots_R: torch.Tensor, kind: SampleKind, params: tuple[RowParams, ...]
     ) -> Sampled:
-        """Tokens of the rows; they become the slots' last tokens. params (host copies) are needed for kind.edits."""
-        state = self.state
-        out_index = state.out_index[slots]
-        edited = self.edits.apply(logits_RV, slots, rows, out_index, params) if kind.edits else logits_RV
-        tokens, bad = self.sampler.sample(edited, rows, out_index, kind)
+        """Tokens of the slots (int32), which become their last ones. params (host copies) are needed for kind.edits."""
+        edited = logits_RV
+        if kind.edits:
+            out_index = self.state.tensors.out_index[slots_R]
+            edited = self.edits.apply(logits_RV, slots_R, self.state.gather(slots_R), out_index, params)
+        tokens = self.sampler.sample(edited, slots_R, kind)
         wanted = max((p.logprobs for p in params), default=-1)
         logprobs = self.sampler.logprobs(logits_RV, tokens, wanted) if kind.logprobs else None
-        self.edits.count(slots, tokens)
-        state.last_token[slots] = tokens
-        state.out_index[slots] = out_index + 1
-        return Sampled(tokens, bad, logprobs)
+        self.edits.count(slots_R, tokens)
+        return Sampled(tokens, logprobs)
 
-    def _decode_inputs(self, rows: DecodeRows) -> tuple[torch.Tensor, StepContext]:
-        size = self.cache.block_size
-        positions = self.state.length[rows.slots]
-        active = rows.slots != self.state.padding_slot
-        blocks = rows.tables_BM.gather(1, (positions // size).long()[:, None])[:, 0]
-        cache_slots = torch.where(active, blocks * size + positions % size, -1).long()
-        lengths = torch.where(active, positions + 1, 0).to(torch.int32)
-        context = self._context(positions, cache_slots, rows.tables_BM, lengths)
-        return self.state.last_token[rows.slots], context
+    def _decode_hidden(self, slots_B: torch.Tensor) -> torch.Tensor:
+        decode = ops.begin_step(self.state.tensors, slots_B, self.cache.block_size)
+        # The embedding's look-up is a plain launch after begin_step: from there on the inputs are settled.
+        context = self._context(decode.positions_B, decode.cache_slots_B, decode, slots_B, settled=True)
+        hidden: torch.Tensor = self.model(decode.ids_B, context)
+        return hidden
 
-    def _mixed_inputs(self, rows: DecodeRows | None, chunks: ChunkBatch) -> tuple[torch.Tensor, StepContext]:
-        if rows is None:
-            none = chunks.ids.new_empty(0)
-            return chunks.ids, self._context(
-                chunks.positions, chunks.cache_slots, none.view(0, 1), none, prefill=chunks
-            )
-        ids, decode = self._decode_inputs(rows)
-        context = self._context(
-            torch.cat([decode.positions_T, chunks.positions]),
-            torch.cat([decode.cache_slots_T, chunks.cache_slots]),
-            decode.decode_tables_BM,
-            decode.decode_lengths_B,
-            prefill=chunks,
-        )
-        return torch.cat([ids, chunks.ids]), context
+    def _mixed_context(self, decode: DecodeInputs, rows_B: torch.Tensor, chunks: ChunkBatch) -> StepContext:
+        positions = torch.cat([decode.positions_B, chunks.positions])
+        cache_slots = torch.cat([decode.cache_slots_B, chunks.cache_slots])
+        return self._context(positions, cache_slots, decode, rows_B, prefill=chunks)
 
     def _context(
         self,
-        positions: torch.Tensor,
-        cache_slots: torch.Tensor,
-        tables: torch.Tensor,
-        lengths: torch.Tensor,
+        positions_T: torch.Tensor,
+        cache_slots_T: torch.Tensor,
+        decode: DecodeInputs,
+        slots_B: torch.Tensor,
         *,
         prefill: ChunkBatch | None = None,
+        settled: bool = False,
     ) -> StepContext:
         return StepContext(
-            positions_T=positions,
-            cache_slots_T=cache_slots,
-            num_decode=lengths.shape[0],
-            decode_tables_BM=tables,
-            decode_lengths_B=lengths,
+            positions_T=positions_T,
+            cache_slots_T=cache_slots_T,
+            num_decode=len(slots_B),
+            tables_SM=self.state.tensors.tables_SM,
+            decode_slots_B=slots_B,
+            decode_lengths_B=decode.lengths_B,
             prefill=prefill.rows if prefill is not None else None,
             k_cache=self.cache.k,
             v_cache=self.cache.v,
             cos_sin=self.cos_sin,
+            settled=settled,
         )

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from tpqwen.kernels import ops
+from tpqwen.kernels.context import SlotTensors
+from tpqwen.kernels.reference import GREEDY_BELOW
 from tpqwen.parallel.group import TPGroup
 from tpqwen.request import TokenLogprob
 from tpqwen.step import RowParams
@@ -32,6 +34,11 @@ class SampleKind:
     logprobs: bool = False
 
     @property
+    def needs_logits(self) -> bool:
+        """Whether logits must lie in memory; else the LM head itself finds the token."""
+        return self != SampleKind()
+
+    @property
     def in_graph(self) -> bool:
         """The rest takes host decisions and runs after the graph."""
         return not (self.full or self.edits or self.logprobs)
@@ -39,7 +46,7 @@ class SampleKind:
 
 def kind_of(rows: Sequence[RowParams]) -> SampleKind:
     """The least kind that serves all rows."""
-    sampled = [p for p in rows if p.temperature >= 1e-5]
+    sampled = [p for p in rows if p.temperature >= GREEDY_BELOW]
     return SampleKind(
         candidates=any(_small(p) for p in sampled),
         full=any(_truncates(p) and not _small(p) for p in sampled),
@@ -71,56 +78,49 @@ class LogprobTensors:
 
 
 class Sampler:
-    """Sampling of one rank. first_id: global id of the shard's first row. num_valid: ids from there on are padding."""
+    """Sampling of one rank. first_id: global id of the shard's first row."""
 
-    def __init__(self, group: TPGroup, first_id: int, num_valid: int) -> None:
+    def __init__(self, group: TPGroup, state: SlotTensors, first_id: int) -> None:
         self._group = group
+        self._state = state
         self._first_id = first_id
-        self._num_valid = num_valid
 
-    def sample(
-        self, logits_RV: torch.Tensor, rows: RowTensors, out_index: torch.Tensor, kind: SampleKind
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """logits fp32 or bf16 with padding ids at -inf -> (token ids int32 [R], bad bool [R]). bad: NaN or +Inf in the
-        row, or nothing allowed in it; its token is 0."""
-        noise = (rows.seed, rows.choice, out_index)
-        value, token = ops.noisy_argmax(logits_RV, rows.temperature, *noise, self._first_id)
-        value, token = self._best(value, token)
-        bad = ~torch.isfinite(value)
-        if kind.candidates:
-            some = self._from_candidates(logits_RV, rows, noise)
-            token = torch.where(
-                (rows.temperature >= 1e-5) & (rows.top_k > 0) & (rows.top_k <= MAX_CANDIDATES), some, token
-            )
+    def sample(self, logits_RV: torch.Tensor, slots_R: torch.Tensor, kind: SampleKind) -> torch.Tensor:
+        """logits fp32 or bf16 with padding ids at -inf -> token ids int32 [R], settled in the slots. -1: a bad row,
+        with NaN or +inf, or with nothing allowed in it."""
+        state = self._state
+        value, token = self._best(*ops.noisy_slices(logits_RV, state, slots_R, self._first_id))
         if kind.full:
-            whole = self._from_full(logits_RV, rows, noise)
-            truncates = (rows.top_k > MAX_CANDIDATES) | ((rows.top_k == 0) & ((rows.top_p < 1.0) | (rows.min_p > 0.0)))
-            token = torch.where((rows.temperature >= 1e-5) & truncates, whole, token)
-        return torch.where(bad, 0, token).to(torch.int32), bad
+            value, token = (x[:, None] for x in ops.best_slice(value, token))
+            values, ids = self.full_logits(logits_RV).sort(dim=-1, descending=True, stable=True)
+            slots = slots_R.long()
+            top_k, top_p, min_p = state.top_k[slots], state.top_p[slots], state.min_p[slots]
+            whole = (top_k > MAX_CANDIDATES) | ((top_k == 0) & ((top_p < 1.0) | (min_p > 0.0)))
+            whole &= state.temperature[slots] >= GREEDY_BELOW
+            token = torch.where(whole[:, None], ops.choose(values, ids, state, slots_R)[:, None], token)
+        candidates = self._candidates(logits_RV) if kind.candidates else None
+        return ops.finish_step(state, slots_R, value, token, candidates)
 
-    def _best(self, value: torch.Tensor, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The best (value, id) over the ranks; one gather of 2R numbers. NaN on any rank wins, so that it is seen."""
+    def settle(self, value_RS: torch.Tensor, id_RS: torch.Tensor, slots_R: torch.Tensor) -> torch.Tensor:
+        """`sample` of a kind without needs, from this rank's slices."""
+        return ops.finish_step(self._state, slots_R, *self._best(value_RS, id_RS), None)
+
+    def _best(self, value_RS: torch.Tensor, id_RS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slices of this rank, or each rank's best [R, G]; one gather of 2R numbers."""
         if self._group.size == 1:
-            return value, token
-        pair = torch.stack([value.to(torch.float64), token.to(torch.float64)])
-        values, tokens = self._group.all_gather(pair).unbind(1)  # [G, R] each
-        best = torch.where(torch.isnan(values), float("inf"), values).argmax(0, keepdim=True)
-        return values.gather(0, best)[0], tokens.gather(0, best)[0].long()
+            return value_RS, id_RS
+        value_R, id_R = ops.best_slice(value_RS, id_RS)
+        pair = torch.stack([value_R.to(torch.float64), id_R.to(torch.float64)])
+        values, ids = self._group.all_gather(pair).permute(1, 2, 0)  # [R, G] each
+        return values.float().contiguous(), ids.long().contiguous()
 
-    def _from_candidates(
-        self, logits_RV: torch.Tensor, rows: RowTensors, noise: tuple[torch.Tensor, ...]
-    ) -> torch.Tensor:
-        """Exact for top_k <= MAX_CANDIDATES: each rank's best MAX_CANDIDATES hold the global ones."""
+    def _candidates(self, logits_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each row's best MAX_CANDIDATES values and global ids, best first."""
         values, ids = ops.top_candidates(logits_RV, min(MAX_CANDIDATES, logits_RV.shape[-1]))
         values, ids = values.float(), ids + self._first_id
         if self._group.size > 1:
-            values, ids = self._merged(values, ids)
-        return _choose(values, ids, rows, noise)
-
-    def _from_full(self, logits_RV: torch.Tensor, rows: RowTensors, noise: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        logits = self.full_logits(logits_RV)
-        values, ids = logits.sort(dim=-1, descending=True, stable=True)
-        return _choose(values, ids, rows, noise)
+            values, ids = (x[:, :MAX_CANDIDATES].contiguous() for x in self._merged(values, ids))
+        return values, ids
 
     def full_logits(self, logits_RV: torch.Tensor) -> torch.Tensor:
         """All ranks' shards side by side, fp32 [R, G * V]."""
@@ -149,29 +149,6 @@ class Sampler:
         ids = self._group.all_gather(ids_RC).transpose(0, 1).flatten(1)
         values, order = values.sort(dim=-1, descending=True, stable=True)
         return values, ids.gather(1, order)
-
-
-def _choose(
-    values_RC: torch.Tensor, ids_RC: torch.Tensor, rows: RowTensors, noise: tuple[torch.Tensor, ...]
-) -> torch.Tensor:
-    """values sorted downwards. Top-k, top-p over what is left, min-p; then the noisy arg-max. Returns ids int64 [R]."""
-    temperature = rows.temperature.clamp_min(1e-5)[:, None]
-    scaled = values_RC / temperature
-    rank = torch.arange(values_RC.shape[1], device=values_RC.device)
-    top_k = torch.where(rows.top_k > 0, rows.top_k, values_RC.shape[1])
-    scaled = scaled.masked_fill(rank >= top_k[:, None], NEVER)
-    probs = torch.softmax(scaled, -1)
-    before = probs.cumsum(-1) - probs
-    keep = (before < rows.top_p[:, None]) & (probs >= rows.min_p[:, None] * probs[:, :1])
-    keep[:, 0] = True
-    noisy = (scaled + noise_at(noise, ids_RC)).masked_fill(~keep, NEVER)
-    return ids_RC.gather(1, noisy.argmax(-1, keepdim=True))[:, 0]
-
-
-def noise_at(noise: tuple[torch.Tensor, ...], ids_RC: torch.Tensor) -> torch.Tensor:
-    """Gumbel noise of each row at its own ids. noise: (seed int64, choice, output index), each [R]."""
-    seed, choice, out_index = noise
-    return ops.gumbel_noise(seed, choice, out_index, ids_RC)
 
 
 class LogitEdits:

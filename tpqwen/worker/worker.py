@@ -13,6 +13,7 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tpqwen.config import Config
@@ -31,14 +32,14 @@ from tpqwen.worker.sampler import SampleKind, kind_of
 
 @dataclass(frozen=True)
 class Pending:
-    """A launched step. The host tensors are filled once `done` has passed."""
+    """A launched step. Once `done` has passed, its tokens are the first `count` of `tokens`."""
 
     step: StepInput
-    tokens: torch.Tensor  # int32, on the host
-    bad: torch.Tensor  # bool, on the host
+    tokens: torch.Tensor  # int32, a row of the slots' ring
+    count: int
     sampled: Sampled | None
     params: tuple[RowParams, ...]
-    started: torch.cuda.Event | None
+    before: torch.cuda.Event | None  # end of the step before, or the start of this one where the device was idle
     done: torch.cuda.Event | None
     busy_s: float
 
@@ -71,23 +72,26 @@ class Worker:
         self._stager = Stager(self._device, self._config.schedule.depth + 2)
         self._rows: tuple[int, ...] = ()
         self._kind = SampleKind()
+        self._turn = int(self.runner.state.tensors.turn)  # passes begun, as on the device
         return loaded.capacity
 
     @torch.inference_mode()
     def submit(self, step: StepInput) -> None:
         """Launch one step. Steps run in the order submitted."""
         begin = time.perf_counter()
-        started = self._event()
+        before = self._pending[-1].done if self._pending else self._event()
         slots, chunks = stage(step, self.runner.state, self._stager, self.sizes.block_size)
         self._admit_history(step)
-        self._follow_rows(step, slots)
+        if step.decode is not None and slots is not None:
+            self._follow_rows(step.decode, slots)
         params = self._params(chunks)
+        ring = self.runner.state.tensors.ring
+        tokens = ring[self._turn % len(ring)]
         sampled = self._run(chunks, params)
         count = len(self._rows) + (len(chunks.sampled_slots_host) if chunks is not None else 0)
-        tokens, bad = self._to_host(sampled, count)
         done = self._event()
         busy = 0.0 if done is not None else time.perf_counter() - begin
-        self._pending.append(Pending(step, tokens, bad, sampled, params, started, done, busy))
+        self._pending.append(Pending(step, tokens, count, sampled, params, before, done, busy))
 
     def ready(self) -> bool:
         """Whether collect would return at once."""
@@ -101,16 +105,16 @@ class Worker:
         """The oldest launched step's output; waits for the device."""
         p = self._pending.popleft()
         busy = p.busy_s
-        if p.started is not None and p.done is not None:
+        if p.before is not None and p.done is not None:
             p.done.synchronize()
-            busy = p.started.elapsed_time(p.done) / 1e3
+            busy = p.before.elapsed_time(p.done) / 1e3
         self._busy_s += busy
-        count = p.tokens.shape[0]
+        tokens = p.tokens[: p.count].numpy()
         logprobs: tuple[tuple[int, TokenLogprob], ...] = ()
         if p.sampled is not None and p.sampled.logprobs is not None:
             logprobs = tuple(p.sampled.logprobs.rows([r.logprobs for r in p.params]))
-        bad = tuple(torch.nonzero(p.bad)[:, 0].tolist()) if count and bool(p.bad.any()) else ()
-        return StepOutput(p.step.epoch, p.step.step, p.tokens.numpy().tobytes(), bad, logprobs, busy)
+        bad = tuple(np.flatnonzero(tokens < 0).tolist())
+        return StepOutput(p.step.epoch, p.step.step, tokens.tobytes(), bad, logprobs, busy)
 
     def stats(self) -> RankStats:
         """Slow numbers: memory and NVML."""
@@ -139,28 +143,24 @@ class Worker:
         self._group.leave()
 
     def _run(self, chunks: ChunkBatch | None, params: tuple[RowParams, ...]) -> Sampled | None:
-        kind = kind_of(params) if chunks is not None else self._kind
-        if chunks is not None:
-            return self.runner.mixed(self.graphs.rows if self._rows else None, chunks, kind, params)
-        if not self._rows:
+        if chunks is None and not self._rows:
             return None
-        if kind.in_graph:
-            return self.graphs.decode(kind)
-        rows = self.graphs.rows
-        return self.runner.sample(self.graphs.decode_logits(), rows.slots, rows.params, kind, params)
+        self._turn += 1
+        if chunks is not None:
+            return self.runner.mixed(self.graphs.rows, chunks, kind_of(params), params)
+        if self._kind.in_graph:
+            return self.graphs.decode(self._kind)
+        return self.runner.sample(self.graphs.decode_logits(), self.graphs.rows, self._kind, params)
 
     def _admit_history(self, step: StepInput) -> None:
         for a in step.admits:
             if a.history:
                 self.runner.edits.admit(a.slot, ints(a.history).tolist(), a.num_prompt)
 
-    def _follow_rows(self, step: StepInput, slots: torch.Tensor | None) -> None:
-        if step.decode is not None and slots is not None:
-            self._rows = tuple(ints(step.decode).tolist())
-            self.graphs.set_rows(slots)
-            self._kind = kind_of([self.runner.state.params[s] for s in self._rows])
-        elif step.blocks or step.admits:
-            self.graphs.refresh()
+    def _follow_rows(self, decode: bytes, slots: torch.Tensor) -> None:
+        self._rows = tuple(ints(decode).tolist())
+        self.graphs.set_rows(slots)
+        self._kind = kind_of([self.runner.state.params[s] for s in self._rows])
 
     def _params(self, chunks: ChunkBatch | None) -> tuple[RowParams, ...]:
         """Host copies of the sampled rows' parameters, only where a step needs them."""
@@ -168,17 +168,6 @@ class Worker:
             return ()
         sampled = (*self._rows, *(chunks.sampled_slots_host if chunks is not None else ()))
         return tuple(self.runner.state.params[s] for s in sampled)
-
-    def _to_host(self, sampled: Sampled | None, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Start copying the first `count` results (the rest is a graph's padding)."""
-        if sampled is None:
-            return torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.bool)
-        if self._device.type == "cpu":
-            return sampled.tokens[:count].clone(), sampled.bad[:count].clone()
-        both = torch.stack([sampled.tokens[:count], sampled.bad[:count].to(torch.int32)])
-        host = torch.empty(both.shape, dtype=torch.int32, pin_memory=True)
-        host.copy_(both, non_blocking=True)
-        return host[0], host[1]
 
     def _event(self) -> torch.cuda.Event | None:
         if self._device.type == "cpu":
