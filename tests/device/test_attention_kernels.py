@@ -19,11 +19,10 @@ from tpqwen.kernels.launch import launch_options, pdl_supported
 NAN = float("nan")
 EPS = 1e-6
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
-ROWS_WHOLE = DecodePlan(dot=False, tile=16, warps=4, stages=1, programs=1, min_tiles=1)
-ROWS_SPLIT = DecodePlan(dot=False, tile=16, warps=4, stages=1, programs=48, min_tiles=1)
-DOT_SPLIT = DecodePlan(dot=True, tile=16, warps=4, stages=3, programs=48, min_tiles=1)
-ROWS_FINE = DecodePlan(dot=False, tile=16, warps=4, stages=1, programs=128, min_tiles=1)
-DOT_COARSE = DecodePlan(dot=True, tile=32, warps=4, stages=5, programs=24, min_tiles=2)
+WHOLE = DecodePlan(tile=16, warps=4, stages=1, programs=1, min_tiles=1)
+SPLIT = DecodePlan(tile=16, warps=4, stages=3, programs=48, min_tiles=1)
+FINE = DecodePlan(tile=16, warps=4, stages=1, programs=128, min_tiles=1)
+COARSE = DecodePlan(tile=32, warps=4, stages=5, programs=24, min_tiles=2)
 
 
 @dataclass
@@ -91,15 +90,15 @@ def forget_last_token(cache: Paged, lengths: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("group", "kv_heads", "head_dim", "block_size", "plan", "lengths"),
     [
-        (2, 2, 32, 16, ROWS_WHOLE, [1, 15, 16, 17, 0, 50]),
-        (2, 2, 32, 16, ROWS_SPLIT, [2, 17, 18, 0, 90]),
-        (1, 2, 16, 32, ROWS_SPLIT, [1, 32, 33, 34, 70]),
-        (2, 2, 16, 16, DOT_SPLIT, [16, 17, 0, 65]),
-        (4, 1, 32, 64, DOT_COARSE, [1, 63, 64, 65, 66, 0, 200]),
-        (5, 2, 64, 16, DOT_SPLIT, [1, 17, 0, 40]),
-        (8, 1, 128, 64, DOT_COARSE, [64, 65, 130]),
-        (16, 1, 16, 16, DOT_SPLIT, [1, 33, 0]),
-        (2, 1, 16, 16, ROWS_FINE, [520, 3]),  # a long row beside a short one: every split is used
+        (2, 2, 32, 16, WHOLE, [1, 15, 16, 17, 0, 50]),
+        (2, 2, 32, 16, SPLIT, [2, 17, 18, 0, 90]),
+        (1, 2, 16, 32, SPLIT, [1, 32, 33, 34, 70]),
+        (2, 2, 16, 16, SPLIT, [16, 17, 0, 65]),
+        (4, 1, 32, 64, COARSE, [1, 63, 64, 65, 66, 0, 200]),
+        (5, 2, 64, 16, SPLIT, [1, 17, 0, 40]),
+        (8, 1, 128, 64, COARSE, [64, 65, 130]),
+        (16, 1, 16, 16, SPLIT, [1, 33, 0]),
+        (2, 1, 16, 16, FINE, [520, 3]),  # a long row beside a short one: every split is used
     ],
 )
 def test_decode_attention_equals_the_reference_and_writes_only_the_new_token(
@@ -188,6 +187,7 @@ def test_qk_norm_rope_write_equals_the_reference(
     assert not keys.isnan().any()
 
 
+SMALL = prefill.PrefillPlan(queries=16, keys=16, warps=4, stages=2, tma=False)
 CHUNKS = [  # (tokens of the chunk, tokens in the cache with it)
     [(40, 40)],
     [(5, 5), (33, 70), (0, 16), (1, 33), (16, 48)],
@@ -223,23 +223,25 @@ def test_paged_prefill_equals_the_reference(
     cache, q, starts, lengths = chunked(chunks, group, kv_heads, head_dim, dtype, device)
     starts_C, lengths_C = (torch.tensor(x, dtype=torch.int32, device=device) for x in (starts, lengths))
     expected = reference.paged_prefill(q.double(), *clean(cache), cache.tables, starts_C, lengths_C, 64, 0.3)
-    plan = prefill.PrefillPlan(queries=16, keys=16, warps=4, stages=2, tma=tma)
+    plan = SMALL._replace(tma=tma)
     out = torch.full_like(q, NAN)
     prefill.paged_prefill(q, cache.k, cache.v, cache.tables, starts_C, lengths_C, 64, 0.3, out=out, plan=plan)
     assert error(out, expected) < TOLERANCE[dtype]
     assert not out[starts[-1] :].any()
 
 
-@pytest.mark.parametrize("chunks", CHUNKS)
-def test_gathered_prefill_equals_the_reference(
-    chunks: list[tuple[int, int]], device: torch.device, dtype: torch.dtype
-) -> None:
-    torch.manual_seed(7)
+def test_paged_prefill_leaves_out_long_whole_prompts(device: torch.device, dtype: torch.dtype) -> None:
+    torch.manual_seed(5)
+    chunks = [(33, 33), (20, 53), (5, 5)]
     cache, q, starts, lengths = chunked(chunks, 2, 2, 32, dtype, device)
     starts_C, lengths_C = (torch.tensor(x, dtype=torch.int32, device=device) for x in (starts, lengths))
     expected = reference.paged_prefill(q.double(), *clean(cache), cache.tables, starts_C, lengths_C, 64, 0.3)
-    out = prefill.gathered_prefill(q, cache.k, cache.v, cache.tables, starts, lengths, 0.3)
-    assert error(out, expected) < TOLERANCE[dtype]
+    out = torch.full_like(q, NAN)
+    prefill.paged_prefill(
+        q, cache.k, cache.v, cache.tables, starts_C, lengths_C, 64, 0.3, out=out, plan=SMALL, skip_from=33
+    )
+    assert out[:33].isnan().all()
+    assert error(out[33:], expected[33:]) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("starts", [[0, 9], [0, 8, 16, 24], [0, 3, 20, 21]])

@@ -110,8 +110,9 @@ def slots_of(temperature: list[float], device: torch.device) -> tuple[SlotTensor
 @pytest.mark.parametrize(("vocab", "first_id"), [(5000, 0), (4096, 18_992), (9000, 1002)])
 def test_noisy_slices_hold_the_references_best(vocab: int, first_id: int, device: torch.device) -> None:
     torch.manual_seed(vocab)
-    state, slots = slots_of([0.0, 0.7, 1.3], device)
-    logits = (torch.randn(3, vocab) * 3).to(device)
+    state, slots = slots_of([0.0, 0.7, 1.3, 0.9], device)
+    state.top_k[2:4] = torch.tensor([20, 65], dtype=torch.int32)  # no noise for the first, noise for the second
+    logits = (torch.randn(4, vocab) * 3).to(device)
     value, token = reference.best_slice(*sampling.noisy_slices(logits, state, slots, first_id))
     expected_value, expected = reference.best_slice(*reference.noisy_slices(logits, state, slots, first_id))
     assert torch.equal(token, expected)

@@ -56,25 +56,6 @@ def normed_rope(x, partner, weight, partner_weight, cos, signed_sin, eps, D: tl.
 
 
 @triton.jit
-def _row_step(q, k, v, valid, m, l, acc):
-    """One tile for one query row. Each tile position keeps its own softmax state: only q.k crosses threads."""
-    s = tl.where(valid, tl.sum(q * k, 1), -float("inf"))
-    m_new = tl.maximum(m, s)
-    safe = tl.where(m_new == -float("inf"), 0.0, m_new)
-    alpha = tl.exp2(m - safe)
-    p = tl.exp2(s - safe)
-    return m_new, l * alpha + p, acc * alpha[:, None] + p[:, None] * v
-
-
-@triton.jit
-def _row_end(m, l, acc):
-    """Merge the states of all tile positions: maximum, sum, [1, D]."""
-    top = tl.max(m, 0)
-    w = tl.exp2(m - tl.where(top == -float("inf"), 0.0, top))
-    return top, tl.sum(l * w, 0), tl.sum(acc * w[:, None], 0)[None, :]
-
-
-@triton.jit
 def _tile_pointers(table, start, head, block_stride, P: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr):
     """Offsets [TILE, D] of the cached tokens from `start` on, which lie in one block."""
     block = tl.load(table + start // P).to(tl.int64)
@@ -98,57 +79,7 @@ def _prefetch(k_cache, v_cache, table, begin, end, head, block_stride, SHAPE: tl
 
 
 @triton.jit
-def _attend_rows(
-    q,
-    caches,
-    table,
-    first,
-    last,
-    past,
-    head,
-    block_stride,
-    SHAPE: tl.constexpr,
-    G: tl.constexpr,
-    GP: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Tiles first .. last without tensor cores: q [GP, D] fp32 in log2 units to (m [GP], l [GP], acc [GP, D])."""
-    P: tl.constexpr = SHAPE[0]
-    D: tl.constexpr = SHAPE[1]
-    TILE: tl.constexpr = SHAPE[2]
-    g = tl.arange(0, GP)[:, None]
-    q0 = tl.sum(tl.where(g == 0, q, 0.0), 0)[None, :]
-    q1 = tl.sum(tl.where(g == 1, q, 0.0), 0)[None, :]
-    m0 = tl.full([TILE], -float("inf"), tl.float32)
-    l0 = tl.zeros([TILE], tl.float32)
-    acc0 = tl.zeros([TILE, D], tl.float32)
-    m1, l1, acc1 = m0, l0, acc0
-    for tile in tl.range(first, last, num_stages=STAGES):
-        start = tile * TILE
-        offsets = _tile_pointers(table, start, head, block_stride, P, D, TILE)
-        valid = start + tl.arange(0, TILE) < past
-        k = tl.load(caches[0] + offsets, mask=valid[:, None], other=0.0)
-        v = tl.load(caches[1] + offsets, mask=valid[:, None], other=0.0)
-        k = k.to(tl.float32)
-        v = v.to(tl.float32)
-        m0, l0, acc0 = _row_step(q0, k, v, valid, m0, l0, acc0)
-        if G == 2:
-            m1, l1, acc1 = _row_step(q1, k, v, valid, m1, l1, acc1)
-    m, l, acc = _row_end(m0, l0, acc0)
-    m = tl.zeros([GP], tl.float32) + m
-    l = tl.zeros([GP], tl.float32) + l
-    acc = tl.zeros([GP, D], tl.float32) + acc
-    if G == 2:
-        m_1, l_1, acc_1 = _row_end(m1, l1, acc1)
-        second = tl.arange(0, GP) == 1
-        m = tl.where(second, m_1, m)
-        l = tl.where(second, l_1, l)
-        acc = tl.where(second[:, None], acc_1, acc)
-    return m, l, acc
-
-
-@triton.jit
-def _attend_dot(
+def _attend(
     q,
     caches,
     table,
@@ -162,7 +93,7 @@ def _attend_dot(
     GP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Tiles first .. last on the tensor cores: q [GP, D] in the cache's dtype to (m, l, acc)."""
+    """Tiles first .. last: q [GP, D] in the cache's dtype to (m, l, acc)."""
     P: tl.constexpr = SHAPE[0]
     D: tl.constexpr = SHAPE[1]
     TILE: tl.constexpr = SHAPE[2]
@@ -237,7 +168,6 @@ def _decode_kernel(
     qkv_stride,
     table_stride,
     block_stride,
-    DOT: tl.constexpr,
     EARLY: tl.constexpr,
     PREFETCH: tl.constexpr,
     K: tl.constexpr,
@@ -306,23 +236,13 @@ def _decode_kernel(
         k_new = tl.load(k_source + d).to(tl.float32)[None, :]
         k_partner = tl.load(k_source + partner_d).to(tl.float32)[None, :]
         v_new = tl.load(k_source + K * D + d)[None, :]
-        q = normed_rope(
-            q.to(tl.float32), q_partner.to(tl.float32), q_weight, q_weight_partner, cos, sin, eps, D, dtype
-        )
+        q = normed_rope(q.to(tl.float32), q_partner.to(tl.float32), q_weight, q_weight_partner, cos, sin, eps, D, dtype)
         k_new = normed_rope(k_new, k_partner, k_weight, k_weight_partner, cos, sin, eps, D, dtype)
         target = slot // P * block_stride + head * (P * D) + slot % P * D + d[None, :]
         write = owner & (slot >= 0)
         tl.store(k_cache + target, k_new, mask=write)
         tl.store(v_cache + target, v_new, mask=write)
-        if DOT:
-            m, l, acc = _attend_dot(
-                q, caches, table, first, last, past, head, block_stride, qk_scale, SHAPE, GP, STAGES
-            )
-        else:
-            q_scaled = q.to(tl.float32) * qk_scale
-            m, l, acc = _attend_rows(
-                q_scaled, caches, table, first, last, past, head, block_stride, SHAPE, G, GP, STAGES
-            )
+        m, l, acc = _attend(q, caches, table, first, last, past, head, block_stride, qk_scale, SHAPE, GP, STAGES)
         s_new = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 1) * qk_scale
         s_new = tl.where(owner, s_new, -float("inf"))
         m_new = tl.maximum(m, s_new)
@@ -354,6 +274,30 @@ def _decode_kernel(
                 tl.store(arrived + row * K + head, 0)
 
 
+def _constants(
+    plan: DecodePlan, batch: int, group: int, k_cache: torch.Tensor
+) -> dict[str, int | bool | tuple[int, ...]]:
+    """What the kernel is compiled for."""
+    _, kv_heads, block_size, head_dim = k_cache.shape
+    splits = num_splits(plan, batch * kv_heads)
+    padded = max(2, triton.next_power_of_2(group))
+    return {
+        "PREFETCH": plan.prefetch if k_cache.is_cuda else 0,
+        "K": kv_heads,
+        "G": group,
+        "GP": max(16, padded),
+        "GS": padded,
+        "SHAPE": (block_size, head_dim, min(plan.tile, block_size)),
+        "STAGES": plan.stages,
+        "S": splits,
+        "S_POW2": max(2, triton.next_power_of_2(splits)),
+        "MIN_TILES": plan.min_tiles,
+        "CHUNK": max(2, min(triton.next_power_of_2(splits), COMBINE_FLOATS // (padded * head_dim))),
+        "num_warps": plan.warps,
+        **launch_options(k_cache.device),
+    }
+
+
 def decode_attention(
     qkv_BF: torch.Tensor,
     q_norm_D: torch.Tensor,
@@ -380,27 +324,18 @@ def decode_attention(
     token, whose slot is cache_slots_B (-1: not written); rows of length 0 give zeros. settled: StepContext.settled.
     """
     _, kv_heads, block_size, head_dim = k_cache.shape
-    batch = len(qkv_BF)
-    width = qkv_BF.shape[1] - 2 * kv_heads * head_dim
+    batch, width = len(qkv_BF), qkv_BF.shape[1] - 2 * kv_heads * head_dim
     group = width // (kv_heads * head_dim)
     out = torch.empty((batch, width), dtype=qkv_BF.dtype, device=qkv_BF.device) if out is None else out
-    plan = plan or decode_plan(batch, group, head_dim)
-    dot, tile = plan.dot or group > 2, min(plan.tile, block_size)
-    splits = num_splits(plan, batch * kv_heads)
-    padded = max(2, triton.next_power_of_2(group))
+    constants = _constants(plan or decode_plan(batch, group, head_dim), batch, group, k_cache)
+    splits = constants["S"]
     assert k_cache.stride() == v_cache.stride() and k_cache.stride()[1:] == (block_size * head_dim, head_dim, 1)
     assert qkv_BF.stride(-1) == 1 and out.is_contiguous() and tables_SM.stride(1) == 1
     assert splits == 1 or batch * kv_heads * splits <= len(scratch.partial), "the scratch is for fewer rows"
     assert batch * kv_heads <= len(scratch.arrived)
+    tensors = (qkv_BF, q_norm_D, k_norm_D, cos_sin, positions_B, k_cache, v_cache, cache_slots_B)
     _decode_kernel[(kv_heads, batch, splits)](
-        qkv_BF,
-        q_norm_D,
-        k_norm_D,
-        cos_sin,
-        positions_B,
-        k_cache,
-        v_cache,
-        cache_slots_B,
+        *tensors,
         tables_SM,
         table_rows_B,
         lengths_B,
@@ -411,20 +346,7 @@ def decode_attention(
         qkv_BF.stride(0),
         tables_SM.stride(0),
         k_cache.stride(0),
-        DOT=dot,
         EARLY=settled,
-        PREFETCH=plan.prefetch if qkv_BF.is_cuda else 0,
-        K=kv_heads,
-        G=group,
-        GP=max(16, padded) if dot else 2,
-        GS=padded,
-        SHAPE=(block_size, head_dim, tile),
-        STAGES=plan.stages,
-        S=splits,
-        S_POW2=max(2, triton.next_power_of_2(splits)),
-        MIN_TILES=plan.min_tiles,
-        CHUNK=max(2, min(triton.next_power_of_2(splits), COMBINE_FLOATS // (padded * head_dim))),
-        num_warps=plan.warps,
-        **launch_options(qkv_BF.device),
+        **constants,
     )
     return out

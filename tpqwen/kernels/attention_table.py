@@ -11,14 +11,12 @@ MAX_SPLITS = 64
 
 
 class DecodePlan(NamedTuple):
-    """How one batch bucket runs. dot: tensor cores (G padded to 16 rows), else plain products (G of 1 or 2).
+    """How one batch bucket runs. tile: cached tokens per iteration. programs: how many to aim at, which sets S.
 
-    tile: cached tokens per iteration. programs: how many to aim at, which sets S. min_tiles: least work worth a split.
-    prefetch: tiles of K and V asked into L2 first of all.
+    min_tiles: least work worth a split. prefetch: tiles of K and V asked into L2 first of all.
     stages: depth of the tile loop; table entry and tile are two dependent loads, so 5 keeps two tiles in flight.
     """
 
-    dot: bool
     tile: int
     warps: int
     stages: int
@@ -30,21 +28,21 @@ class DecodePlan(NamedTuple):
 # (G, D): plans by largest batch of the bucket, ascending.
 PLANS: dict[tuple[int, int], tuple[tuple[int, DecodePlan], ...]] = {
     (2, 128): (
-        (2, DecodePlan(dot=True, tile=64, warps=2, stages=2, programs=512, min_tiles=1, prefetch=2)),
-        (8, DecodePlan(dot=True, tile=32, warps=4, stages=5, programs=768, min_tiles=1, prefetch=0)),
-        (24, DecodePlan(dot=True, tile=64, warps=4, stages=2, programs=384, min_tiles=1, prefetch=2)),
-        (48, DecodePlan(dot=True, tile=64, warps=4, stages=3, programs=512, min_tiles=4, prefetch=0)),
-        (96, DecodePlan(dot=True, tile=32, warps=2, stages=2, programs=512, min_tiles=1, prefetch=0)),
-        (1 << 30, DecodePlan(dot=True, tile=64, warps=4, stages=2, programs=2048, min_tiles=8, prefetch=0)),
+        (2, DecodePlan(tile=64, warps=2, stages=2, programs=512, min_tiles=1, prefetch=2)),
+        (8, DecodePlan(tile=32, warps=4, stages=5, programs=768, min_tiles=1, prefetch=0)),
+        (24, DecodePlan(tile=64, warps=4, stages=2, programs=384, min_tiles=1, prefetch=2)),
+        (48, DecodePlan(tile=64, warps=4, stages=3, programs=512, min_tiles=4, prefetch=0)),
+        (96, DecodePlan(tile=32, warps=2, stages=2, programs=512, min_tiles=1, prefetch=0)),
+        (1 << 30, DecodePlan(tile=64, warps=4, stages=2, programs=2048, min_tiles=8, prefetch=0)),
     ),
 }
 DOT_PLANS: tuple[tuple[int, DecodePlan], ...] = (
-    (2, DecodePlan(dot=True, tile=64, warps=2, stages=2, programs=512, min_tiles=1, prefetch=2)),
-    (8, DecodePlan(dot=True, tile=32, warps=2, stages=4, programs=512, min_tiles=1, prefetch=2)),
-    (24, DecodePlan(dot=True, tile=64, warps=4, stages=4, programs=256, min_tiles=2, prefetch=0)),
-    (48, DecodePlan(dot=True, tile=64, warps=4, stages=2, programs=256, min_tiles=4, prefetch=0)),
-    (96, DecodePlan(dot=True, tile=32, warps=2, stages=5, programs=512, min_tiles=1, prefetch=2)),
-    (1 << 30, DecodePlan(dot=True, tile=64, warps=4, stages=4, programs=2048, min_tiles=1, prefetch=0)),
+    (2, DecodePlan(tile=64, warps=2, stages=2, programs=512, min_tiles=1, prefetch=2)),
+    (8, DecodePlan(tile=32, warps=2, stages=4, programs=512, min_tiles=1, prefetch=2)),
+    (24, DecodePlan(tile=64, warps=4, stages=4, programs=256, min_tiles=2, prefetch=0)),
+    (48, DecodePlan(tile=64, warps=4, stages=2, programs=256, min_tiles=4, prefetch=0)),
+    (96, DecodePlan(tile=32, warps=2, stages=5, programs=512, min_tiles=1, prefetch=2)),
+    (1 << 30, DecodePlan(tile=64, warps=4, stages=4, programs=2048, min_tiles=1, prefetch=0)),
 )
 
 

@@ -17,8 +17,8 @@ import torch
 class SlotTensors:
     """Per-slot state on the device, [S + 1]: the last slot belongs to padding rows. Kernels advance it in place.
 
-    turn counts passes begun. A pass leaves its tokens in ring[(turn - 1) % len(ring)], in row order; on a GPU the ring is
-    pinned host memory that kernels write into, so no copy brings the tokens back.
+    turn counts passes begun. A pass leaves its tokens in ring[(turn - 1) % len(ring)], in row order; on a GPU the ring
+    is pinned host memory that kernels write into, so no copy brings the tokens back.
     """
 
     tables_SM: torch.Tensor  # int32, block ids

@@ -15,7 +15,7 @@ from tpqwen.kernels.launch import launch_options, release_next, wait_previous
 
 
 @triton.jit
-def _rms_norm_kernel(x, added, norm, out, total, eps, H, WIDTH: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr):
+def _rms_norm_kernel(x, norm, out, eps, H, WIDTH: tl.constexpr, PDL: tl.constexpr):
     release_next(PDL)
     row = tl.program_id(0).to(tl.int64) * H
     h = tl.arange(0, WIDTH)
@@ -23,9 +23,6 @@ def _rms_norm_kernel(x, added, norm, out, total, eps, H, WIDTH: tl.constexpr, AD
     scale = tl.load(norm + h, mask=inside, other=0.0)
     wait_previous(PDL)
     value = tl.load(x + row + h, mask=inside, other=0.0)
-    if ADD:
-        value = (value.to(tl.float32) + tl.load(added + row + h, mask=inside, other=0.0).to(tl.float32)).to(value.dtype)
-        tl.store(total + row + h, value, mask=inside)
     wide = value.to(tl.float32)
     normed = (wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / H + eps)).to(value.dtype)
     tl.store(out + row + h, (normed.to(tl.float32) * scale.to(tl.float32)).to(out.dtype.element_ty), mask=inside)
@@ -61,29 +58,9 @@ def rms_norm(
     if x_TH.numel():
         width = triton.next_power_of_2(hidden)
         grid = (x_TH.numel() // hidden,)
-        options = launch_options(x_TH.device)
-        _rms_norm_kernel[grid](
-            x_TH, x_TH, weight_H, out_TH, x_TH, eps, hidden, width, False, num_warps=_row_warps(width), **options
-        )
+        options = {"num_warps": _row_warps(width), **launch_options(x_TH.device)}
+        _rms_norm_kernel[grid](x_TH, weight_H, out_TH, eps, hidden, width, **options)
     return out_TH
-
-
-def add_rms_norm(
-    x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The RMSNorm of residual + x, and residual + x itself rounded to x's dtype: (normed_TH, total_TH), both new."""
-    assert x_TH.is_contiguous() and residual_TH.is_contiguous(), "add_rms_norm takes contiguous rows"
-    normed_TH, total_TH = torch.empty_like(x_TH), torch.empty_like(x_TH)
-    hidden = x_TH.shape[-1]
-    if x_TH.numel():
-        width = triton.next_power_of_2(hidden)
-        grid = (x_TH.numel() // hidden,)
-        options = launch_options(x_TH.device)
-        warps = _row_warps(width)
-        _rms_norm_kernel[grid](
-            x_TH, residual_TH, weight_H, normed_TH, total_TH, eps, hidden, width, True, num_warps=warps, **options
-        )
-    return normed_TH, total_TH
 
 
 def silu_mul(gate_up_TF: torch.Tensor, *, out_TI: torch.Tensor | None = None) -> torch.Tensor:

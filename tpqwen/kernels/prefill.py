@@ -1,8 +1,8 @@
 """Prefill attention: QK-norm + RoPE + KV write for many tokens, and causal attention of chunks over the paged cache.
 
 T tokens, C chunks, N query heads, K key/value heads, G = N / K, D head size, P block size, M table width, S context
-tokens. Caches are [blocks, K, P, D]. Where a chunk is its whole context, cuDNN's SDPA on contiguous keys is the
-fastest (fresh_prefill); later chunks read the cache through their block tables (paged_prefill).
+tokens. Caches are [blocks, K, P, D]. Where a chunk is its whole context, cuDNN's SDPA on the keys and values just made
+is the fastest (fresh_prefill); other chunks read the cache through their block tables (paged_prefill).
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -19,7 +19,6 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tpqwen.kernels.launch import launch_options, release_next, wait_previous
@@ -235,6 +234,7 @@ def _prefill_kernel(
     QUERIES: tl.constexpr,
     STAGES: tl.constexpr,
     CHUNKS: tl.constexpr,
+    SKIP_FROM: tl.constexpr,
     TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -256,8 +256,9 @@ def _prefill_kernel(
     if chunk < num_chunks:
         count = tl.load(query_start + chunk + 1) - begin
         first_row = (tile - (begin // QUERIES + chunk)) * QUERIES
-        if first_row < count:
-            length = tl.load(lengths + chunk)
+        length = tl.load(lengths + chunk)
+        skipped = (SKIP_FROM > 0) & (count == length) & (count >= SKIP_FROM)
+        if (first_row < count) & (skipped == 0):
             position = length - count + row
             table = tables + chunk.to(tl.int64) * table_stride
             head = query_head // G
@@ -303,12 +304,14 @@ def paged_prefill(
     max_query: int,
     scale: float,
     *,
+    skip_from: int = 0,
     out: torch.Tensor | None = None,
     plan: PrefillPlan | None = None,
 ) -> torch.Tensor:
     """reference.paged_prefill: causal attention of chunks whose keys are already in the cache, [T, N, D].
 
-    The grid follows from T and C alone. max_query only serves to take smaller tiles when every chunk is short.
+    The grid follows from T and C alone. max_query only serves to take smaller tiles when every chunk is short. Chunks
+    of at least skip_from > 0 tokens that are their whole context are left out: their rows are not written.
     """
     num_tokens, num_heads, head_dim = q_TND.shape
     _, kv_heads, block_size, _ = k_cache.shape
@@ -338,6 +341,7 @@ def paged_prefill(
         QUERIES=queries,
         STAGES=plan.stages,
         CHUNKS=max(16, triton.next_power_of_2(num_chunks + 1)),
+        SKIP_FROM=skip_from,
         TMA=plan.tma,
         num_warps=plan.warps if queries == plan.queries else 4,
         **launch_options(q_TND.device),
@@ -380,32 +384,4 @@ def fresh_prefill(
     result[end:] = 0
     for a, b in spans:
         result[a:b] = _sdpa(q_TND[None, a:b], k_TKD[None, a:b], v_TKD[None, a:b], scale)[0]
-    return result
-
-
-def gathered_prefill(
-    q_TND: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    tables_CM: torch.Tensor,
-    query_start: list[int],
-    lengths: list[int],
-    scale: float,
-) -> torch.Tensor:
-    """paged_prefill by copying each chunk's keys and values out of the cache for SDPA. Lengths are host lists."""
-    result = torch.zeros((len(q_TND), *q_TND.shape[1:]), dtype=q_TND.dtype, device=q_TND.device)
-    _, kv_heads, block_size, head_dim = k_cache.shape
-    for chunk, length in enumerate(lengths):
-        a, b = query_start[chunk], query_start[chunk + 1]
-        if a == b:
-            continue
-        blocks = tables_CM[chunk, : -(-length // block_size)]
-        k, v = (
-            cache.index_select(0, blocks).transpose(0, 1).reshape(1, kv_heads, -1, head_dim)[:, :, :length]
-            for cache in (k_cache, v_cache)
-        )
-        q = q_TND[None, a:b].transpose(1, 2)
-        bias = causal_lower_right(b - a, length)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=True)
-        result[a:b] = attended[0].transpose(0, 1)
     return result

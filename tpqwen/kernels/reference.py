@@ -15,6 +15,7 @@ from tpqwen.kernels.context import DecodeInputs, SlotTensors, StepContext
 
 GATHER_ELEMENTS = 1 << 20  # 4 MiB of fp32: keys of one attention call on the CPU
 GREEDY_BELOW = 1e-5  # temperatures under it mean plain argmax, as SamplingParams.greedy
+MAX_CANDIDATES = 64  # the largest top_k that is answered from the best candidates alone
 PHILOX_ROUNDS = 10
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -317,11 +318,19 @@ def noisy_slices(
     """noisy_argmax of rows that draw as their slots say: [R, slices] each, values fp32 and global ids int64.
 
     The best of a row's slices (ties: lowest id) is its token; here there is one slice. A row with NaN or +inf has a NaN
-    or +inf among its values.
+    or +inf among its values. Rows with a small top_k get the plain arg-max: finish_step draws from their candidates.
     """
-    draw = (x[slots_R.long()] for x in (state.temperature, state.seed, state.choice, state.out_index))
-    value, token = noisy_argmax(logits_RV, *draw, first_id)
+    slots = slots_R.long()
+    temperature = torch.where(has_small_top_k(state, slots), 0.0, state.temperature[slots])
+    draw = (state.seed[slots], state.choice[slots], state.out_index[slots])
+    value, token = noisy_argmax(logits_RV, temperature, *draw, first_id)
     return value[:, None], token[:, None]
+
+
+def has_small_top_k(state: SlotTensors, slots: torch.Tensor) -> torch.Tensor:
+    """Rows whose answer lies among their MAX_CANDIDATES best logits, bool [R]."""
+    top_k = state.top_k[slots]
+    return (top_k > 0) & (top_k <= MAX_CANDIDATES) & (state.temperature[slots] >= GREEDY_BELOW)
 
 
 def head_slices(
@@ -348,9 +357,7 @@ def best_slice(value_RS: torch.Tensor, id_RS: torch.Tensor) -> tuple[torch.Tenso
     return best_R, ids.amin(-1)
 
 
-def choose(
-    values_RC: torch.Tensor, ids_RC: torch.Tensor, state: SlotTensors, slots_R: torch.Tensor
-) -> torch.Tensor:
+def choose(values_RC: torch.Tensor, ids_RC: torch.Tensor, state: SlotTensors, slots_R: torch.Tensor) -> torch.Tensor:
     """Top-k, top-p over what is left, min-p, then the arg-max of value / T + noise: ids int64 [R].
 
     Values are logits, best first. Temperatures are at least GREEDY_BELOW where the answer is used.
@@ -380,16 +387,14 @@ def finish_step(
 ) -> torch.Tensor:
     """Settle each row's token, make it its slot's last one, and write it into the ring: int32 [R].
 
-    The token is the best slice's; where the slot draws with 0 < top_k <= C, the one chosen of its C candidates (values
-    and ids [R, C], best first). -1, and 0 as the slot's last token, where the best value is not finite: NaN or
-    infinity in the logits, or nothing allowed. Slots are distinct but for the padding slot.
+    The token is the best slice's; where the slot draws with a small top_k, the one chosen of its candidates (values
+    and ids [R, C], best first, at least MAX_CANDIDATES or all ids). -1, and 0 as the slot's last token, where the best
+    value is not finite: NaN or infinity in the logits, or nothing allowed. Slots are distinct but for the padding slot.
     """
     value_R, token_R = best_slice(value_RS, id_RS)
     slots = slots_R.long()
     if candidates is not None:
-        top_k = state.top_k[slots]
-        drawn = (state.temperature[slots] >= GREEDY_BELOW) & (top_k > 0) & (top_k <= candidates[0].shape[1])
-        token_R = torch.where(drawn, choose(*candidates, state, slots_R), token_R)
+        token_R = torch.where(has_small_top_k(state, slots), choose(*candidates, state, slots_R), token_R)
     tokens = torch.where(torch.isfinite(value_R), token_R, -1).to(torch.int32)
     state.last_token[slots] = tokens.clamp(min=0)
     state.out_index[slots] += 1

@@ -20,12 +20,12 @@ from tpqwen.kernels.context import SlotTensors
 from tpqwen.kernels.gemm import prefetch_weights
 from tpqwen.kernels.launch import launch_options, release_next, wait_previous
 from tpqwen.kernels.norm import rms_norm
-from tpqwen.kernels.reference import GREEDY_BELOW
+from tpqwen.kernels.reference import GREEDY_BELOW, MAX_CANDIDATES
 
 NO_ID = tl.constexpr(0x7FFFFFFF)
 COLDEST = tl.constexpr(GREEDY_BELOW)
 SLICE = 4096  # logits that one program of noisy_slices looks at
-MAX_CANDIDATES = 64
+FEW = tl.constexpr(MAX_CANDIDATES)
 FAN = 16  # ids per group and groups per supergroup in top_candidates
 SUPERS = MAX_CANDIDATES * FAN
 MAX_FUSED_ROWS = 64
@@ -73,10 +73,12 @@ def _tile_noise(seed, out_index, choice, first_group, IDS: tl.constexpr, ROWS: t
 
 
 @triton.jit
-def _load_draw(slots, temperature, seeds, choices, out_index, row, inside):
-    """What the rows' slots draw with: temperature fp32, seed int64, choice int32, output index int32."""
+def _load_draw(slots, temperature, top_k, seeds, choices, out_index, row, inside):
+    """What the rows' slots draw with: temperature fp32 (0 with a small top_k), seed int64, choice and index int32."""
     slot = tl.load(slots + row, mask=inside, other=0)
     heat = tl.load(temperature + slot, mask=inside, other=0.0)
+    k = tl.load(top_k + slot, mask=inside, other=0)
+    heat = tl.where((k > 0) & (k <= FEW), 0.0, heat)
     seed = tl.load(seeds + slot, mask=inside, other=0)
     choice = tl.load(choices + slot, mask=inside, other=0)
     return heat, seed, choice, tl.load(out_index + slot, mask=inside, other=0)
@@ -87,6 +89,7 @@ def _noisy_slice_kernel(
     logits,
     slots,
     temperature,
+    top_k,
     seeds,
     choices,
     out_index,
@@ -104,7 +107,7 @@ def _noisy_slice_kernel(
     start = tl.program_id(1) * IDS
     v = start - SHIFT + tl.arange(0, IDS)
     wait_previous(PDL)
-    heat, seed, choice, index = _load_draw(slots, temperature, seeds, choices, out_index, row, True)
+    heat, seed, choice, index = _load_draw(slots, temperature, top_k, seeds, choices, out_index, row, True)
     score = tl.load(logits + row.to(tl.int64) * V + v, mask=(v >= 0) & (v < V), other=float("-inf")).to(tl.float32)
     score = tl.where(score == score, score, float("inf"))
     if heat >= COLDEST:
@@ -122,6 +125,7 @@ def _head_row_kernel(
     norm,
     slots,
     temperature,
+    top_k,
     seeds,
     choices,
     out_index,
@@ -148,7 +152,7 @@ def _head_row_kernel(
     ahead = tl.load(w + v[:, None] * K + k, mask=inside, other=0.0, eviction_policy="evict_first")
     scale = tl.load(norm + k, mask=inside, other=0.0).to(tl.float32)
     wait_previous(PDL)
-    heat, seed, choice, index = _load_draw(slots, temperature, seeds, choices, out_index, 0, True)
+    heat, seed, choice, index = _load_draw(slots, temperature, top_k, seeds, choices, out_index, 0, True)
     x = tl.load(h + k, mask=inside, other=0.0).to(tl.float32)
     rstd = tl.rsqrt(tl.sum(tl.sum(x * x, axis=1), axis=0) / K + eps)
     x = x * scale * rstd
@@ -178,6 +182,7 @@ def _head_rows_kernel(
     w,
     slots,
     temperature,
+    top_k,
     seeds,
     choices,
     out_index,
@@ -207,7 +212,7 @@ def _head_rows_kernel(
     wait_previous(PDL)
     m = tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)[None, :]
-    heat, seed, choice, index = _load_draw(slots, temperature, seeds, choices, out_index, m, m < M)
+    heat, seed, choice, index = _load_draw(slots, temperature, top_k, seeds, choices, out_index, m, m < M)
     drawn = heat >= COLDEST
     any_drawn = tl.max(drawn.to(tl.int32), axis=0) > 0
     heat = tl.where(drawn, heat, 1.0)
@@ -337,7 +342,7 @@ def _slices(rows: int, count: int, device: torch.device) -> tuple[torch.Tensor, 
 
 
 def _draw(state: SlotTensors, slots_R: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return slots_R, state.temperature, state.seed, state.choice, state.out_index
+    return slots_R, state.temperature, state.top_k, state.seed, state.choice, state.out_index
 
 
 def noisy_slices(

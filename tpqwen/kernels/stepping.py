@@ -14,7 +14,7 @@ import triton.language as tl
 
 from tpqwen.kernels.context import DecodeInputs, SlotTensors
 from tpqwen.kernels.launch import launch_options, release_next, wait_previous
-from tpqwen.kernels.sampling import COLDEST, NO_ID, gumbel, random_words
+from tpqwen.kernels.sampling import COLDEST, FEW, NO_ID, gumbel, random_words
 
 BEGIN_ROWS = 128  # rows of one program
 EDITS = 256
@@ -158,7 +158,7 @@ def _finish_kernel(
     if KEPT > 0:
         heat = tl.load(temperature + slot)
         k = tl.load(top_k + slot)
-        if (heat >= COLDEST) & (k > 0) & (k <= C):
+        if (heat >= COLDEST) & (k > 0) & (k <= FEW):
             token = _chosen(
                 candidates + row * C,
                 candidate_ids + row * C,

@@ -14,7 +14,7 @@ import torch
 from tpqwen.kernels import ops
 from tpqwen.kernels.context import PrefillRows
 from tpqwen.step import Chunk, Ints, StepInput, ints
-from tpqwen.worker.slots import ADMIT_INTS, SlotState, admit_row
+from tpqwen.worker.slots import SlotState, admit_row
 
 
 @dataclass(frozen=True)

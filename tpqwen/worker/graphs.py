@@ -1,7 +1,7 @@
 """Decode passes as CUDA graphs, one per batch bucket and kind of sampling, captured when first needed.
 
-The rows' slots lie in a buffer at a fixed address, so a graph stays valid whatever sequences the rows hold. Graphs share
-one memory pool: only one runs at a time. On a CPU the same calls run eagerly.
+The rows' slots lie in a buffer at a fixed address, so a graph stays valid whatever sequences the rows hold. Graphs
+share one memory pool: only one runs at a time. On a CPU the same calls run eagerly.
 """
 
 from __future__ import annotations
@@ -68,9 +68,7 @@ class DecodeGraphs:
         graph.replay()
         return result
 
-    def _capture(
-        self, width: int, kind: SampleKind | None
-    ) -> tuple[torch.cuda.CUDAGraph, Sampled | torch.Tensor]:
+    def _capture(self, width: int, kind: SampleKind | None) -> tuple[torch.cuda.CUDAGraph, Sampled | torch.Tensor]:
         """Warm up and capture. The warm-up pass runs padding rows only and is taken back, so that no slot moves."""
         slots, state = self._slots[:width], self._runner.state.tensors
         real = slots.clone()

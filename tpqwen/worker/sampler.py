@@ -14,13 +14,12 @@ import torch
 
 from tpqwen.kernels import ops
 from tpqwen.kernels.context import SlotTensors
-from tpqwen.kernels.reference import GREEDY_BELOW
+from tpqwen.kernels.reference import GREEDY_BELOW, MAX_CANDIDATES
 from tpqwen.parallel.group import TPGroup
 from tpqwen.request import TokenLogprob
 from tpqwen.step import RowParams
 from tpqwen.worker.slots import RowTensors
 
-MAX_CANDIDATES = 64
 NEVER = float("-inf")
 
 
