@@ -34,8 +34,8 @@ class Pair:
         for r in requests:
             assert self.scheduler.add(r, 0.0) is None
 
-    def submit(self, now: float = 0.0) -> StepInput:
-        step = self.scheduler.schedule(now)
+    def submit(self, now: float = 0.0, gentle: int | None = None) -> StepInput:
+        step = self.scheduler.schedule(now, gentle)
         assert step is not None
         self.executor.submit(step)
         self.scheduler.check()
@@ -47,8 +47,8 @@ class Pair:
         self.deltas += deltas
         return deltas
 
-    def step(self) -> StepInput:
-        step = self.submit()
+    def step(self, gentle: int | None = None) -> StepInput:
+        step = self.submit(gentle=gentle)
         self.collect()
         return step
 
@@ -104,6 +104,19 @@ def test_decode_rows_come_before_a_long_prompt_which_takes_what_is_left() -> Non
     assert [c.num_tokens for c in chunks] == [6, 6, 6, 6, 6]
     assert [c.start for c in chunks] == [0, 6, 12, 18, 24]
     assert [c.sample for c in chunks] == [False] * 4 + [True]
+
+
+def test_a_long_prompt_is_computed_gently_only_while_more_sequences_decode_than_wait() -> None:
+    pair = Pair()
+    pair.add(request("a"), request("b"))
+    pair.step()
+    pair.add(request("long", 90))
+    assert pair.step(gentle=8).num_chunk_tokens == 8
+    pair.add(request("other", 90))
+    step = pair.step(gentle=8)
+    assert step.num_chunk_tokens == 62, "two that wait weigh as much as two that decode"
+    assert len(step.chunks) == 1
+    assert all(len(d.token_ids) == 1 for d in pair.deltas), "nobody's tokens waited"
 
 
 def test_lower_priority_values_are_prefilled_first_even_if_they_came_later() -> None:

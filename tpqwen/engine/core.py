@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tpqwen.config import ScheduleOptions
+from tpqwen.engine.pace import Pace
 from tpqwen.errors import EngineError, Overloaded
 from tpqwen.executor.protocol import Executor
 from tpqwen.request import Delta, GenerateRequest
@@ -74,6 +75,7 @@ class EngineCore:
         self._in_flight: deque[tuple[StepInput, float]] = deque()  # with the time of submission
         self._last_collect = clock()
         self._deadlines = Deadlines()
+        self._pace = Pace()
         self._deltas: list[Delta] = []  # of requests that ended between steps
 
     @property
@@ -117,7 +119,9 @@ class EngineCore:
         May return without deltas, so that the caller can take in requests between two submits. Raises RankDied or
         EngineError with all requests intact; no step may follow before `restart`.
         """
-        step = self.scheduler.schedule(self._clock()) if len(self._in_flight) < self._depth else None
+        step = None
+        if len(self._in_flight) < self._depth:
+            step = self.scheduler.schedule(self._clock(), self._pace.limit)
         if step is not None:
             self._in_flight.append((step, self._clock()))
             self.executor.submit(step)
@@ -156,4 +160,6 @@ class EngineCore:
         self._last_collect = now
         self._deadlines.observe(step, duration_s)
         self._deltas += self.scheduler.update(output)
-        return self.scheduler.step_stats(duration_s, output.busy_s)
+        stats = self.scheduler.step_stats(duration_s, output.busy_s)
+        self._pace.observe(stats)
+        return stats

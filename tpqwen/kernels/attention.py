@@ -274,12 +274,9 @@ def _decode_kernel(
                 tl.store(arrived + row * K + head, 0)
 
 
-def _constants(
-    plan: DecodePlan, batch: int, group: int, k_cache: torch.Tensor
-) -> dict[str, int | bool | tuple[int, ...]]:
+def _constants(plan: DecodePlan, splits: int, group: int, k_cache: torch.Tensor) -> dict[str, object]:
     """What the kernel is compiled for."""
     _, kv_heads, block_size, head_dim = k_cache.shape
-    splits = num_splits(plan, batch * kv_heads)
     padded = max(2, triton.next_power_of_2(group))
     return {
         "PREFETCH": plan.prefetch if k_cache.is_cuda else 0,
@@ -327,8 +324,8 @@ def decode_attention(
     batch, width = len(qkv_BF), qkv_BF.shape[1] - 2 * kv_heads * head_dim
     group = width // (kv_heads * head_dim)
     out = torch.empty((batch, width), dtype=qkv_BF.dtype, device=qkv_BF.device) if out is None else out
-    constants = _constants(plan or decode_plan(batch, group, head_dim), batch, group, k_cache)
-    splits = constants["S"]
+    plan = plan or decode_plan(batch, group, head_dim)
+    splits = num_splits(plan, batch * kv_heads)
     assert k_cache.stride() == v_cache.stride() and k_cache.stride()[1:] == (block_size * head_dim, head_dim, 1)
     assert qkv_BF.stride(-1) == 1 and out.is_contiguous() and tables_SM.stride(1) == 1
     assert splits == 1 or batch * kv_heads * splits <= len(scratch.partial), "the scratch is for fewer rows"
@@ -347,6 +344,6 @@ def decode_attention(
         tables_SM.stride(0),
         k_cache.stride(0),
         EARLY=settled,
-        **constants,
+        **_constants(plan, splits, group, k_cache),
     )
     return out

@@ -179,15 +179,19 @@ class Scheduler:
                 deltas.append(self._end(s, FinishReason.ERROR, text, "context_length_exceeded"))
         return deltas
 
-    def schedule(self, now: float) -> StepInput | None:
+    def schedule(self, now: float, gentle: int | None = None) -> StepInput | None:
         """The next step, or None when there is nothing to run before an earlier step's result is in.
 
-        Decode rows come first, one token each; prefill chunks share what is left of the budget in order.
+        Decode rows come first, one token each; prefill chunks share what is left of the budget in order. They get at
+        most `gentle` tokens while more sequences decode than have a prompt to compute.
         """
         draft = Draft()
         preempted = self._grow(draft)
         decode = self._current_rows()
-        self._prefill(draft, self.capacity.max_batched_tokens - len(decode), now, admit=not preempted)
+        budget = self.capacity.max_batched_tokens - len(decode)
+        if gentle is not None and len(decode) > len(self._prefilling) + self.num_waiting:
+            budget = min(budget, gentle)
+        self._prefill(draft, budget, now, admit=not preempted)
         if not len(decode) and not draft.chunks:
             return None
         return self._commit(draft, decode)
