@@ -6,31 +6,47 @@ import pytest
 
 from tests.fakes import FakeExecutor, tiny_capacity
 from tpqwen.engine.core import EngineCore
-from tpqwen.engine.pace import LEAST, STALL, Pace
 from tpqwen.request import GenerateRequest, SamplingParams
-from tpqwen.step import StepInput, StepStats
+from tpqwen.scheduler.pace import LEAST, STALL, Pace, tokens_within, work_of
+from tpqwen.step import Chunk, StepInput, StepStats, packed
 
 
 def stats(phase: str, duration_s: float, prompt_tokens: int = 0) -> StepStats:
     return StepStats(duration_s, phase, 0, 0, 0, 0, 0, 0, 0, 0, 0, prompt_tokens, 0)
 
 
+def chunk(start: int, tokens: int) -> StepInput:
+    return StepInput(0, 0, (), b"", (Chunk(0, start, packed([1] * tokens), True),), None)
+
+
+DECODE = StepInput(0, 0, (), b"", (), None)
+
+
 def test_nothing_is_limited_before_both_costs_are_known() -> None:
-    pace = Pace()
-    pace.observe(stats("decode", 0.01))
+    pace = Pace(0.0)
+    pace.observe(DECODE, stats("decode", 0.01))
     assert pace.limit is None
-    pace.observe(stats("mixed", 0.05, LEAST - 1))  # too few tokens to measure by
+    pace.observe(chunk(0, LEAST - 1), stats("mixed", 0.05, LEAST - 1))  # too few tokens to measure by
     assert pace.limit is None
 
 
 def test_the_limit_is_what_some_decode_steps_of_time_can_compute() -> None:
-    pace = Pace()
-    pace.observe(stats("decode", 0.01))
-    pace.observe(stats("prefill", 0.1, 10_000))
-    assert pace.limit == pytest.approx(STALL * 0.01 / 1e-5, abs=1)
+    pace = Pace(0.0)
+    pace.observe(DECODE, stats("decode", 0.01))
+    pace.observe(chunk(0, 10_000), stats("prefill", 0.1, 10_000))
+    assert pace.limit == pytest.approx(STALL * 0.01 / 1e-5)
     for _ in range(100):  # prompt tokens have become ten times as expensive; the decode rows' own part does not count
-        pace.observe(stats("mixed", 0.11, 1000))
-    assert pace.limit == pytest.approx(LEAST, abs=1)
+        pace.observe(chunk(0, 1000), stats("mixed", 0.11, 1000))
+    assert pace.limit == pytest.approx(STALL * 0.01 / 1e-4)
+
+
+def test_tokens_that_see_a_long_context_count_for_more() -> None:
+    assert work_of(0, 100, 0.0) == 100
+    assert work_of(1000, 100, 0.01) == 100 * (1 + 10.5)
+    for start in (0, 1000, 20_000):
+        tokens = tokens_within(9000, start, 0.001)
+        assert work_of(start, tokens, 0.001) == pytest.approx(9000, rel=0.1)
+    assert tokens_within(1.0, 50_000, 0.001) == LEAST
 
 
 def test_the_core_measures_and_passes_the_limit_on() -> None:
@@ -51,13 +67,14 @@ def test_the_core_measures_and_passes_the_limit_on() -> None:
         core.add(GenerateRequest(id=name, prompt_ids=prompt, params=SamplingParams(), max_tokens=500, seed=1))
 
     add("first", list(range(600)))
-    add("second", list(range(700, 705)))
+    for name in ("b", "c", "d"):
+        add(name, [5000 + ord(name)] * 5)
     for _ in range(10):
         core.step()
     add("long", list(range(1, 3001)))
     while core.has_work:
         core.step()
     chunks = [t for t in taken[1:] if t]
-    assert taken[0] == 605
+    assert taken[0] == 615
     assert sum(chunks) == 3000
     assert max(chunks) < 2048 / 2, "both streams go on while the long prompt is computed in pieces"

@@ -106,17 +106,17 @@ def test_decode_rows_come_before_a_long_prompt_which_takes_what_is_left() -> Non
     assert [c.sample for c in chunks] == [False] * 4 + [True]
 
 
-def test_a_long_prompt_is_computed_gently_only_while_more_sequences_decode_than_wait() -> None:
-    pair = Pair()
-    pair.add(request("a"), request("b"))
+def test_a_long_prompt_is_computed_gently_only_while_streams_outnumber_prompts() -> None:
+    pair = Pair(tiny_capacity(num_blocks=900, max_batched_tokens=600, max_model_len=900))
+    pair.add(*(request(name, max_tokens=50) for name in "abcdef"))
     pair.step()
-    pair.add(request("long", 90))
-    assert pair.step(gentle=8).num_chunk_tokens == 8
-    pair.add(request("other", 90))
-    step = pair.step(gentle=8)
-    assert step.num_chunk_tokens == 62, "two that wait weigh as much as two that decode"
-    assert len(step.chunks) == 1
-    assert all(len(d.token_ids) == 1 for d in pair.deltas), "nobody's tokens waited"
+    pair.add(request("long", 800))
+    step = pair.step(gentle=200.0)
+    assert step.num_chunk_tokens == 200
+    assert step.decode is not None
+    assert len(ints(step.decode)) == 6
+    pair.add(request("other", 300))
+    assert pair.step(gentle=200.0).num_chunk_tokens == 594, "six streams do not outnumber two prompts four times"
 
 
 def test_lower_priority_values_are_prefilled_first_even_if_they_came_later() -> None:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tpqwen.config import ScheduleOptions
-from tpqwen.engine.pace import Pace
 from tpqwen.errors import EngineError, Overloaded
 from tpqwen.executor.protocol import Executor
 from tpqwen.request import Delta, GenerateRequest
+from tpqwen.scheduler.pace import Pace
 from tpqwen.scheduler.scheduler import Scheduler
 from tpqwen.step import Capacity, StepInput, StepStats
 
@@ -75,7 +75,7 @@ class EngineCore:
         self._in_flight: deque[tuple[StepInput, float]] = deque()  # with the time of submission
         self._last_collect = clock()
         self._deadlines = Deadlines()
-        self._pace = Pace()
+        self._pace = Pace(capacity.context_cost)
         self._deltas: list[Delta] = []  # of requests that ended between steps
 
     @property
@@ -161,5 +161,5 @@ class EngineCore:
         self._deadlines.observe(step, duration_s)
         self._deltas += self.scheduler.update(output)
         stats = self.scheduler.step_stats(duration_s, output.busy_s)
-        self._pace.observe(stats)
+        self._pace.observe(step, stats)
         return stats

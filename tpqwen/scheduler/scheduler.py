@@ -19,6 +19,7 @@ from tpqwen.cache.prefix import PrefixCache
 from tpqwen.errors import EngineError, RequestError
 from tpqwen.request import Delta, FinishReason, GenerateRequest
 from tpqwen.scheduler.admission import Admission, Verdict
+from tpqwen.scheduler.pace import OUTNUMBER, tokens_within, work_of
 from tpqwen.scheduler.rows import Longs, Mask, Rows, RowSet
 from tpqwen.scheduler.sequence import Sequence, State, by_order, row_params
 from tpqwen.step import Admit, Capacity, Chunk, Ints, StepInput, StepOutput, StepStats, ints, packed
@@ -179,19 +180,19 @@ class Scheduler:
                 deltas.append(self._end(s, FinishReason.ERROR, text, "context_length_exceeded"))
         return deltas
 
-    def schedule(self, now: float, gentle: int | None = None) -> StepInput | None:
+    def schedule(self, now: float, gentle: float | None = None) -> StepInput | None:
         """The next step, or None when there is nothing to run before an earlier step's result is in.
 
-        Decode rows come first, one token each; prefill chunks share what is left of the budget in order. They get at
-        most `gentle` tokens while more sequences decode than have a prompt to compute.
+        Decode rows come first, one token each; prefill chunks share what is left of the budget in order. While streams
+        outnumber the prompts still to compute, those get at most `gentle` work (scheduler/pace.py).
         """
         draft = Draft()
         preempted = self._grow(draft)
         decode = self._current_rows()
         budget = self.capacity.max_batched_tokens - len(decode)
-        if gentle is not None and len(decode) > len(self._prefilling) + self.num_waiting:
-            budget = min(budget, gentle)
-        self._prefill(draft, budget, now, admit=not preempted)
+        if gentle is not None and len(decode) < OUTNUMBER * (len(self._prefilling) + self.num_waiting):
+            gentle = None
+        self._prefill(draft, budget, now, gentle, admit=not preempted)
         if not len(decode) and not draft.chunks:
             return None
         return self._commit(draft, decode)
@@ -315,12 +316,13 @@ class Scheduler:
         self._tally.preemptions += 1
         self._admission.push(sequence)
 
-    def _prefill(self, draft: Draft, budget: int, now: float, *, admit: bool) -> None:
+    def _prefill(self, draft: Draft, budget: int, now: float, gentle: float | None, *, admit: bool) -> None:
         """Chunks in order, (priority, arrival): having begun earlier gives no right of way."""
+        cost = self.capacity.context_cost
         waiting = self._admission.candidates() if admit else []
         full = False
         for sequence in heapq.merge(self._prefilling[:], waiting, key=by_order):
-            if budget <= 0:
+            if budget <= 0 or (gentle is not None and gentle <= 0):
                 break
             if sequence.slot < 0:
                 verdict = Verdict.FULL if full else self._admission.enter(sequence)
@@ -328,7 +330,11 @@ class Scheduler:
                 if verdict is not Verdict.ENTERED:
                     continue
                 self._announce(sequence, draft, now)
-            budget -= self._chunk(sequence, budget, draft)
+            start = int(self._rows.computed[sequence.slot])
+            most = budget if gentle is None else min(budget, tokens_within(gentle, start, cost))
+            taken = self._chunk(sequence, most, draft)
+            budget -= taken
+            gentle = None if gentle is None else gentle - work_of(start, taken, cost)
 
     def _announce(self, sequence: Sequence, draft: Draft, now: float) -> None:
         """Tell the ranks of a sequence that has just entered."""

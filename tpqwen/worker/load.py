@@ -62,10 +62,19 @@ def load(config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, 
         max_num_seqs=sizes.max_num_seqs,
         max_model_len=sizes.max_model_len,
         max_batched_tokens=sizes.max_batched_tokens,
+        context_cost=_context_cost(model_config),
         kv_dtype=sizes.dtype,
         load_seconds=clock.seconds,
     )
     return Loaded(runner, capacity)
+
+
+def _context_cost(c: ModelConfig) -> float:
+    """Attention's multiplications with one token of context over those of a token's matrices, both of one layer; doubled
+    because attention runs at about half the matrices' rate."""
+    heads, kv_heads, d, h = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size
+    matrices = h * (heads + 2 * kv_heads) * d + heads * d * h + 3 * h * c.intermediate_size
+    return 2.0 * 2 * heads * d / matrices
 
 
 class _Stages:
