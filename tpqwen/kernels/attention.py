@@ -79,8 +79,23 @@ def _prefetch(k_cache, v_cache, table, begin, end, head, block_stride, SHAPE: tl
 
 
 @triton.jit
+def _tile_step(q, k, v, valid, state, qk_scale):
+    """Online softmax over one tile [TILE, D] of keys and values."""
+    m, l, acc = state
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
+    s = tl.where(valid[None, :], s, -float("inf"))
+    m_new = tl.maximum(m, tl.max(s, 1))
+    alpha = tl.exp2(m - m_new)
+    p = tl.exp2(s - m_new[:, None])
+    l = l * alpha + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    return m_new, l, acc
+
+
+@triton.jit
 def _attend(
     q,
+    state,
     caches,
     table,
     first,
@@ -90,31 +105,20 @@ def _attend(
     block_stride,
     qk_scale,
     SHAPE: tl.constexpr,
-    GP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Tiles first .. last: q [GP, D] in the cache's dtype to (m, l, acc)."""
     P: tl.constexpr = SHAPE[0]
     D: tl.constexpr = SHAPE[1]
     TILE: tl.constexpr = SHAPE[2]
-    m = tl.full([GP], -float("inf"), tl.float32)
-    l = tl.zeros([GP], tl.float32)
-    acc = tl.zeros([GP, D], tl.float32)
     for tile in tl.range(first, last, num_stages=STAGES):
         start = tile * TILE
         offsets = _tile_pointers(table, start, head, block_stride, P, D, TILE)
         valid = start + tl.arange(0, TILE) < past
         k = tl.load(caches[0] + offsets, mask=valid[:, None], other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
-        s = tl.where(valid[None, :], s, -float("inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
-        alpha = tl.exp2(m - m_new)
-        p = tl.exp2(s - m_new[:, None])
-        l = l * alpha + tl.sum(p, 1)
         v = tl.load(caches[1] + offsets, mask=valid[:, None], other=0.0)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-        m = m_new
-    return m, l, acc
+        state = _tile_step(q, k, v, valid, state, qk_scale)
+    return state
 
 
 @triton.jit
@@ -126,22 +130,29 @@ def _combine(
     d = tl.arange(0, D)
     s = tl.arange(0, S)
     known = (s < used)[:, None] & (g < G)[None, :]
+    if S == CHUNK:  # everything is on its way before the first value is needed
+        rows = (base + s)[:, None, None] * (G * D) + g[None, :, None] * D + d[None, None, :]
+        part = tl.load(partial + rows, mask=known[:, :, None], other=0.0, cache_modifier=".cg")
     at = stats + (base + s)[:, None] * (2 * G) + g[None, :]
     m_SG = tl.load(at, mask=known, other=-float("inf"), cache_modifier=".cg")
     l_SG = tl.load(at + G, mask=known, other=0.0, cache_modifier=".cg")
     top = tl.max(m_SG, 0)
     top = tl.where(g < G, top, 0.0)
-    total = tl.sum(l_SG * tl.exp2(m_SG - top[None, :]), 0)
-    acc = tl.zeros([GS, D], tl.float32)
-    for start in range(0, used, CHUNK):
-        c = start + tl.arange(0, CHUNK)
-        here = (c < used)[:, None] & (g < G)[None, :]
-        m = tl.load(
-            stats + (base + c)[:, None] * (2 * G) + g[None, :], mask=here, other=-float("inf"), cache_modifier=".cg"
-        )
-        row = (base + c)[:, None, None] * (G * D) + g[None, :, None] * D + d[None, None, :]
-        part = tl.load(partial + row, mask=here[:, :, None], other=0.0, cache_modifier=".cg")
-        acc += tl.sum(part * tl.exp2(m - top[None, :])[:, :, None], 0)
+    weight = tl.exp2(m_SG - top[None, :])
+    total = tl.sum(l_SG * weight, 0)
+    if S == CHUNK:
+        acc = tl.sum(part * weight[:, :, None], 0)
+    else:
+        acc = tl.zeros([GS, D], tl.float32)
+        for start in range(0, used, CHUNK):
+            c = start + tl.arange(0, CHUNK)
+            here = (c < used)[:, None] & (g < G)[None, :]
+            m = tl.load(
+                stats + (base + c)[:, None] * (2 * G) + g[None, :], mask=here, other=-float("inf"), cache_modifier=".cg"
+            )
+            row = (base + c)[:, None, None] * (G * D) + g[None, :, None] * D + d[None, None, :]
+            part = tl.load(partial + row, mask=here[:, :, None], other=0.0, cache_modifier=".cg")
+            acc += tl.sum(part * tl.exp2(m - top[None, :])[:, :, None], 0)
     return acc / tl.where(g < G, total, 1.0)[:, None]
 
 
@@ -170,6 +181,7 @@ def _decode_kernel(
     block_stride,
     EARLY: tl.constexpr,
     PREFETCH: tl.constexpr,
+    HOLD: tl.constexpr,
     K: tl.constexpr,
     G: tl.constexpr,
     GP: tl.constexpr,
@@ -212,6 +224,11 @@ def _decode_kernel(
         if PREFETCH > 0:
             end = tl.minimum(last * TILE, past)
             _prefetch(k_cache, v_cache, table, first * TILE, end, head, block_stride, SHAPE, PREFETCH)
+        if HOLD:
+            held_valid = first * TILE + tl.arange(0, TILE) < past
+            held = _tile_pointers(table, first * TILE, head, block_stride, P, D, TILE)
+            k_held = tl.load(k_cache + held, mask=held_valid[:, None], other=0.0)
+            v_held = tl.load(v_cache + held, mask=held_valid[:, None], other=0.0)
         dtype: tl.constexpr = qkv.dtype.element_ty
         source = qkv + row.to(tl.int64) * qkv_stride
         q_offsets = (head * G + g)[:, None] * D + d[None, :]
@@ -242,7 +259,12 @@ def _decode_kernel(
         write = owner & (slot >= 0)
         tl.store(k_cache + target, k_new, mask=write)
         tl.store(v_cache + target, v_new, mask=write)
-        m, l, acc = _attend(q, caches, table, first, last, past, head, block_stride, qk_scale, SHAPE, GP, STAGES)
+        state = (tl.full([GP], -float("inf"), tl.float32), tl.zeros([GP], tl.float32), tl.zeros([GP, D], tl.float32))
+        if HOLD:
+            if first < last:
+                state = _tile_step(q, k_held, v_held, held_valid, state, qk_scale)
+            first += 1
+        m, l, acc = _attend(q, state, caches, table, first, last, past, head, block_stride, qk_scale, SHAPE, STAGES)
         s_new = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 1) * qk_scale
         s_new = tl.where(owner, s_new, -float("inf"))
         m_new = tl.maximum(m, s_new)
@@ -280,6 +302,7 @@ def _constants(plan: DecodePlan, splits: int, group: int, k_cache: torch.Tensor)
     padded = max(2, triton.next_power_of_2(group))
     return {
         "PREFETCH": plan.prefetch if k_cache.is_cuda else 0,
+        "HOLD": plan.hold,
         "K": kv_heads,
         "G": group,
         "GP": max(16, padded),

@@ -13,7 +13,8 @@ MAX_SPLITS = 64
 class DecodePlan(NamedTuple):
     """How one batch bucket runs. tile: cached tokens per iteration. programs: how many to aim at, which sets S.
 
-    min_tiles: least work worth a split. prefetch: tiles of K and V asked into L2 first of all.
+    min_tiles: least work worth a split. prefetch: tiles of K and V asked into L2 first of all. hold: the first tile
+    waits in registers before the queries are there, which pays where a program has few tiles.
     stages: depth of the tile loop; table entry and tile are two dependent loads, so 5 keeps two tiles in flight.
     """
 
@@ -23,6 +24,7 @@ class DecodePlan(NamedTuple):
     programs: int
     min_tiles: int
     prefetch: int = 4
+    hold: bool = False
 
 
 # (G, D): plans by largest batch of the bucket, ascending.

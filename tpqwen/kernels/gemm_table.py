@@ -44,7 +44,8 @@ _CUBLAS = (MAX_ROWS, Config("torch"))
 TABLE: dict[tuple[str, int, int], tuple[tuple[int, Config], ...]] = {
     # Qwen3-0.6B
     ("norm", 4096, 1024): (
-        (1, _gemv(2, 512, 2, 2)),
+        (1, _gemv(4, 512, 4, 1)),
+        (2, _gemv(2, 512, 2, 2)),
         (4, _dot(32, 256, 4, 4)),
         (8, _dot(64, 128, 4, 6, 2)),
         (32, _dot(32, 256, 4, 6)),
@@ -60,8 +61,8 @@ TABLE: dict[tuple[str, int, int], tuple[tuple[int, Config], ...]] = {
         _CUBLAS,
     ),
     ("silu", 6144, 1024): (
-        (1, _gemv(8, 512, 2, 1, 512)),
-        (2, _gemv(8, 512, 2, 1)),
+        (1, _gemv(4, 512, 4, 1)),
+        (2, _gemv(4, 512, 4, 2)),
         (32, _dot(64, 128, 4, 6)),
         (64, _dot(64, 128, 4, 4)),
         (128, _dot(64, 64, 8, 6)),
@@ -75,7 +76,7 @@ TABLE: dict[tuple[str, int, int], tuple[tuple[int, Config], ...]] = {
     ),
     # Qwen3-8B
     ("norm", 6144, 4096): (
-        (1, _gemv(8, 1024, 4, 2, 1024)),
+        (1, _gemv(2, 1024, 4, 4)),
         (2, _gemv(2, 2048, 4, 2)),
         (64, _dot(64, 128, 4, 6)),
         _CUBLAS,

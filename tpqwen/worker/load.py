@@ -70,7 +70,7 @@ def load(config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, 
 
 
 def _context_cost(c: ModelConfig) -> float:
-    """Attention's multiplications with one token of context over those of a token's matrices, both of one layer; doubled
+    """Attention's multiplications with one token of context over those of a token's matrices, of one layer; doubled,
     because attention runs at about half the matrices' rate."""
     heads, kv_heads, d, h = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size
     matrices = h * (heads + 2 * kv_heads) * d + heads * d * h + 3 * h * c.intermediate_size
