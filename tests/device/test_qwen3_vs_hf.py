@@ -16,6 +16,7 @@ from tpqwen.model.config import ModelConfig
 from tpqwen.model.qwen3 import Qwen3, rope_table
 from tpqwen.model.weights import load_weights
 from tpqwen.parallel.group import TPGroup, join_group
+from tpqwen.worker.kv_cache import KVCache
 
 CPU = torch.device("cpu")
 BLOCK, BLOCKS_PER_ROW = 4, 12
@@ -54,8 +55,15 @@ class Rows:
         load_weights(self.model, folder, device=CPU, dtype=torch.float32)
         self.group, self.vocab_size = group, c.vocab_size
         self.tables = torch.arange(1, 1 + 3 * BLOCKS_PER_ROW, dtype=torch.int32).view(BLOCKS_PER_ROW, 3).T.contiguous()
-        shape = (1 + 3 * BLOCKS_PER_ROW, c.local_kv_heads(group.size), BLOCK, c.head_dim)
-        self.caches = [[torch.full(shape, float("nan")) for _ in range(c.num_hidden_layers)] for _ in range(2)]
+        self.cache = KVCache(
+            num_layers=c.num_hidden_layers,
+            num_blocks=1 + 3 * BLOCKS_PER_ROW,
+            kv_heads=c.local_kv_heads(group.size),
+            block_size=BLOCK,
+            head_dim=c.head_dim,
+            like=torch.empty(0),
+        )
+        self.cache.data.fill_(float("nan"))
         self.cos_sin = rope_table(c, BLOCK * BLOCKS_PER_ROW, CPU)
 
     def step(self, decode: list[tuple[int, int, int]], chunks: list[tuple[int, int, torch.Tensor]]) -> torch.Tensor:
@@ -72,8 +80,8 @@ class Rows:
             decode_slots_B=torch.tensor([r for r, _, _ in decode], dtype=torch.int32),
             decode_lengths_B=torch.tensor([p + 1 for _, p, _ in decode], dtype=torch.int32),
             prefill=self.prefill_rows(chunks) if chunks else None,
-            k_cache=self.caches[0],
-            v_cache=self.caches[1],
+            k_cache=self.cache.k,
+            v_cache=self.cache.v,
             cos_sin=self.cos_sin,
         )
         local = self.model.logits(self.model(ids, ctx))

@@ -70,9 +70,9 @@ class PrefillRows:
         return self.num_query == self.num_context
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepContext:
-    """num_decode rows of one token, then the prefill tokens.
+    """num_decode rows of one token, then the prefill tokens. Compared by identity: one object per pass.
 
     settled: tables and decode inputs were complete before the last kernel that was launched without PDL, and no chunk
     of this pass writes blocks that decode rows read, so kernels may read all that early (kernels/launch.py).

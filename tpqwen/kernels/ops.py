@@ -1,6 +1,6 @@
-"""One public function per operation, the only import site of the kernels: Triton on CUDA, the reference elsewhere.
+"""One public function per operation, the only import site of the kernels: Triton on CUDA, cpu.py on CPUs.
 
-Shapes and meaning of each are in kernels/reference.py, which is the specification.
+Shapes and meaning of each are in kernels/reference.py, which is the specification, and does what neither has.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tpqwen.kernels import reference
+from tpqwen.kernels import cpu, reference
 from tpqwen.kernels.context import DecodeInputs, SlotTensors, StepContext
 
 Op = Callable[..., Any]
@@ -26,8 +26,9 @@ def _cuda() -> dict[str, Op]:
 
 
 def _pick(name: str, x: torch.Tensor) -> Op:
-    fallback: Op = getattr(reference, name)
-    return _cuda().get(name, fallback) if x.is_cuda else fallback
+    table = _cuda() if x.is_cuda else cpu.OPERATIONS
+    op: Op = table.get(name) or getattr(reference, name)
+    return op
 
 
 def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:

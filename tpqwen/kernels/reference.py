@@ -1,9 +1,9 @@
-"""Every operation in plain torch: the specification of the Triton kernels, and the CPU path.
+"""Every operation in plain torch: the specification of the Triton kernels and of cpu.py.
 
 T tokens, B decode rows, C chunks, M table width, N query heads, K key/value heads, G = N / K, D head size,
 P block size, S context tokens, H hidden, I inner (local), F fused rows, V vocabulary (local), R sampled rows.
 Caches are [blocks, K, P, D].
-Host reads (boolean masks, .tolist()) are allowed here and nowhere on the GPU path.
+Host reads (boolean masks, .tolist()) are allowed here and in cpu.py, nowhere on the GPU path.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch.nn.functional as F
 
 from tpqwen.kernels.context import DecodeInputs, SlotTensors, StepContext
 
-GATHER_ELEMENTS = 1 << 20  # 4 MiB of fp32: keys of one attention call on the CPU
 GREEDY_BELOW = 1e-5  # temperatures under it mean plain argmax, as SamplingParams.greedy
 MAX_CANDIDATES = 64  # the largest top_k that is answered from the best candidates alone
 PHILOX_ROUNDS = 10
@@ -90,25 +89,15 @@ def qk_norm_rope_write(
 
 
 def gather_context(cache: torch.Tensor, tables_BM: torch.Tensor, lengths_B: torch.Tensor, longest: int) -> torch.Tensor:
-    """The tokens that block tables name, [B, K, S, D] with S = longest; what lies beyond a row's length is finite.
+    """The tokens that block tables name, [B, K, S, D] with S = longest; zeros beyond a row's length.
 
-    A finished sequence may leave NaN in its blocks, which no mask would keep out of a sum. So table entries beyond the
-    length, which may be stale, are replaced by the row's first block, and the rest of its last block is zeroed.
+    What lies there may be stale, even NaN of another sequence, which no mask would keep out of a sum.
     """
-    num_kv_heads, block_size, head_dim = cache.shape[1:]
-    tables_BM = tables_BM[:, : -(-longest // block_size)].long()
-    (num_rows, width), device = tables_BM.shape, cache.device
-    owned_BM = torch.arange(width, device=device) * block_size < lengths_B[:, None]
-    tables_BM = torch.where(owned_BM, tables_BM, tables_BM[:, :1])
-    # One row of [blocks * K, P * D] per (sequence, head, block): a single copy already in the order of the result.
-    rows = tables_BM[:, None] * num_kv_heads + torch.arange(num_kv_heads, device=device)[:, None]
-    context = cache.reshape(-1, block_size * head_dim).index_select(0, rows.flatten())
-    context = context.view(num_rows, num_kv_heads, width * block_size, head_dim)
-    last_BP = (lengths_B.long() - 1).clamp(min=0)[:, None] // block_size * block_size
-    last_BP = last_BP + torch.arange(block_size, device=device)
-    index = last_BP[:, None, :, None].expand(-1, num_kv_heads, -1, head_dim)
-    tail = context.gather(2, index).masked_fill_((last_BP >= lengths_B[:, None])[:, None, :, None], 0)
-    return context.scatter_(2, index, tail)[:, :, :longest]
+    block_size = cache.shape[2]
+    blocks = cache[tables_BM[:, : -(-longest // block_size)].long()]  # [B, M, K, P, D]
+    context = blocks.transpose(1, 2).flatten(2, 3)[:, :, :longest]
+    beyond_BS = torch.arange(longest, device=cache.device) >= lengths_B[:, None]
+    return context.masked_fill(beyond_BS[:, None, :, None], 0)
 
 
 def paged_decode(
@@ -123,36 +112,14 @@ def paged_decode(
 
     Table entries and cache positions beyond a row's length do not matter, whatever they hold.
     """
-    out = torch.zeros_like(q_BND)
     longest = int(lengths_B.max()) if len(q_BND) else 0
-    if not longest:
-        return out
-    # In groups of rows: gathers larger than the processor's cache cost more than the extra calls.
-    step = max(1, GATHER_ELEMENTS // (longest * k_cache.shape[1] * k_cache.shape[3]))
-    for first in range(0, len(q_BND), step):
-        rows = slice(first, first + step)
-        out[rows] = _decode_rows(q_BND[rows], k_cache, v_cache, tables_BM[rows], lengths_B[rows], scale)
-    return out
-
-
-def _decode_rows(
-    q_BND: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    tables_BM: torch.Tensor,
-    lengths_B: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    """paged_decode of a few rows in one attention call."""
-    longest = int(lengths_B.max())
     if not longest:
         return torch.zeros_like(q_BND)
     k_BKSD, v_BKSD = (gather_context(c, tables_BM, lengths_B, longest).to(q_BND.dtype) for c in (k_cache, v_cache))
     # The G queries that share a KV head are its query rows, so no key is copied per query head.
     q_BKGD = q_BND.reshape(len(q_BND), k_cache.shape[1], -1, q_BND.shape[-1])
     seen_BS = torch.arange(longest, device=q_BND.device) < lengths_B[:, None]
-    mask = None if len(q_BND) == 1 else seen_BS[:, None, None]
-    out = F.scaled_dot_product_attention(q_BKGD, k_BKSD, v_BKSD, attn_mask=mask, scale=scale)
+    out = F.scaled_dot_product_attention(q_BKGD, k_BKSD, v_BKSD, attn_mask=seen_BS[:, None, None], scale=scale)
     return out.reshape(q_BND.shape).masked_fill((lengths_B == 0)[:, None, None], 0)
 
 

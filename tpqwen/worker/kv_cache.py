@@ -1,7 +1,7 @@
 """The paged KV cache of one rank: its own heads of every block, and how many blocks fit.
 
-Layout per layer: K and V each [blocks, K heads, P tokens, D], so that one (block, head) is contiguous. Block 0 is never
-given to a sequence: padding rows may point at it.
+Per layer: K and V each [blocks, K heads, P tokens, D], so that one (block, head) is contiguous. In memory blocks come
+first on GPUs, heads first on CPUs (kernels/cpu.py). Block 0 is never given to a sequence: padding rows may point at it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ class KVCache:
     def __init__(
         self, *, num_layers: int, num_blocks: int, kv_heads: int, block_size: int, head_dim: int, like: torch.Tensor
     ) -> None:
-        shape = (num_layers, 2, num_blocks, kv_heads, block_size, head_dim)
-        self.data = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self.k = [self.data[i, 0] for i in range(num_layers)]
-        self.v = [self.data[i, 1] for i in range(num_layers)]
+        heads_first = like.device.type == "cpu"
+        outer = (kv_heads, num_blocks) if heads_first else (num_blocks, kv_heads)
+        self.data = torch.zeros(num_layers, 2, *outer, block_size, head_dim, dtype=like.dtype, device=like.device)
+        layers = self.data.transpose(2, 3) if heads_first else self.data
+        self.k = [layer[0] for layer in layers]
+        self.v = [layer[1] for layer in layers]
         self.num_blocks = num_blocks
         self.block_size = block_size
 
