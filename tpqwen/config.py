@@ -40,8 +40,14 @@ class ParallelOptions:
 
     tp: int = 1
     device: str = "auto"  # auto | cpu | cuda
+    gpus_per_rank: float = 1.0  # below 1 several ranks share a GPU: slow, for testing on one
     interface: str | None = None  # network interface of rank-to-rank traffic; None: loopback on one node
     threads: int | None = None  # CPU threads of each rank; None: an equal share of the cores
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs that all ranks need: one rank never spans two, several may share one."""
+        return -(-self.tp // int(1.0 / self.gpus_per_rank))
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,8 @@ class Config:
             value = self.flat()[name]
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
+        if not 0.0 < self.parallel.gpus_per_rank <= 1.0:
+            raise ConfigError(f"gpus_per_rank must be above 0 and at most 1, not {self.parallel.gpus_per_rank}")
         if not 0.05 <= self.cache.memory_fraction <= 0.98:
             raise ConfigError(f"memory_fraction must lie in 0.05..0.98, not {self.cache.memory_fraction}")
         if self.cache.block_size is not None and self.cache.block_size & (self.cache.block_size - 1):

@@ -70,7 +70,8 @@ def check(config: Config) -> tuple[Path, ModelConfig]:
 def bundles(config: Config) -> list[dict[str, float]]:
     """The replica's placement group: itself, the engine, one bundle per rank."""
     if resolve_device(config.parallel.device) == "cuda":
-        return [{"CPU": 1.0}, {"CPU": 1.0}, *({"CPU": 1.0, "GPU": 1.0} for _ in range(config.parallel.tp))]
+        rank = {"CPU": 1.0, "GPU": config.parallel.gpus_per_rank}
+        return [{"CPU": 1.0}, {"CPU": 1.0}, *(dict(rank) for _ in range(config.parallel.tp))]
     return [{"CPU": CPU_SHARE} for _ in range(2 + config.parallel.tp)]
 
 

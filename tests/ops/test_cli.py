@@ -306,8 +306,9 @@ def test_serve_refuses_what_cannot_work_before_anything_starts(monkeypatch):
         with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}"):
             serve.check_host(Config.load({"port": port, "device": "cpu"}, {}))
     monkeypatch.setattr(serve, "count_gpus", lambda: 1)
-    with pytest.raises(ConfigError, match="--tp 2 needs as many GPUs and this host has 1"):
+    with pytest.raises(ConfigError, match="--tp 2 needs 2 GPUs and this host has 1"):
         serve.check_host(Config.load({"port": port, "device": "cuda", "tp": 2}, {}))
+    serve.check_host(Config.load({"port": port, "device": "cuda", "tp": 2, "gpus_per_rank": 0.5}, {}))
 
 
 def test_serves_report_of_a_failed_start_becomes_our_sentence():

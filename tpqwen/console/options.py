@@ -18,6 +18,7 @@ HELP = {
     "random_weights": "draw weights from the model's config instead of loading them",
     "tp": "tensor-parallel ranks: 1, 2, 4 or 8",
     "device": "auto, cpu or cuda",
+    "gpus_per_rank": "share of a GPU for each rank, below 1 to test several ranks on one (default 1)",
     "interface": "network interface of rank-to-rank traffic (default: loopback on one node)",
     "threads": "CPU threads of each rank (default: an equal share)",
     "block_size": "tokens in one KV cache block (default: by device)",

@@ -75,8 +75,9 @@ def check_host(config: Config) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
-    if resolve_device(config.parallel.device) == "cuda" and (found := count_gpus()) < config.parallel.tp:
-        raise ConfigError(f"--tp {config.parallel.tp} needs as many GPUs and this host has {found}")
+    needed = config.parallel.num_gpus
+    if resolve_device(config.parallel.device) == "cuda" and (found := count_gpus()) < needed:
+        raise ConfigError(f"--tp {config.parallel.tp} needs {needed} GPUs and this host has {found}")
 
 
 def start_ray(config: Config) -> None:

@@ -133,7 +133,7 @@ class RankGroup:
         for rank in range(config.parallel.tp):
             options: dict[str, Any] = {
                 "num_cpus": 0,  # placement is by bundles; without them ranks share what there is
-                "num_gpus": 1 if cuda else 0,
+                "num_gpus": config.parallel.gpus_per_rank if cuda else 0,
                 "max_restarts": 0,
                 "max_task_retries": 0,
                 "max_concurrency": 4,

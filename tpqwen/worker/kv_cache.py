@@ -40,14 +40,18 @@ def blocks_on_cpu(per_block: int, max_num_seqs: int, blocks_per_sequence: int) -
     return max(min(wanted, CPU_BUDGET_BYTES // per_block), blocks_per_sequence) + 1
 
 
-def blocks_on_gpu(per_block: int, blocks_per_sequence: int, fraction: float, peak_bytes: int) -> int:
+def blocks_on_gpu(
+    per_block: int, blocks_per_sequence: int, fraction: float, peak_bytes: int, share: float = 1.0
+) -> int:
     """What is left of `fraction` of the device after `peak_bytes` (weights and the largest step's activations).
 
-    Memory that other processes hold counts against it. Raises ConfigError when not even one sequence fits.
+    Memory that other processes hold counts against it. With a share below 1 this rank takes only that part of the
+    fraction and the other ranks on the device keep to theirs; how much they hold so far is chance and does not count.
+    Raises ConfigError when not even one sequence fits.
     """
     free, total = torch.cuda.mem_get_info()
-    others = total - free - torch.cuda.memory_reserved()
-    left = int(total * fraction) - peak_bytes - others
+    others = total - free - torch.cuda.memory_reserved() if share == 1.0 else 0
+    left = int(total * fraction * share) - peak_bytes - others
     blocks = left // per_block
     if blocks < blocks_per_sequence + 1:
         need = (blocks_per_sequence + 1) * per_block / 2**30

@@ -52,7 +52,8 @@ def load(config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, 
     elif sizes.device == "cpu":
         blocks = blocks_on_cpu(per_block, sizes.max_num_seqs, sizes.blocks_per_sequence)
     else:
-        blocks = blocks_on_gpu(per_block, sizes.blocks_per_sequence, config.cache.memory_fraction, build.peak_bytes())
+        fraction, share = config.cache.memory_fraction, config.parallel.gpus_per_rank
+        blocks = blocks_on_gpu(per_block, sizes.blocks_per_sequence, fraction, build.peak_bytes(), share)
     clock.mark("warmup")
     runner = build.runner(blocks)
     clock.mark("kv_alloc")
