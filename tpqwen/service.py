@@ -51,6 +51,7 @@ from tpqwen.transport.ring import RingWriter
 CPU_SHARE = 0.1  # of a core, per process, where ranks compute on the CPU: a laptop's cores are shared, not reserved
 RANK_STATS_EVERY_S = 5.0
 CONNECT_TIMEOUT_S = 30.0
+DRAIN_POLL_S = 0.05
 
 _log = logging.getLogger(__name__)
 
@@ -152,6 +153,15 @@ class Qwen3Server:
             "max_model_len": capacity.max_model_len,
             "load_seconds": capacity.load_seconds,
         }
+
+    async def drain(self) -> None:
+        """Take no new requests, and return when the open ones have ended. For whoever is about to delete the
+        application: what Serve drains it no longer routes to, so nobody would hear why."""
+        assert self._client is not None
+        self._client.drain()
+        self._metrics.engine_state("draining")
+        while self._client.num_open:
+            await asyncio.sleep(DRAIN_POLL_S)
 
     async def __del__(self) -> None:
         """Serve calls this after the drain: end everything this replica started."""

@@ -32,6 +32,7 @@ from tpqwen.service import build_app
 APP = "tpqwen"
 POLL_S = 0.2
 CALL_TIMEOUT_S = 30.0
+DRAIN_S = 90.0  # running requests may go on for so long after a signal
 OBJECT_STORE_BYTES = 128 * 1024 * 1024  # Serve's own messages only; no tensor ever travels through it
 
 
@@ -137,10 +138,20 @@ def stop(console: Console) -> None:
     """Let the replica drain and end it; a cluster of our own ends with it. An interrupt in here skips the drain."""
     if not ray.is_initialized():
         return
-    with suppress(Exception, KeyboardInterrupt), signals_as_interrupt():  # what is already gone needs no ending
-        serve.delete(APP)
+    with suppress(KeyboardInterrupt), signals_as_interrupt():
+        with suppress(Exception):  # what is already gone needs no ending
+            drain()
+        with suppress(Exception):
+            serve.delete(APP)
     ray.shutdown()
     console.print("stopped")
+
+
+def drain() -> None:
+    """New requests and /ready are answered 503 `draining` until the running ones have ended, DRAIN_S at most."""
+    status = serve.status().applications.get(APP)
+    if status is not None and str(status.status.value) == "RUNNING":
+        serve.get_app_handle(APP).drain.remote().result(timeout_s=DRAIN_S)
 
 
 @contextmanager
