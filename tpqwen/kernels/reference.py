@@ -324,9 +324,7 @@ def best_slice(value_RS: torch.Tensor, id_RS: torch.Tensor) -> tuple[torch.Tenso
     return best_R, ids.amin(-1)
 
 
-def choose(
-    values_RC: torch.Tensor, ids_RC: torch.Tensor, state: SlotTensors, slots_R: torch.Tensor
-) -> torch.Tensor:
+def choose(values_RC: torch.Tensor, ids_RC: torch.Tensor, state: SlotTensors, slots_R: torch.Tensor) -> torch.Tensor:
     """Top-k, top-p over what is left, min-p, then the arg-max of value / T + noise: ids int64 [R].
 
     Values are logits, best first. Temperatures are at least GREEDY_BELOW where the answer is used.
