@@ -1,0 +1,79 @@
+"""The order in which `tpqwen serve` ends: the replica drains, the application goes, Ray goes."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tpqwen.console import serve as command
+from tpqwen.service import Qwen3Server
+
+
+class FakeServe:
+    """Ray Serve with one application; calls are recorded in order."""
+
+    def __init__(self, status: str, failure: type[BaseException] | None = None) -> None:
+        self.calls: list[str] = []
+        self._status = status
+        self._failure = failure
+
+    def status(self) -> Any:
+        return SimpleNamespace(applications={"tpqwen": SimpleNamespace(status=SimpleNamespace(value=self._status))})
+
+    def get_app_handle(self, name: str) -> Any:
+        return SimpleNamespace(drain=SimpleNamespace(remote=lambda: SimpleNamespace(result=self._drained)))
+
+    def _drained(self, timeout_s: float) -> None:
+        self.calls.append(f"drain within {timeout_s:g} s")
+        if self._failure is not None:
+            raise self._failure
+
+    def delete(self, name: str) -> None:
+        self.calls.append(f"delete {name}")
+
+
+@pytest.mark.parametrize(
+    ("status", "failure", "expected"),
+    [
+        ("RUNNING", None, ["drain within 90 s", "delete tpqwen", "shutdown"]),
+        ("RUNNING", TimeoutError, ["drain within 90 s", "delete tpqwen", "shutdown"]),
+        ("RUNNING", KeyboardInterrupt, ["drain within 90 s", "shutdown"]),
+        ("DEPLOYING", None, ["delete tpqwen", "shutdown"]),
+    ],
+)
+def test_the_replica_drains_before_the_application_goes_unless_interrupted(monkeypatch, status, failure, expected):
+    fake = FakeServe(status, failure)
+    monkeypatch.setattr(command, "serve", fake)
+    monkeypatch.setattr(command.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(command.ray, "shutdown", lambda: fake.calls.append("shutdown"))
+    command.stop(Console(quiet=True))
+    assert fake.calls == expected
+
+
+class FakeClient:
+    """Three requests are open, and one ends at each look."""
+
+    def __init__(self) -> None:
+        self.draining = False
+        self._open = 3
+
+    def drain(self) -> None:
+        self.draining = True
+
+    @property
+    def num_open(self) -> int:
+        assert self.draining, "requests were still taken"
+        self._open -= 1
+        return self._open
+
+
+def test_draining_takes_nothing_new_and_waits_for_what_is_open():
+    client, states = FakeClient(), []
+    replica = SimpleNamespace(_client=client, _metrics=SimpleNamespace(engine_state=states.append))
+    asyncio.run(Qwen3Server.func_or_class.drain(replica))
+    assert states == ["draining"]
+    assert client._open == 0
