@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from tests.fakes import FakeExecutor, expected_tokens, tiny_capacity
@@ -210,3 +212,17 @@ def test_stats_measure_each_step_from_the_end_of_the_one_before() -> None:
     assert len(measured) == 12
     assert all(0 < s.duration_s < 1 for s in measured)
     assert sum(s.output_tokens for s in measured) == 12
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_each_step_is_logged_with_its_requests_when_asked(monkeypatch: pytest.MonkeyPatch, asked: bool) -> None:
+    lines: list[str] = []
+    log = logging.getLogger("tpqwen.engine.core")
+    monkeypatch.setattr(log, "isEnabledFor", lambda level: asked)
+    monkeypatch.setattr(log, "debug", lambda text, *values: lines.append(text % values))
+    core = core_over(FakeExecutor(), depth=1)
+    core.add(request(7, max_tokens=2))
+    drive(core)
+    assert ("submit step=0 prompts=7:0+10" in lines) == asked
+    collected = [line.rpartition(" ")[2] for line in lines if line.startswith("collect")]
+    assert collected == (["outputs=7:0+1", "outputs=7:1+1"] if asked else [])

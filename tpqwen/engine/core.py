@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -19,6 +20,8 @@ STEP_TIMEOUT_S = 10.0
 FIRST_STEP_TIMEOUT_S = 180.0  # lazy compilation, first touch of memory, a rank that still warms up
 SLOW_PREFILL_S_PER_TOKEN = 0.02  # until a rate has been measured: a large model on a few CPU cores
 PREFILL_MARGIN = 8.0  # attention over a long context makes later chunks slower than the measured ones
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +127,9 @@ class EngineCore:
             step = self.scheduler.schedule(self._clock(), self._pace.limit)
         if step is not None:
             self._in_flight.append((step, self._clock()))
+            if _log.isEnabledFor(logging.DEBUG):
+                parts = (f"{self.scheduler.holder(c.slot)}:{c.start}+{c.num_tokens}" for c in step.chunks)
+                _log.debug("submit step=%d prompts=%s", step.step, ",".join(parts))
             self.executor.submit(step)
         stats = None
         if self._in_flight and (step is None or len(self._in_flight) == self._depth or self.executor.ready()):
@@ -159,7 +165,11 @@ class EngineCore:
         duration_s = now - max(submitted, self._last_collect)  # it began when the one before it ended
         self._last_collect = now
         self._deadlines.observe(step, duration_s)
-        self._deltas += self.scheduler.update(output)
+        deltas = self.scheduler.update(output)
+        if _log.isEnabledFor(logging.DEBUG):
+            parts = (f"{d.id}:{d.index}+{len(d.token_ids)}" for d in deltas)
+            _log.debug("collect step=%d ms=%.2f outputs=%s", step.step, duration_s * 1e3, ",".join(parts))
+        self._deltas += deltas
         stats = self.scheduler.step_stats(duration_s, output.busy_s)
         self._pace.observe(step, stats)
         return stats
