@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from rich.progress import Progress
 
 from tpqwen import LLM, SamplingParams
 from tpqwen.errors import ConfigError, RequestError
+from tpqwen.llm import SHOW_PROGRESS_FROM
 from tpqwen.request import FinishReason
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -84,3 +87,19 @@ def test_what_cannot_work_is_refused_in_words(llm: LLM) -> None:
         LLM(modle="x")
     with pytest.raises(ConfigError, match="not a folder"):
         LLM("./no/such/folder")
+
+
+def test_many_prompts_show_a_bar_that_reaches_its_end(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[Progress] = []
+
+    class Recorded(Progress):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            bars.append(self)
+
+    monkeypatch.setattr("tpqwen.llm.Progress", Recorded)
+    params = SamplingParams(temperature=0.0, max_tokens=1)
+    llm.generate(["one"] * SHOW_PROGRESS_FROM, params)
+    llm.generate("one", params)
+    assert [bar.disable for bar in bars] == [False, True]
+    assert bars[0].finished
