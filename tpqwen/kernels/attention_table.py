@@ -30,7 +30,9 @@ class DecodePlan(NamedTuple):
 # (G, D): plans by largest batch of the bucket, ascending.
 PLANS: dict[tuple[int, int], tuple[tuple[int, DecodePlan], ...]] = {
     (2, 128): (
-        (2, DecodePlan(tile=64, warps=2, stages=2, programs=512, min_tiles=1, prefetch=2)),
+        (1, DecodePlan(tile=32, warps=2, stages=4, programs=128, min_tiles=1, prefetch=2)),
+        (2, DecodePlan(tile=32, warps=4, stages=3, programs=256, min_tiles=1, prefetch=4)),
+        (4, DecodePlan(tile=64, warps=2, stages=2, programs=256, min_tiles=1, prefetch=2)),
         (8, DecodePlan(tile=32, warps=4, stages=5, programs=768, min_tiles=1, prefetch=0)),
         (24, DecodePlan(tile=64, warps=4, stages=2, programs=384, min_tiles=1, prefetch=2)),
         (48, DecodePlan(tile=64, warps=4, stages=3, programs=512, min_tiles=4, prefetch=0)),
@@ -39,7 +41,8 @@ PLANS: dict[tuple[int, int], tuple[tuple[int, DecodePlan], ...]] = {
     ),
 }
 DOT_PLANS: tuple[tuple[int, DecodePlan], ...] = (
-    (2, DecodePlan(tile=64, warps=2, stages=2, programs=512, min_tiles=1, prefetch=2)),
+    (2, DecodePlan(tile=64, warps=2, stages=2, programs=128, min_tiles=1, prefetch=2)),
+    (4, DecodePlan(tile=64, warps=2, stages=5, programs=384, min_tiles=1, prefetch=0)),
     (8, DecodePlan(tile=32, warps=2, stages=4, programs=512, min_tiles=1, prefetch=2)),
     (24, DecodePlan(tile=64, warps=4, stages=4, programs=256, min_tiles=2, prefetch=0)),
     (48, DecodePlan(tile=64, warps=4, stages=2, programs=256, min_tiles=4, prefetch=0)),

@@ -11,10 +11,10 @@ from functools import cache
 import torch
 
 from tpqwen.kernels import attention, gemm, norm, prefill, sampling, stepping
-from tpqwen.kernels.context import PrefillRows, StepContext
+from tpqwen.kernels.context import StepContext
 
 MAX_DECODE_ROWS = 1024
-LARGE = 1 << 20  # a chunk's tokens times its context from which cuDNN beats the paged kernel
+LONG = 2048  # tokens of a whole prompt from which cuDNN beats the paged kernel
 
 
 def attend(
@@ -64,41 +64,31 @@ def _attend_chunks(
     ctx: StepContext,
     scale: float,
 ) -> torch.Tensor:
-    """Causal attention of the chunks, [T, N * D]: large ones by cuDNN, the rest in one launch of our own."""
+    """Causal attention of the chunks, [T, N * D]: long whole prompts by cuDNN, the rest in one launch of our own."""
     rows = ctx.prefill
     assert rows is not None
     shape = (len(qkv_TF), k_cache.shape[1], k_cache.shape[3])
-    large = [_is_large(*pair, qkv_TF.dtype) for pair in zip(rows.num_query, rows.num_context, strict=True)]
-    k_TKD = torch.empty(shape, dtype=qkv_TF.dtype, device=qkv_TF.device) if any(large) else None
+    long = [_is_long(*pair, qkv_TF.dtype) for pair in zip(rows.num_query, rows.num_context, strict=True)]
+    k_TKD = torch.empty(shape, dtype=qkv_TF.dtype, device=qkv_TF.device) if any(long) else None
     v_TKD = qkv_TF[:, -shape[1] * shape[2] :].view(shape)
     where = (ctx.positions_T[ctx.num_decode :], k_cache, v_cache, ctx.cache_slots_T[ctx.num_decode :])
     q_TND = prefill.qk_norm_rope_write(qkv_TF, *norms, *where, k_out=k_TKD)
-    if k_TKD is None:
-        return _small_chunks(q_TND, k_cache, v_cache, rows, scale, 0).flatten(1)
     starts = [0, *itertools.accumulate(rows.num_query)]
-    if all(large) and rows.fresh:
+    if k_TKD is not None and all(long):
         return prefill.fresh_prefill(q_TND, k_TKD, v_TKD, starts, scale).flatten(1)
-    out = torch.empty_like(q_TND) if all(large) else _small_chunks(q_TND, k_cache, v_cache, rows, scale, LARGE)
-    for chunk in itertools.compress(range(len(large)), large):
+    tables, skip_from = (rows.tables_CM, rows.query_start, rows.lengths_C), LONG if any(long) else 0
+    out = prefill.paged_prefill(q_TND, k_cache, v_cache, *tables, rows.max_query, scale, skip_from=skip_from)
+    for chunk in itertools.compress(range(len(long)), long):
+        assert k_TKD is not None
         span = slice(starts[chunk], starts[chunk + 1])
-        own, count = (q_TND[span], k_TKD[span], v_TKD[span]), rows.num_query[chunk]
-        if context := rows.num_context[chunk] - count:
-            out[span] = prefill.context_prefill(*own, (k_cache, v_cache), rows.tables_CM[chunk], context, scale)
-        else:
-            out[span] = prefill.fresh_prefill(*own, [0, count], scale)
+        whole = (q_TND[span], k_TKD[span], v_TKD[span], [0, rows.num_query[chunk]])
+        out[span] = prefill.fresh_prefill(*whole, scale)
     return out.flatten(1)
 
 
-def _small_chunks(
-    q_TND: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, rows: PrefillRows, scale: float, skip_from: int
-) -> torch.Tensor:
-    tables = (rows.tables_CM, rows.query_start, rows.lengths_C)
-    return prefill.paged_prefill(q_TND, k_cache, v_cache, *tables, rows.max_query, scale, skip_from=skip_from)
-
-
-def _is_large(count: int, length: int, dtype: torch.dtype) -> bool:
-    """Whether a chunk pays for calls of its own to cuDNN, which takes 16-bit numbers only."""
-    return count * length >= LARGE and dtype.itemsize == 2
+def _is_long(count: int, length: int, dtype: torch.dtype) -> bool:
+    """Whether a chunk is a whole prompt that pays for a call of its own to cuDNN, which takes 16-bit numbers only."""
+    return count == length and count >= LONG and dtype.itemsize == 2
 
 
 def linear_add(x_TI: torch.Tensor, weight_HI: torch.Tensor, residual_TH: torch.Tensor) -> torch.Tensor:

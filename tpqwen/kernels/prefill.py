@@ -1,9 +1,8 @@
 """Prefill attention: QK-norm + RoPE + KV write for many tokens, and causal attention of chunks over the paged cache.
 
 T tokens, C chunks, N query heads, K key/value heads, G = N / K, D head size, P block size, M table width, S context
-tokens. Caches are [blocks, K, P, D]. Large chunks are computed by cuDNN: on the keys and values just made where a chunk
-is its whole context (fresh_prefill), else with the cached ones beside them (context_prefill). The rest reads the cache
-through block tables in one launch of our own (paged_prefill).
+tokens. Caches are [blocks, K, P, D]. Where a chunk is its whole context and long, cuDNN's SDPA on the keys and values
+just made is the fastest (fresh_prefill); all others read the cache through block tables in one launch of our own.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -25,6 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tpqwen.kernels.launch import launch_options, release_next, wait_previous
 
 WRITE_TOKENS = 16  # of one program of the QK-norm kernel
+PLANNED = 512  # tokens: prompts for cuDNN are rounded up to a multiple
 
 
 class PrefillPlan(NamedTuple):
@@ -258,7 +258,7 @@ def _prefill_kernel(
         count = tl.load(query_start + chunk + 1) - begin
         first_row = (tile - (begin // QUERIES + chunk)) * QUERIES
         length = tl.load(lengths + chunk)
-        skipped = (SKIP_FROM > 0) & (count * length >= SKIP_FROM)
+        skipped = (SKIP_FROM > 0) & (count == length) & (count >= SKIP_FROM)
         if (first_row < count) & (skipped == 0):
             position = length - count + row
             table = tables + chunk.to(tl.int64) * table_stride
@@ -312,7 +312,7 @@ def paged_prefill(
     """reference.paged_prefill: causal attention of chunks whose keys are already in the cache, [T, N, D].
 
     The grid follows from T and C alone. max_query only serves to take smaller tiles when every chunk is short. Chunks
-    whose tokens times context are at least skip_from > 0 are left out: their rows are not written.
+    of at least skip_from > 0 tokens that are their whole context are left out: their rows are not written.
     """
     num_tokens, num_heads, head_dim = q_TND.shape
     _, kv_heads, block_size, _ = k_cache.shape
@@ -370,60 +370,21 @@ def fresh_prefill(
 ) -> torch.Tensor:
     """Causal attention of chunks that are their whole context, through SDPA: [T, N, D]. query_start is a host list.
 
-    Equal lengths run as one batch, others one by one. Rows of no chunk give zeros.
+    Equal lengths run as one batch, others one by one. cuDNN plans every new shape anew, which takes longer than many a
+    prompt, so lengths are rounded up to PLANNED tokens: zeros behind the last token, which no real query sees.
     """
-    num_tokens, num_heads, head_dim = q_TND.shape
     spans = [(a, b) for a, b in itertools.pairwise(query_start) if b > a]
-    end = query_start[-1]
-    if len({b - a for a, b in spans}) == 1:
-        q, k, v = (x[:end].view(len(spans), -1, *x.shape[1:]) for x in (q_TND, k_TKD, v_TKD))
-        out = _sdpa(q, k, v, scale).reshape(end, num_heads, head_dim)
-        if end == num_tokens:
-            return out
-        return torch.cat((out, out.new_zeros((num_tokens - end, num_heads, head_dim))))
-    result = torch.empty((num_tokens, num_heads, head_dim), dtype=q_TND.dtype, device=q_TND.device)
-    result[end:] = 0
+    if len({b - a for a, b in spans}) == 1 and query_start[-1] == len(q_TND):
+        q, k, v = (x.view(len(spans), -1, *x.shape[1:]) for x in (q_TND, k_TKD, v_TKD))
+        return _rounded_sdpa(q, k, v, scale).flatten(0, 1)
+    result = torch.zeros_like(q_TND)
     for a, b in spans:
-        result[a:b] = _sdpa(q_TND[None, a:b], k_TKD[None, a:b], v_TKD[None, a:b], scale)[0]
+        result[a:b] = _rounded_sdpa(q_TND[None, a:b], k_TKD[None, a:b], v_TKD[None, a:b], scale)[0]
     return result
 
 
-def context_prefill(
-    q_TND: torch.Tensor,
-    k_TKD: torch.Tensor,
-    v_TKD: torch.Tensor,
-    caches: tuple[torch.Tensor, torch.Tensor],
-    table_M: torch.Tensor,
-    context: int,
-    scale: float,
-) -> torch.Tensor:
-    """Causal attention of one chunk behind `context` cached tokens, [T, N, D]. GPU only: two calls of cuDNN.
-
-    Its own keys are a causal square, the cached ones, copied out of their blocks, a full rectangle; the two results are
-    merged by their sums of exponentials. That is faster than the paged kernel where the context is long.
-    """
-    q = q_TND.transpose(0, 1)[None]
-    own, own_lse = _cudnn(q, k_TKD.transpose(0, 1)[None], v_TKD.transpose(0, 1)[None], scale, causal=True)
-    k_cached, v_cached = (_gathered(cache, table_M, context) for cache in caches)
-    before, before_lse = _cudnn(q, k_cached, v_cached, scale, causal=False)
-    share = torch.sigmoid(own_lse - before_lse)
-    merged = before.float().lerp_(own.float(), share)
-    return merged.to(q_TND.dtype)[0].transpose(0, 1)
-
-
-def _cudnn(
-    q_1NSD: torch.Tensor, k_1KSD: torch.Tensor, v_1KSD: torch.Tensor, scale: float, *, causal: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention [1, N, S, D], and the logarithm of each query's sum of exponentials, fp32 [1, N, S, 1]."""
-    run = torch.ops.aten._scaled_dot_product_cudnn_attention
-    out, lse, *_ = run(q_1NSD, k_1KSD, v_1KSD, None, True, 0.0, causal, False, scale=scale)
-    return out, lse.reshape(*out.shape[:3], 1)
-
-
-def _gathered(cache: torch.Tensor, table_M: torch.Tensor, length: int) -> torch.Tensor:
-    """The first `length` tokens of a block table, [1, K, length, D], in one copy."""
-    _, kv_heads, block_size, head_dim = cache.shape
-    blocks_M = table_M[: -(-length // block_size)].long()
-    rows_KM = blocks_M[None] * kv_heads + torch.arange(kv_heads, device=cache.device)[:, None]
-    tokens = cache.view(-1, block_size * head_dim).index_select(0, rows_KM.flatten())
-    return tokens.view(1, kv_heads, -1, head_dim)[:, :, :length]
+def _rounded_sdpa(q_BSND: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, scale: float) -> torch.Tensor:
+    length = q_BSND.shape[1]
+    if short := -length % PLANNED:
+        q_BSND, k_BSKD, v_BSKD = (F.pad(x, (0, 0, 0, 0, 0, short)) for x in (q_BSND, k_BSKD, v_BSKD))
+    return _sdpa(q_BSND, k_BSKD, v_BSKD, scale)[:, :length]
