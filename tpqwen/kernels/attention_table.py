@@ -30,17 +30,15 @@ class DecodePlan(NamedTuple):
 # (G, D): plans by largest batch of the bucket, ascending.
 PLANS: dict[tuple[int, int], tuple[tuple[int, DecodePlan], ...]] = {
     (2, 128): (
-        (1, DecodePlan(tile=32, warps=2, stages=4, programs=128, min_tiles=1, prefetch=2)),
-        (2, DecodePlan(tile=32, warps=4, stages=3, programs=256, min_tiles=1, prefetch=4)),
-        (4, DecodePlan(tile=64, warps=2, stages=2, programs=256, min_tiles=1, prefetch=2)),
-        (8, DecodePlan(tile=32, warps=4, stages=5, programs=768, min_tiles=1, prefetch=0)),
+        (4, DecodePlan(tile=64, warps=4, stages=2, programs=128, min_tiles=1, prefetch=0, hold=True)),
+        (8, DecodePlan(tile=64, warps=4, stages=2, programs=192, min_tiles=2, prefetch=0, hold=True)),
         (24, DecodePlan(tile=64, warps=4, stages=2, programs=384, min_tiles=1, prefetch=2)),
-        (48, DecodePlan(tile=64, warps=4, stages=3, programs=512, min_tiles=4, prefetch=0)),
+        (48, DecodePlan(tile=64, warps=4, stages=2, programs=256, min_tiles=4, prefetch=0, hold=True)),
         (96, DecodePlan(tile=32, warps=2, stages=2, programs=512, min_tiles=1, prefetch=0)),
         (1 << 30, DecodePlan(tile=64, warps=4, stages=2, programs=2048, min_tiles=8, prefetch=0)),
     ),
 }
-DOT_PLANS: tuple[tuple[int, DecodePlan], ...] = (
+OTHER_PLANS: tuple[tuple[int, DecodePlan], ...] = (
     (2, DecodePlan(tile=64, warps=2, stages=2, programs=128, min_tiles=1, prefetch=2)),
     (4, DecodePlan(tile=64, warps=2, stages=5, programs=384, min_tiles=1, prefetch=0)),
     (8, DecodePlan(tile=32, warps=2, stages=4, programs=512, min_tiles=1, prefetch=2)),
@@ -53,7 +51,7 @@ DOT_PLANS: tuple[tuple[int, DecodePlan], ...] = (
 
 def decode_plan(batch: int, group: int, head_dim: int) -> DecodePlan:
     """The tuned plan of a batch size; other groups and head sizes take the tensor-core plans."""
-    return next(plan for limit, plan in PLANS.get((group, head_dim), DOT_PLANS) if batch <= limit)
+    return next(plan for limit, plan in PLANS.get((group, head_dim), OTHER_PLANS) if batch <= limit)
 
 
 def num_splits(plan: DecodePlan, rows_and_heads: int) -> int:

@@ -39,7 +39,7 @@ class PrefillPlan(NamedTuple):
 
 PLANS: dict[int, PrefillPlan] = {  # by head size
     64: PrefillPlan(queries=128, keys=64, warps=4, stages=3, tma=False),
-    128: PrefillPlan(queries=128, keys=64, warps=8, stages=3, tma=False),
+    128: PrefillPlan(queries=64, keys=64, warps=4, stages=3, tma=True),
 }
 SMALL_PLAN = PrefillPlan(queries=64, keys=64, warps=4, stages=2, tma=False)
 
