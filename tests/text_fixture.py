@@ -33,9 +33,30 @@ GENERATION_PROMPTS = {
     "thinking": "{{- '<think>\\n' }}",
     "non-thinking": "{{- '<think>\\n\\n</think>\\n\\n' }}",
     "instruct": "",
-    "coder": "{#- <function=name> #}",
+    "coder": "",
+}
+CALL_FORMS = {
+    "json": (
+        '{{- \'<tool_call>\\n{"name": "\' + call.function.name + \'", "arguments": \' }}'
+        "{{- call.function.arguments if call.function.arguments is string else call.function.arguments | tojson }}"
+        "{{- '}\\n</tool_call>' }}"
+    ),
+    "xml": (
+        "{{- '<tool_call>\\n<function=' + call.function.name + '>\\n' }}"
+        "{%- for key, value in call.function.arguments | items %}"
+        "{{- '<parameter=' + key + '>\\n' + (value if value is string else value | tojson) + '\\n</parameter>\\n' }}"
+        "{%- endfor %}"
+        "{{- '</function>\\n</tool_call>' }}"
+    ),
 }
 _TEMPLATE = """\
+{%- if tools %}
+    {{- '<|im_start|>system\\n' }}
+    {%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}
+    {{- '# Tools\\n\\n<tools>' }}
+    {%- for tool in tools %}{{- '\\n' + tool | tojson }}{%- endfor %}
+    {{- '\\n</tools><|im_end|>\\n' }}
+{%- endif %}
 {%- set ns = namespace(last=-1) %}
 {%- for message in messages %}
     {%- set wraps = message.content.startswith('<tool_response>') and message.content.endswith('</tool_response>') %}
@@ -44,7 +65,8 @@ _TEMPLATE = """\
     {%- endif %}
 {%- endfor %}
 {%- for message in messages %}
-    {%- if message.role == 'user' or message.role == 'system' %}
+    {%- if message.role == 'system' and loop.first and tools %}
+    {%- elif message.role == 'user' or message.role == 'system' %}
         {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
     {%- elif message.role == 'assistant' %}
         {%- set ns.text = message.content %}
@@ -60,9 +82,7 @@ _TEMPLATE = """\
         {{- ns.text }}
         {%- for call in message.tool_calls or [] %}
             {%- if not loop.first or ns.text %}{{- '\\n' }}{%- endif %}
-            {{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
-            {{- call.function.arguments if call.function.arguments is string else call.function.arguments | tojson }}
-            {{- '}\\n</tool_call>' }}
+            CALL
         {%- endfor %}
         {{- '<|im_end|>\\n' }}
     {%- elif message.role == 'tool' %}
@@ -100,7 +120,8 @@ def write_tokenizer(folder: Path, variant: str = "hybrid") -> Path:
         "clean_up_tokenization_spaces": False,
     }
     if variant != "base":
-        config["chat_template"] = _TEMPLATE.replace("GENERATION", GENERATION_PROMPTS[variant])
+        template = _TEMPLATE.replace("GENERATION", GENERATION_PROMPTS[variant])
+        config["chat_template"] = template.replace("CALL", CALL_FORMS["xml" if variant == "coder" else "json"])
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 

@@ -12,6 +12,7 @@ class FinishReason(StrEnum):
 
     STOP = "stop"  # an end token, a stop token id or a stop string
     LENGTH = "length"  # max_tokens or the context is full
+    TOOL_CALLS = "tool_calls"  # as STOP, in an answer that calls tools; said by the text layer only
     ABORT = "abort"  # the caller left
     ERROR = "error"
 

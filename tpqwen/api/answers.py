@@ -12,6 +12,7 @@ import msgspec
 from tpqwen.api.calls import Call
 from tpqwen.api.info import ModelInfo
 from tpqwen.request import FinishReason
+from tpqwen.text.calls import ToolCallDelta, merged
 from tpqwen.text.pipeline import TextDelta, TokenScore
 from tpqwen.text.vocabulary import Vocabulary
 
@@ -121,7 +122,7 @@ class _Writer:
 
     def needs_more(self, delta: TextDelta, usage: Usage | None) -> bool:
         """Whether an event must carry more than text."""
-        return usage is not None or bool(delta.scores) or self.frame.call.return_token_ids
+        return usage is not None or bool(delta.scores or delta.tool_calls) or self.frame.call.return_token_ids
 
     def ids(self, delta: TextDelta) -> dict[str, Any]:
         return {"token_ids": delta.token_ids} if self.frame.call.return_token_ids else {}
@@ -165,9 +166,10 @@ class ChatAnswer(_Writer):
             reasoning = delta.reasoning or None
             message = {
                 "role": "assistant",
-                "content": delta.content,
+                "content": delta.content or None if delta.tool_calls else delta.content,
                 "refusal": None,
                 **({"reasoning_content": reasoning, "reasoning": reasoning} if reasoning else {}),
+                **({"tool_calls": [_call(c) for c in merged(delta.tool_calls)]} if delta.tool_calls else {}),
             }
             choices.append(
                 {
@@ -184,11 +186,13 @@ class ChatAnswer(_Writer):
         return _json(envelope)
 
     def _full_event(self, index: int, delta: TextDelta, usage: Usage | None) -> bytes:
-        texts: dict[str, str] = {}
+        texts: dict[str, Any] = {}
         if delta.reasoning:
             texts = {"reasoning_content": delta.reasoning, "reasoning": delta.reasoning}
         if delta.content:
             texts["content"] = delta.content
+        if delta.tool_calls:
+            texts["tool_calls"] = [{"index": c.index, **_call(c)} for c in delta.tool_calls]
         if not (texts or delta.scores or self.frame.call.return_token_ids):
             return b""
         choice = {
@@ -290,11 +294,19 @@ def joined(deltas: Sequence[TextDelta]) -> TextDelta:
     return TextDelta(
         content="".join(d.content for d in deltas),
         reasoning="".join(d.reasoning for d in deltas),
+        tool_calls=[c for d in deltas for c in d.tool_calls],
         token_ids=[t for d in deltas for t in d.token_ids],
         scores=[s for d in deltas for s in d.scores],
         finish_reason=last.finish_reason,
         stop=last.stop,
     )
+
+
+def _call(call: ToolCallDelta) -> dict[str, Any]:
+    """OpenAI's tool call, or the part of one that has come."""
+    if call.id is None:
+        return {"function": {"arguments": call.arguments}}
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def finite(logprob: float) -> float:

@@ -159,7 +159,7 @@ class _Api:
         self._check_state()
         prepared = await self._prepared(call)
         vocabulary = self._text.vocabulary
-        texts = [OutputText(vocabulary, prepared.params, prepared.start) for _ in prepared.sequences]
+        texts = [OutputText(vocabulary, prepared.params, prepared.start, prepared.calls) for _ in prepared.sequences]
         run = Running(self._engine, prepared, texts, self._hooks, exchange.arrived)
         running.append(run)
         frame = Frame(

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tpqwen.api.fields import CHAT, COMPLETIONS, sampling_values, validate
 from tpqwen.api.info import ModelInfo
+from tpqwen.api.tool_shapes import tools_of
 from tpqwen.errors import RequestError
 from tpqwen.request import GenerateRequest, SamplingParams
 from tpqwen.text.chat import ChatFormat
 from tpqwen.text.sequences import expand
 from tpqwen.text.thinking import State
+from tpqwen.text.tools import CallSyntax, Tools, call_syntax
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ class Call:
     prompts: list[str | list[int]]
     sampling: dict[str, Any]
     thinking: bool | None = None
+    tools: Tools = field(default_factory=Tools)
     stream: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
@@ -53,6 +56,7 @@ class Prepared:
     prompt_ids: list[list[int]]  # one per prompt; choice i belongs to prompt i // n
     params: SamplingParams
     start: State | None  # of the output parser; None: plain text
+    calls: CallSyntax | None = None  # how tool calls are found; None: they are not looked for
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -72,7 +76,14 @@ def read_chat(body: dict[str, Any], info: ModelInfo) -> Call:
     if values.get("logprobs"):
         sampling["logprobs"] = values.get("top_logprobs", 0)
     thinking = values.get("chat_template_kwargs", {}).get("enable_thinking")
-    return Call(messages=values["messages"], prompts=[], sampling=sampling, thinking=thinking, **_common(values, info))
+    return Call(
+        messages=values["messages"],
+        prompts=[],
+        sampling=sampling,
+        thinking=thinking,
+        tools=tools_of(values),
+        **_common(values, info),
+    )
 
 
 def read_completion(body: dict[str, Any], info: ModelInfo) -> Call:
@@ -88,8 +99,10 @@ def prepare(call: Call, chat: ChatFormat, info: ModelInfo) -> Prepared:
     """Render, tokenize, resolve defaults and check against the context. Blocks: run it in a thread if long."""
     start: State | None = None
     thinking: bool | None = None
+    calls: CallSyntax | None = None
     if call.messages is not None:
-        prompt = chat.prompt(call.messages, call.thinking)
+        calls = call_syntax(chat.vocabulary, chat.call_format, call.tools)
+        prompt = chat.prompt(call.messages, call.thinking, call.tools.shown)
         all_ids, start, thinking = [prompt.ids], prompt.start, prompt.thinking
     else:
         all_ids = [chat.model.encode(p) if isinstance(p, str) else p for p in call.prompts]
@@ -107,7 +120,7 @@ def prepare(call: Call, chat: ChatFormat, info: ModelInfo) -> Prepared:
         "field": "prompt" if call.messages is None else "messages",
     }
     sequences = [s for i, ids in enumerate(all_ids) for s in expand(f"{key}-{i}", ids, params, info.limits, **common)]
-    return Prepared(sequences, all_ids, params, start)
+    return Prepared(sequences, all_ids, params, start, calls)
 
 
 def _sampling(values: dict[str, Any], sampling: dict[str, Any]) -> dict[str, Any]:

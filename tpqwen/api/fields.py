@@ -25,6 +25,7 @@ from tpqwen.api.shapes import (
     Text,
     TokenBias,
 )
+from tpqwen.api.tool_shapes import ToolChoice, ToolList
 from tpqwen.errors import RequestError
 from tpqwen.text.messages import MAX_MESSAGES
 
@@ -121,6 +122,9 @@ CHAT = (
         "enable_thinking: switches a hybrid model's thinking; 400 where the model can't do what is asked",
     ),
     Field("response_format", ResponseFormat(), "text", "type text only"),
+    Field("tools", ToolList(), "none", "functions that the model may call, at most 128; shown by its own template"),
+    Field("tool_choice", ToolChoice(), "auto", "none: the tools are not shown and no call is looked for"),
+    Field("parallel_tool_calls", Boolean(), "true", "false: the answer ends after its first call; needs tools"),
 )
 
 COMPLETIONS = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from tpqwen.errors import RequestError
 from tpqwen.text.messages import normalise
 from tpqwen.text.thinking import State, start_state
+from tpqwen.text.tools import detect_format
 from tpqwen.text.vocabulary import TURN_START, TextModel
 
 _log = logging.getLogger(__name__)
@@ -89,17 +91,20 @@ class ChatFormat:
         self.variant = variant or detect_variant(model)
         self.vocabulary = model.vocabulary
         self.model = model
+        self.call_format = detect_format(model)
         self._generation = generation or GenerationDefaults()
         controls = sorted(self.vocabulary.control, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, controls))) if controls else None
         special = {t for t, i in self.vocabulary.control.items() if i in self.vocabulary.special_ids}
         self._special = re.compile("|".join(map(re.escape, sorted(special)))) if special else None
 
-    def prompt(self, messages: object, thinking: bool | None = None) -> ChatPrompt:
+    def prompt(
+        self, messages: object, thinking: bool | None = None, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> ChatPrompt:
         """Ids of the conversation with the generation prompt at its end.
 
-        messages as an OpenAI client sends them. thinking None: the model's own way. Costs about as long as tokenizing:
-        run it off the event loop. Raises RequestError naming the field.
+        messages and tools as an OpenAI client sends them, the tools checked already. thinking None: the model's own
+        way. Costs about as long as tokenizing: run it off the event loop. Raises RequestError naming the field.
         """
         if self.variant is Variant.BASE:
             raise RequestError(
@@ -112,7 +117,7 @@ class ChatFormat:
                 param="chat_template_kwargs.enable_thinking",
                 code="unsupported_value",
             )
-        ids = self._render(normalise(messages), True if thinking is None else thinking)
+        ids = self._render(normalise(messages), True if thinking is None else thinking, list(tools))
         start = start_state(self.vocabulary, ids)
         thinks = start is not State.CONTENT if fixed is None else fixed
         return ChatPrompt(ids, start, thinks)
@@ -128,14 +133,15 @@ class ChatFormat:
             return self._generation.over(_WHEN_THINKING)
         return _WHEN_ANSWERING if self.variant is Variant.HYBRID else self._generation.over(_WHEN_ANSWERING)
 
-    def _render(self, messages: list[dict[str, Any]], thinking: bool) -> list[int]:
-        fence = self._fence_for(messages)
+    def _render(self, messages: list[dict[str, Any]], thinking: bool, tools: list[Mapping[str, Any]]) -> list[int]:
+        fence = self._fence_for([messages, tools])
+        options: dict[str, Any] = {"enable_thinking": thinking, **({"tools": tools} if tools else {})}
         if fence is None:
-            return self.model.encode(self.model.render(messages, enable_thinking=thinking))
-        fenced = [
-            {k: _fenced(v, self._typed(m, k), fence) for k, v in m.items()} if self._control else m for m in messages
-        ]
-        return self._encode_fenced(self.model.render(fenced, enable_thinking=thinking), fence)
+            return self.model.encode(self.model.render(messages, **options))
+        fenced = [{k: _fenced(v, self._typed(m, k), fence) for k, v in m.items()} for m in messages]
+        if tools:
+            options["tools"] = _fenced(tools, self._control, fence)
+        return self._encode_fenced(self.model.render(fenced, **options), fence)
 
     def _typed(self, message: dict[str, Any], key: str) -> re.Pattern[str] | None:
         """Control tokens that must stay text in this field. In an assistant's content the marks that are not special
@@ -144,12 +150,12 @@ class ChatFormat:
             return self._special
         return self._control
 
-    def _fence_for(self, messages: list[dict[str, Any]]) -> tuple[str, str] | None:
-        """Two characters that occur nowhere in the messages, or None when no message holds a control token.
+    def _fence_for(self, shown: list[Any]) -> tuple[str, str] | None:
+        """Two characters that occur nowhere in messages and tools, or None when these hold no control token.
 
         They are noncharacters of Unicode. A text that uses all sixteen pairs is refused.
         """
-        text = json.dumps(messages, ensure_ascii=False)
+        text = json.dumps(shown, ensure_ascii=False)
         if self._control is None or not self._control.search(text):
             return None
         for code in range(0xFDD0, 0xFDF0, 2):

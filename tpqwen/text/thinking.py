@@ -68,7 +68,7 @@ class ThinkingSplitter:
 
 
 class NewlineTrimmer:
-    """Streaming strip of newlines: leading ones if asked, trailing ones always held and dropped by never flushing."""
+    """Streaming strip of newlines: leading ones if asked, trailing ones held, to be dropped or fetched at the end."""
 
     def __init__(self, leading: bool, trailing: bool) -> None:
         self._leading = leading
@@ -88,6 +88,11 @@ class NewlineTrimmer:
         kept = text.rstrip("\n")
         self._held = text[len(kept) :]
         return kept
+
+    def drop(self) -> str:
+        """The trailing newlines that are held; they are held no longer."""
+        held, self._held = self._held, ""
+        return held
 
 
 def start_state(vocabulary: Vocabulary, prompt_ids: list[int]) -> State:

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 THINK_OPEN = "<think>"
 THINK_CLOSE = "</think>"
 TURN_START = "<|im_start|>"
+CALL_OPEN = "<tool_call>"
+CALL_CLOSE = "</tool_call>"
 
 
 def _byte_alphabet() -> dict[str, int]:
