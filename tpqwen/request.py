@@ -52,12 +52,26 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         return self.temperature < 1e-5
 
 
+class ThinkingBudget(msgspec.Struct, frozen=True, array_like=True):
+    """After so many tokens of reasoning the closing tokens (a sentence, the mark, an empty line) take its place.
+
+    inside: the prompt ends in an open thinking block; otherwise the first output token may open one.
+    """
+
+    tokens: int
+    inside: bool
+    open_id: int
+    close_id: int
+    closing: tuple[int, ...]
+
+
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to generate: token ids only, defaults resolved, one choice (n is expanded above).
 
     max_tokens and seed are always set here. end_ids are the model's end tokens (empty with ignore_eos) joined with
     stop_token_ids. priority: lower runs first. cache_salt separates prefix caches. output_ids: tokens already
     produced, when a request is resubmitted to a new engine; they count against max_tokens and are not sent again.
+    thinking: a limit of its reasoning, if there is one.
     """
 
     id: str
@@ -70,6 +84,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     cache_salt: str = ""
     output_ids: list[int] = []
+    thinking: ThinkingBudget | None = None
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -7,12 +7,12 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
-from tpqwen.api.fields import CHAT, COMPLETIONS, sampling_values, validate
+from tpqwen.api.fields import CHAT, COMPLETIONS, EFFORTS, sampling_values, validate
 from tpqwen.api.info import ModelInfo
 from tpqwen.api.tool_shapes import tools_of
 from tpqwen.errors import RequestError
-from tpqwen.request import GenerateRequest, SamplingParams
-from tpqwen.text.chat import ChatFormat
+from tpqwen.request import GenerateRequest, SamplingParams, ThinkingBudget
+from tpqwen.text.chat import ChatFormat, Thinking
 from tpqwen.text.sequences import expand
 from tpqwen.text.thinking import State
 from tpqwen.text.tools import CallSyntax, Tools, call_syntax
@@ -31,7 +31,7 @@ class Call:
     messages: list[Any] | None
     prompts: list[str | list[int]]
     sampling: dict[str, Any]
-    thinking: bool | None = None
+    thinking: Thinking = field(default_factory=Thinking)
     tools: Tools = field(default_factory=Tools)
     stream: bool = False
     include_usage: bool = False
@@ -75,15 +75,30 @@ def read_chat(body: dict[str, Any], info: ModelInfo) -> Call:
     sampling["max_tokens"] = other if limit is None else limit
     if values.get("logprobs"):
         sampling["logprobs"] = values.get("top_logprobs", 0)
-    thinking = values.get("chat_template_kwargs", {}).get("enable_thinking")
     return Call(
         messages=values["messages"],
         prompts=[],
         sampling=sampling,
-        thinking=thinking,
+        thinking=_thinking(values),
         tools=tools_of(values),
         **_common(values, info),
     )
+
+
+def _thinking(values: dict[str, Any]) -> Thinking:
+    """The switch and the budget. Raises RequestError when the fields contradict each other."""
+    switch = values.get("chat_template_kwargs", {}).get("enable_thinking")
+    effort = values.get("reasoning_effort")
+    budget = values.get("thinking_token_budget")
+    if effort is None:
+        asked = Thinking(switch, budget)
+    else:
+        if switch is not None and switch != (effort != "none"):
+            raise _clash("reasoning_effort", f"reasoning_effort {effort} and enable_thinking contradict each other")
+        asked = Thinking(effort != "none", EFFORTS[effort] or None if budget is None else budget, "reasoning_effort")
+    if asked.on is False and budget is not None:
+        raise _clash("thinking_token_budget", "thinking_token_budget needs thinking, which is switched off")
+    return asked
 
 
 def read_completion(body: dict[str, Any], info: ModelInfo) -> Call:
@@ -100,10 +115,11 @@ def prepare(call: Call, chat: ChatFormat, info: ModelInfo) -> Prepared:
     start: State | None = None
     thinking: bool | None = None
     calls: CallSyntax | None = None
+    budget: ThinkingBudget | None = None
     if call.messages is not None:
         calls = call_syntax(chat.vocabulary, chat.call_format, call.tools)
         prompt = chat.prompt(call.messages, call.thinking, call.tools.shown)
-        all_ids, start, thinking = [prompt.ids], prompt.start, prompt.thinking
+        all_ids, start, thinking, budget = [prompt.ids], prompt.start, prompt.thinking, prompt.budget
     else:
         all_ids = [chat.model.encode(p) if isinstance(p, str) else p for p in call.prompts]
     params = SamplingParams(**{**vars(chat.defaults(thinking)), **call.sampling})
@@ -117,6 +133,7 @@ def prepare(call: Call, chat: ChatFormat, info: ModelInfo) -> Prepared:
     common: dict[str, Any] = {
         "priority": call.priority,
         "cache_salt": call.cache_salt,
+        "thinking": budget,
         "field": "prompt" if call.messages is None else "messages",
     }
     sequences = [s for i, ids in enumerate(all_ids) for s in expand(f"{key}-{i}", ids, params, info.limits, **common)]

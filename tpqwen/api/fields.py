@@ -16,6 +16,7 @@ from tpqwen.api.shapes import (
     Mapping,
     Messages,
     Number,
+    OneOf,
     OneOrMany,
     Only,
     Prompts,
@@ -30,6 +31,14 @@ from tpqwen.errors import RequestError
 from tpqwen.text.messages import MAX_MESSAGES
 
 MAX_PROMPTS = 64
+EFFORTS = {
+    "none": 0,
+    "minimal": 1024,
+    "low": 2048,
+    "medium": 8192,
+    "high": None,
+    "xhigh": None,
+}  # tokens; 0: no thinking
 INT64 = 1 << 63
 
 
@@ -120,6 +129,18 @@ CHAT = (
         Record((("enable_thinking", Boolean()),), code="unsupported_parameter"),
         "none",
         "enable_thinking: switches a hybrid model's thinking; 400 where the model can't do what is asked",
+    ),
+    Field(
+        "reasoning_effort",
+        OneOf(tuple(EFFORTS)),
+        "the model's way",
+        "none switches thinking off; minimal, low and medium are thinking budgets of 1024, 2048 and 8192 tokens",
+    ),
+    Field(
+        "thinking_token_budget",
+        Integer(1),
+        "none",
+        "reasoning that reaches so many tokens is closed with Qwen's own sentence, which counts as output",
     ),
     Field("response_format", ResponseFormat(), "text", "type text only"),
     Field("tools", ToolList(), "none", "functions that the model may call, at most 128; shown by its own template"),

@@ -129,6 +129,21 @@ class Only:
 
 
 @dataclass(frozen=True)
+class OneOf:
+    """One of a few words."""
+
+    words: tuple[str, ...]
+
+    def check(self, value: Any, where: str) -> str:
+        if Text().check(value, where) not in self.words:
+            refuse(where, f"must be one of {', '.join(self.words)}, not {clipped(value)}", "invalid_value")
+        return str(value)
+
+    def schema(self) -> Schema:
+        return {"enum": list(self.words)}
+
+
+@dataclass(frozen=True)
 class Items:
     """A list of one shape."""
 

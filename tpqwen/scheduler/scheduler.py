@@ -78,6 +78,7 @@ class Scheduler:
     def __init__(self, capacity: Capacity, *, prefix_cache: bool = True, epoch: int = 0) -> None:
         self._prefix_cache = prefix_cache
         self._sequences: dict[str, Sequence] = {}
+        self._watched: set[str] = set()  # ids of those with a thinking budget
         self._arrivals = 0
         self._tally = Tally()
         self._collected = Flight(-1, _NO_ROWS, _NO_ROWS.slots, 0, [], 0)
@@ -133,7 +134,8 @@ class Scheduler:
         return sequence.request.id
 
     def add(self, request: GenerateRequest, now: float) -> Delta | None:
-        """Queue a request; output_ids it brings along count as produced. Returns a delta if it has ended already.
+        """Queue a request; output_ids it brings along count as produced. Returns a delta if it has ended already, or
+        if its reasoning has to be closed before it goes on.
 
         Raises RequestError when it can never run: context_length_exceeded, or an id that is in use.
         """
@@ -153,11 +155,16 @@ class Scheduler:
             max_output=min(request.max_tokens, limit - length),
             row_params=row_params(request),
         )
-        if delta := _ended_before(sequence):
+        if delta := sequence.ended_before():
             return delta
         self._sequences[request.id] = sequence
-        self._admission.push(sequence)
-        return None
+        closing = None
+        if sequence.watch is not None:
+            self._watched.add(request.id)
+            closing = self._closed(sequence) if sequence.watch.due else None
+        if closing is None or closing.finish_reason is None:
+            self._admission.push(sequence)
+        return closing
 
     def abort(self, request_id: str) -> Delta | None:
         """End a request in whatever state it is; its terminal delta, or None if there is no such request (any more)."""
@@ -416,9 +423,9 @@ class Scheduler:
                 if live[row]:
                     deltas[place[row]].logprobs = [logprob]
         for sequence, delta in zip(rows.sequences[num_decode:], deltas[num_decode:], strict=True):
-            _describe(sequence, delta)
+            sequence.describe(delta)
         self._end_rows(rows, tokens, index, deltas)
-        return deltas
+        return deltas + self._close_thinking(rows, values) if self._watched else deltas
 
     def _end_rows(self, rows: RowSet, tokens: Ints, index: Longs, deltas: list[Delta]) -> None:
         """End the sequences whose new token ends them. An end token stays in token_ids: the text layer hides it."""
@@ -429,8 +436,37 @@ class Scheduler:
             delta.stop_id = int(tokens[i]) if stop[i] else None
             delta.resumed = sequence.resumed
             sequence.state = State.FINISHED
-            del self._sequences[sequence.request.id]
+            self._forget(sequence)
             self._leave(sequence)
+
+    def _close_thinking(self, rows: RowSet, tokens: list[int]) -> list[Delta]:
+        """Reasoning that has reached its budget is closed by appending the closing tokens as if they had been sampled.
+
+        They are computed like a preempted sequence's: it goes back to its place in the queue, and the prefix cache has
+        nearly all of it. What is in flight for it is dropped with its slot.
+        """
+        deltas = []
+        for s, token in zip(rows.sequences, tokens, strict=True):
+            if s.watch is None:
+                continue
+            s.watch.take(token)
+            if s.state is not State.RUNNING or not s.watch.due:
+                continue
+            self._leave(s)  # before its tokens change: what is settled is counted by them
+            deltas.append(self._closed(s))
+            if deltas[-1].finish_reason is None:
+                self._admission.push(s)
+        return deltas
+
+    def _closed(self, sequence: Sequence) -> Delta:
+        """Append the closing tokens; the delta that says so ends the sequence when there is no room for more."""
+        index = sequence.num_output
+        delta = Delta(id=sequence.request.id, index=index, token_ids=list(sequence.close_thinking()))
+        self._tally.output_tokens += len(delta.token_ids)
+        if sequence.num_output == sequence.max_output:
+            sequence.state, delta.finish_reason = State.FINISHED, FinishReason.LENGTH
+            self._forget(sequence)
+        return delta
 
     def _end_bad(self, sequence: Sequence) -> Delta:
         """NaN or Inf in this row's logits: nothing that it computed may be found by others."""
@@ -446,34 +482,19 @@ class Scheduler:
         *,
         trusted: bool = True,
     ) -> Delta:
-        del self._sequences[sequence.request.id]
+        self._forget(sequence)
         if sequence.state is State.RUNNING:
             self._leave(sequence, trusted=trusted)
         else:
             self._admission.remove(sequence)
         return sequence.finish(reason, error=error, code=code)
 
+    def _forget(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.request.id]
+        self._watched.discard(sequence.request.id)
+
     def _leave(self, sequence: Sequence, *, trusted: bool = True) -> None:
         if sequence in self._prefilling:
             self._prefilling.remove(sequence)
         self._admission.leave(sequence, trusted=trusted)
         self._decode_rows = None
-
-
-def _describe(sequence: Sequence, delta: Delta) -> None:
-    """What only the first delta after an admission carries."""
-    delta.resumed = sequence.resumed
-    if not sequence.announced:
-        sequence.announced = True
-        delta.cached_tokens = sequence.cached_tokens
-        delta.queue_s = sequence.queue_s
-
-
-def _ended_before(sequence: Sequence) -> Delta | None:
-    """The terminal delta of a resubmitted request whose output was already complete."""
-    request, index = sequence.request, sequence.num_output - 1
-    if index >= request.params.min_tokens and index >= 0 and sequence.tokens[-1] in request.end_ids:
-        delta = sequence.finish(FinishReason.STOP)
-        delta.stop_id = sequence.tokens[-1]
-        return delta
-    return sequence.finish(FinishReason.LENGTH) if sequence.num_output >= sequence.max_output else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from tpqwen.request import Delta, FinishReason, GenerateRequest
+from tpqwen.scheduler.thinking import ThinkingWatch
 from tpqwen.step import RowParams
 
 
@@ -46,10 +47,13 @@ class Sequence:
     queue_s: float | None = None  # None until first scheduled
     announced: bool = False  # the first delta has gone out
     waits_for: bytes | None = None  # digest of a block that an older sequence is computing
+    watch: ThinkingWatch | None = None  # of its reasoning, where there is a budget
 
     def __post_init__(self) -> None:
         self.tokens = array("i", self.request.prompt_ids)
         self.tokens.extend(self.request.output_ids)
+        if self.request.thinking is not None:
+            self.watch = ThinkingWatch(self.request.thinking, self.request.output_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -67,6 +71,32 @@ class Sequence:
     def settled(self) -> int:
         """Positions whose KV was written by collected steps. A sampled token proves all before it computed."""
         return self.num_chunked if self.num_chunked < self.num_prefill else len(self.tokens) - 1
+
+    def describe(self, delta: Delta) -> None:
+        """Add what only the first delta after an admission carries."""
+        delta.resumed = self.resumed
+        if not self.announced:
+            self.announced = True
+            delta.cached_tokens = self.cached_tokens
+            delta.queue_s = self.queue_s
+
+    def ended_before(self) -> Delta | None:
+        """The terminal delta of a resubmitted request whose output was already complete."""
+        request, index = self.request, self.num_output - 1
+        if index >= request.params.min_tokens and index >= 0 and self.tokens[-1] in request.end_ids:
+            delta = self.finish(FinishReason.STOP)
+            delta.stop_id = self.tokens[-1]
+            return delta
+        return self.finish(FinishReason.LENGTH) if self.num_output >= self.max_output else None
+
+    def close_thinking(self) -> tuple[int, ...]:
+        """Append the closing tokens, as many as there is room for; returns them."""
+        assert self.watch is not None
+        closing = self.watch.closing[: self.max_output - self.num_output]
+        self.tokens.extend(closing)
+        for token in closing:
+            self.watch.take(token)
+        return closing
 
     def finish(self, reason: FinishReason, *, error: str | None = None, code: str | None = None) -> Delta:
         """The terminal delta of a sequence that ends without a token."""

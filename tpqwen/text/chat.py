@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import Any
 
 from tpqwen.errors import RequestError
+from tpqwen.request import ThinkingBudget
 from tpqwen.text.messages import normalise
 from tpqwen.text.thinking import State, start_state
 from tpqwen.text.tools import detect_format
@@ -67,6 +68,21 @@ class GenerationDefaults:
         return SamplingDefaults(**{**vars(other), **given})
 
 
+CLOSING = (
+    "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now.\n"
+    "</think>\n\n"
+)  # Qwen's own words for a thinking budget that is used up
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """What a request asks of the thinking. on None: the model's own way. field: the name for errors about `on`."""
+
+    on: bool | None = None
+    budget: int | None = None  # tokens
+    field: str = "chat_template_kwargs.enable_thinking"
+
+
 @dataclass(frozen=True)
 class ChatPrompt:
     """A rendered conversation. start: where the output parser begins. thinking: the mode that the prompt asks for."""
@@ -74,6 +90,7 @@ class ChatPrompt:
     ids: list[int]
     start: State
     thinking: bool
+    budget: ThinkingBudget | None = None
 
 
 class ChatFormat:
@@ -99,7 +116,7 @@ class ChatFormat:
         self._special = re.compile("|".join(map(re.escape, sorted(special)))) if special else None
 
     def prompt(
-        self, messages: object, thinking: bool | None = None, tools: Sequence[Mapping[str, Any]] = ()
+        self, messages: object, thinking: Thinking | bool | None = None, tools: Sequence[Mapping[str, Any]] = ()
     ) -> ChatPrompt:
         """Ids of the conversation with the generation prompt at its end.
 
@@ -110,17 +127,28 @@ class ChatFormat:
             raise RequestError(
                 "this model has no chat template; use /v1/completions", param="messages", code="unsupported_parameter"
             )
+        asked = thinking if isinstance(thinking, Thinking) else Thinking(thinking)
         fixed = _THINKS.get(self.variant)
-        if fixed is not None and thinking is not None and thinking != fixed:
+        if fixed is not None and asked.on is not None and asked.on != fixed:
             raise RequestError(
-                f"enable_thinking: this {self.variant} model {'always' if fixed else 'never'} thinks",
-                param="chat_template_kwargs.enable_thinking",
+                f"{asked.field}: this {self.variant} model {'always' if fixed else 'never'} thinks",
+                param=asked.field,
                 code="unsupported_value",
             )
-        ids = self._render(normalise(messages), True if thinking is None else thinking, list(tools))
+        ids = self._render(normalise(messages), True if asked.on is None else asked.on, list(tools))
         start = start_state(self.vocabulary, ids)
         thinks = start is not State.CONTENT if fixed is None else fixed
-        return ChatPrompt(ids, start, thinks)
+        return ChatPrompt(ids, start, thinks, self._budget(asked.budget, start, thinks))
+
+    def _budget(self, tokens: int | None, start: State, thinks: bool) -> ThinkingBudget | None:
+        opening, closing = self.vocabulary.think_open, self.vocabulary.think_close
+        if tokens is None:
+            return None
+        if not thinks or opening is None or closing is None:
+            message = "thinking_token_budget: there is no thinking in this answer"
+            raise RequestError(message, param="thinking_token_budget", code="unsupported_value")
+        inside = start is State.REASONING
+        return ThinkingBudget(tokens, inside, opening, closing, tuple(self.model.encode(CLOSING)))
 
     def defaults(self, thinking: bool | None = None) -> SamplingDefaults:
         """Sampling defaults by mode; thinking None is plain completion.

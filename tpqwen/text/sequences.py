@@ -6,7 +6,7 @@ import secrets
 from dataclasses import dataclass
 
 from tpqwen.errors import RequestError
-from tpqwen.request import GenerateRequest, SamplingParams
+from tpqwen.request import GenerateRequest, SamplingParams, ThinkingBudget
 
 _MASK64 = (1 << 64) - 1
 
@@ -28,6 +28,7 @@ def expand(
     *,
     priority: int = 0,
     cache_salt: str = "",
+    thinking: ThinkingBudget | None = None,
     field: str = "prompt",
 ) -> list[GenerateRequest]:
     """One GenerateRequest for each of params.n choices; ids are request_id-0, request_id-1, ...
@@ -50,6 +51,7 @@ def expand(
             end_ids=tuple(dict.fromkeys(end_ids)),
             priority=priority,
             cache_salt=cache_salt,
+            thinking=thinking,
         )
         for choice in range(params.n)
     ]
