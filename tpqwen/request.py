@@ -65,13 +65,40 @@ class ThinkingBudget(msgspec.Struct, frozen=True, array_like=True):
     closing: tuple[int, ...]
 
 
+class Guide(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """What the output must look like, by grammars that are compiled already; b"" binds nothing.
+
+    answer: the content. call: the text between the call marks. calls: -1 none are looked for, 0 they may come, 1 the
+    output must consist of calls (after the reasoning). inside: the prompt ends in an open thinking block; may_think:
+    the output may open one. end_ids end the output once it is complete. forbidden_ids (end_ids among them) may not come
+    below min_tokens as long as anything else may. blank_ids are an empty line: one may stand after the reasoning.
+    newline_id may stand between two calls; parallel: whether there may be two. -1 is an id that the model lacks.
+    """
+
+    answer: bytes = b""
+    call: bytes = b""
+    calls: int = -1
+    parallel: bool = True
+    inside: bool = False
+    may_think: bool = False
+    end_ids: tuple[int, ...] = ()
+    forbidden_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    think_open: int = -1
+    think_close: int = -1
+    call_open: int = -1
+    call_close: int = -1
+    blank_ids: tuple[int, ...] = ()
+    newline_id: int = -1
+
+
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to generate: token ids only, defaults resolved, one choice (n is expanded above).
 
     max_tokens and seed are always set here. end_ids are the model's end tokens (empty with ignore_eos) joined with
     stop_token_ids. priority: lower runs first. cache_salt separates prefix caches. output_ids: tokens already
     produced, when a request is resubmitted to a new engine; they count against max_tokens and are not sent again.
-    thinking: a limit of its reasoning, if there is one.
+    thinking: a limit of its reasoning, guide: the form of its output, where there is one.
     """
 
     id: str
@@ -85,6 +112,12 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str = ""
     output_ids: list[int] = []
     thinking: ThinkingBudget | None = None
+    guide: Guide | None = None
+
+    @property
+    def min_tokens(self) -> int:
+        """Before so many tokens no end token counts. A guide sees to it itself: it knows when nothing else may come."""
+        return 0 if self.guide is not None else self.params.min_tokens
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

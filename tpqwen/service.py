@@ -25,6 +25,7 @@ from starlette.types import ASGIApp
 from tpqwen import __version__, logs
 from tpqwen.api.app import build_app as build_api
 from tpqwen.api.info import ApiSettings, ModelInfo
+from tpqwen.compiler import GrammarService
 from tpqwen.config import Config, resolve_device
 from tpqwen.engine.client import EngineClient
 from tpqwen.engine.messages import RanksLost
@@ -97,6 +98,7 @@ class Qwen3Server:
         self._engine_actor: Any = None
         self._client: EngineClient | None = None
         self._exporter: Exporter | None = None
+        self._grammars = GrammarService(self._folder, self._model.vocab_size)
         self._tasks: list[asyncio.Task[None]] = []
         logs.configure(self._config.server.log, "replica")
         keep_title("tpqwen replica")
@@ -111,6 +113,7 @@ class Qwen3Server:
         """Called by Serve after the constructor: load everything, then say that this replica is there."""
         self._metrics.engine_state("loading")
         text = asyncio.create_task(asyncio.to_thread(self._load_text))
+        self._tasks.append(asyncio.create_task(self._grammars.start()))
         capacity = await asyncio.to_thread(self._start_ranks)
         address, commands = await asyncio.to_thread(self._start_engine, capacity)
         found = from_plain(address)
@@ -133,6 +136,7 @@ class Qwen3Server:
             self._info(capacity, chat.vocabulary.size),
             self._metrics,
             ApiSettings(max_body_bytes=self._config.server.max_body_bytes, send_request_id=False),
+            compiler=self._grammars,
         )
 
     def check_health(self) -> None:
@@ -171,6 +175,7 @@ class Qwen3Server:
             task.cancel()
         if self._exporter is not None:
             self._exporter.close()
+        await self._grammars.close()
         if self._client is not None:
             await self._client.close()
         if self._engine_actor is not None:

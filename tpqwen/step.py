@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from tpqwen.request import TokenLogprob
+from tpqwen.request import Guide, TokenLogprob
 
 Ints = NDArray[np.int32]
 
@@ -47,6 +47,7 @@ class RowParams(msgspec.Struct, frozen=True, array_like=True):
     min_tokens: int = 0
     end_ids: tuple[int, ...] = ()  # forbidden while the output index is below min_tokens
     logprobs: int = -1  # -1 off, else how many of the likeliest
+    guided: bool = False  # a guide says which tokens are allowed
 
     @property
     def needs_history(self) -> bool:
@@ -60,6 +61,7 @@ class Admit(msgspec.Struct, frozen=True, array_like=True):
     out_index: index of the next output token (above 0 when the sequence was preempted or replayed).
     history: int32 bytes of all its tokens so far and num_prompt of them are prompt; only sent when
     params.needs_history, empty otherwise.
+    guide: the form of its output, if it has one; output: int32 bytes of the output so far, for the guide only.
     """
 
     slot: int
@@ -67,6 +69,8 @@ class Admit(msgspec.Struct, frozen=True, array_like=True):
     out_index: int
     num_prompt: int
     history: bytes = b""
+    guide: Guide | None = None
+    output: bytes = b""
 
 
 class Chunk(msgspec.Struct, frozen=True, array_like=True):

@@ -107,6 +107,53 @@ def test_every_process_shows_what_it_is_all_the_time(server):
         assert sorted(ours().values()) == TITLES
 
 
+def ask(server: str, **changes: Any) -> dict[str, Any]:
+    """A chat's first choice."""
+    question = {
+        "messages": [{"role": "user", "content": "Hello"}],
+        "max_tokens": 200,
+        "seed": 5,
+        "model": "tpqwen-demo",
+    }
+    answer = httpx.post(f"{server}/v1/chat/completions", json=question | changes, timeout=120)
+    assert answer.status_code == 200, answer.text
+    choice: dict[str, Any] = answer.json()["choices"][0]
+    return choice
+
+
+def test_outputs_keep_to_their_form_through_the_whole_server(server):
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "maximum": 99, "minimum": 0}},
+        "required": ["n"],
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    off = {"chat_template_kwargs": {"enable_thinking": False}, "temperature": 1.5}
+    for seed in range(3):
+        choice = ask(server, response_format=form, seed=seed, **off)
+        assert choice["finish_reason"] == "stop"
+        assert 0 <= json.loads(choice["message"]["content"])["n"] <= 99
+    assert ask(server, structured_outputs={"choice": ["red", "green"]}, **off)["message"]["content"] in ("red", "green")
+    tool = {"type": "function", "function": {"name": "pick", "parameters": schema}}
+    choice = ask(server, tools=[tool], tool_choice={"type": "function", "function": {"name": "pick"}}, **off)
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("tool_calls", None)
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"]["name"] == "pick"
+    assert 0 <= json.loads(call["function"]["arguments"])["n"] <= 99
+    bad = {"messages": [{"role": "user", "content": "x"}], "structured_outputs": {"regex": "("}}
+    assert httpx.post(f"{server}/v1/chat/completions", json=bad, timeout=60).status_code == 400
+
+
+def test_thinking_budgets_hold_through_the_whole_server(server):
+    """A model that is made to write nothing but `<think>` is closed at its third token of reasoning."""
+    message = ask(server, thinking_token_budget=3, logit_bias={"4094": 100}, max_tokens=100)["message"]
+    thought, _, closing = message["reasoning_content"].partition("\n")
+    assert thought == "<think>" * 3
+    assert closing.strip().startswith("Considering the limited time")
+    assert closing.endswith("directly now.")
+    assert message["content"] == ""
+
+
 def test_two_hundred_streams_with_twenty_closed_early_equal_their_solo_runs(server):
     before: dict[str, int] = {}
 

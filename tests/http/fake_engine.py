@@ -14,6 +14,7 @@ from tpqwen.api.info import ApiSettings, ModelInfo
 from tpqwen.engine.protocol import EngineState
 from tpqwen.request import Delta, FinishReason, GenerateRequest, TokenLogprob
 from tpqwen.step import Capacity
+from tpqwen.structure import Compiler
 from tpqwen.text.chat import ChatFormat, GenerationDefaults
 from tpqwen.text.sequences import Limits
 
@@ -128,7 +129,10 @@ class Server:
 
 
 def make_server(
-    script: Callable[[GenerateRequest], list[Any]] | None = None, variant: str = "hybrid", **settings: Any
+    script: Callable[[GenerateRequest], list[Any]] | None = None,
+    variant: str = "hybrid",
+    compiler: Compiler | None = None,
+    **settings: Any,
 ) -> Server:
     """An app with the fixture's tokenizer, over a fake engine."""
     engine = FakeEngine() if script is None else FakeEngine(script)
@@ -137,5 +141,5 @@ def make_server(
     limits = Limits(max_model_len=MAX_MODEL_LEN, vocab_size=model.vocabulary.size, end_ids=(engine.end_id,))
     info = ModelInfo("qwen3-test", limits, created=1, aliases=("qwen",), versions={"tpqwen": "0.1.0"})
     hooks = RecordingHooks()
-    app = build_app(engine, chat, info, hooks, ApiSettings(**settings))
+    app = build_app(engine, chat, info, hooks, ApiSettings(**settings), compiler=compiler)
     return Server(engine, hooks, app, chat)

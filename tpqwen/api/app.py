@@ -16,12 +16,14 @@ from tpqwen.api.body import read_json
 from tpqwen.api.calls import Call, Prepared, prepare, read_chat, read_completion
 from tpqwen.api.exchange import Exchange
 from tpqwen.api.failures import ClientLeft, failure
+from tpqwen.api.guiding import guided
 from tpqwen.api.hooks import RequestHooks
 from tpqwen.api.info import ApiSettings, ModelInfo
 from tpqwen.api.running import Running
 from tpqwen.api.stream import EventStream, collect, send_events
 from tpqwen.engine.protocol import Engine
 from tpqwen.errors import EngineError, Overloaded, RequestError
+from tpqwen.structure import Compiler
 from tpqwen.text.chat import ChatFormat, Variant
 from tpqwen.text.pipeline import OutputText
 
@@ -43,12 +45,14 @@ def build_app(
     hooks: RequestHooks,
     settings: ApiSettings | None = None,
     all_metrics: Callable[[], Awaitable[str]] | None = None,
+    compiler: Compiler | None = None,
 ) -> ASGIApp:
     """The application over one engine.
 
+    compiler: of grammars; without it a request for a form is refused.
     all_metrics: the metrics of all replicas, for /metrics; without it, or with ?scope=local: hooks.metrics_text().
     """
-    return _Api(engine, text, info, hooks, settings or ApiSettings(), all_metrics)
+    return _Api(engine, text, info, hooks, settings or ApiSettings(), all_metrics, compiler)
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class _Api:
         hooks: RequestHooks,
         settings: ApiSettings,
         all_metrics: Callable[[], Awaitable[str]] | None,
+        compiler: Compiler | None,
     ) -> None:
         self._engine = engine
         self._text = text
@@ -81,6 +86,7 @@ class _Api:
         self._hooks = hooks
         self._settings = settings
         self._all_metrics = all_metrics
+        self._compiler = compiler
         self._routes: dict[str, dict[str, Handler]] = {
             "/v1/chat/completions": {"POST": lambda exchange: self._generate(exchange, _CHAT)},
             "/v1/completions": {"POST": lambda exchange: self._generate(exchange, _COMPLETION)},
@@ -182,10 +188,12 @@ class _Api:
             await exchange.reply(answer.body(deltas, run.usage), server_timing=run.timing)
 
     async def _prepared(self, call: Call) -> Prepared:
-        """Templates are rendered and long prompts tokenized off the event loop."""
+        """Templates are rendered and long prompts tokenized off the event loop, grammars compiled in their process."""
         if call.messages is None and call.prompt_size <= self._settings.thread_above_bytes:
-            return prepare(call, self._text, self._info)
-        return await asyncio.to_thread(prepare, call, self._text, self._info)
+            prepared = prepare(call, self._text, self._info)
+        else:
+            prepared = await asyncio.to_thread(prepare, call, self._text, self._info)
+        return await guided(call, prepared, self._info, self._text.vocabulary, self._compiler)
 
     def _check_state(self) -> None:
         """Refuse early what the engine would refuse anyway. Raises Overloaded, EngineError."""

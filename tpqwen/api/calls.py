@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tpqwen.api.fields import CHAT, COMPLETIONS, EFFORTS, sampling_values, validate
+from tpqwen.api.formats import Answer, answer_of
 from tpqwen.api.info import ModelInfo
 from tpqwen.api.tool_shapes import tools_of
 from tpqwen.errors import RequestError
@@ -33,6 +34,7 @@ class Call:
     sampling: dict[str, Any]
     thinking: Thinking = field(default_factory=Thinking)
     tools: Tools = field(default_factory=Tools)
+    answer: Answer | None = None  # the form of the content, where it is bound to one
     stream: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
@@ -57,6 +59,7 @@ class Prepared:
     params: SamplingParams
     start: State | None  # of the output parser; None: plain text
     calls: CallSyntax | None = None  # how tool calls are found; None: they are not looked for
+    thinking: bool = False  # the mode that the prompt asks for
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -137,7 +140,7 @@ def prepare(call: Call, chat: ChatFormat, info: ModelInfo) -> Prepared:
         "field": "prompt" if call.messages is None else "messages",
     }
     sequences = [s for i, ids in enumerate(all_ids) for s in expand(f"{key}-{i}", ids, params, info.limits, **common)]
-    return Prepared(sequences, all_ids, params, start, calls)
+    return Prepared(sequences, all_ids, params, start, calls, bool(thinking))
 
 
 def _sampling(values: dict[str, Any], sampling: dict[str, Any]) -> dict[str, Any]:
@@ -163,6 +166,7 @@ def _common(values: dict[str, Any], info: ModelInfo) -> dict[str, Any]:
         "stream": stream,
         "include_usage": options.get("include_usage", False),
         "continuous_usage": options.get("continuous_usage_stats", False),
+        "answer": answer_of(values),
         "return_token_ids": values.get("return_token_ids", False),
         "truncate": values.get("truncate_prompt_tokens"),
         "priority": values.get("priority", 0),

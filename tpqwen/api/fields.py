@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from tpqwen.api.formats import ResponseFormat, StructuredOutputs
 from tpqwen.api.shapes import (
     Boolean,
     Integer,
@@ -21,7 +22,6 @@ from tpqwen.api.shapes import (
     Only,
     Prompts,
     Record,
-    ResponseFormat,
     Shape,
     Text,
     TokenBias,
@@ -105,6 +105,13 @@ _COMMON = (
         "none",
         "usage in a last event, or (continuous_usage_stats too) in every event; needs stream",
     ),
+    Field("response_format", ResponseFormat(), "text", "json_object, or json_schema: the content is bound to it"),
+    Field(
+        "structured_outputs",
+        StructuredOutputs(),
+        "none",
+        "one of json (a schema), regex, choice (strings), grammar (EBNF): the content is bound to it",
+    ),
     Field("priority", Integer(-(1 << 31), (1 << 31) - 1), "0", "lower runs first"),
     Field("cache_salt", Text(1, 128), "none", "requests share cached prompts only under the same salt"),
     Field("truncate_prompt_tokens", Integer(1), "none", "keep only the last so many tokens of the prompt"),
@@ -142,9 +149,8 @@ CHAT = (
         "none",
         "reasoning that reaches so many tokens is closed with Qwen's own sentence, which counts as output",
     ),
-    Field("response_format", ResponseFormat(), "text", "type text only"),
     Field("tools", ToolList(), "none", "functions that the model may call, at most 128; shown by its own template"),
-    Field("tool_choice", ToolChoice(), "auto", "none: the tools are not shown and no call is looked for"),
+    Field("tool_choice", ToolChoice(), "auto", "none shows no tools; required or a function: the output is calls"),
     Field("parallel_tool_calls", Boolean(), "true", "false: the answer ends after its first call; needs tools"),
 )
 

@@ -251,24 +251,6 @@ class Record:
 
 
 @dataclass(frozen=True)
-class ResponseFormat:
-    """OpenAI's three types are known, one of them is done."""
-
-    def check(self, value: Any, where: str) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            refuse(where, f"must be an object, not {clipped(value)}", "invalid_type")
-        kind = value.get("type")
-        if kind in ("json_object", "json_schema"):
-            refuse(where, f"type {kind} is not supported by this server", "unsupported_parameter")
-        if kind is not None and kind != "text":
-            refuse(where, f"unknown type {clipped(kind)}", "unsupported_value")
-        return Record((("type", Text()),), required=("type",)).check(value, where)
-
-    def schema(self) -> Schema:
-        return Record((("type", Only(("text",))),), required=("type",)).schema()
-
-
-@dataclass(frozen=True)
 class Prompts:
     """A string, a list of strings, a list of token ids or a list of those; afterwards a list of str | list[int]."""
 

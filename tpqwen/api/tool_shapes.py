@@ -96,6 +96,5 @@ def tools_of(values: dict[str, Any]) -> Tools:
     if name and name not in [d["function"]["name"] for d in definitions]:
         message = f"tool_choice names {name!r}, which is not among the tools"
         raise RequestError(message, param="tool_choice.function.name", code="invalid_value")
-    if choice in (Choice.REQUIRED, Choice.NAMED):
-        raise RequestError("only auto and none are done here", param="tool_choice", code="unsupported_value")
-    return Tools(definitions, choice, name, values.get("parallel_tool_calls", True))
+    parallel = values.get("parallel_tool_calls", True) and choice is not Choice.NAMED
+    return Tools(definitions, choice, name, parallel)

@@ -85,7 +85,9 @@ class RankProcess:
                 rendezvous = PrefixStore(secret, TCPStore(host, port, is_master=False, timeout=timeout))
                 group = join_group(self._rank, size, rendezvous, epoch, device, JOIN_TIMEOUT_S)
             self._worker = Worker(config, Path(folder), group)
-            return self._worker.load()
+            capacity = self._worker.load()
+            self._worker.read_vocabulary()
+            return capacity
         except ConfigError as error:
             return Refusal(str(error))
 

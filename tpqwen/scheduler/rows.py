@@ -94,7 +94,7 @@ class Rows:
         self.produced[slot] = sequence.num_output
         self.left[slot] = sequence.max_output - sequence.num_output
         self._max_output[slot] = sequence.max_output
-        self._min_tokens[slot] = sequence.request.params.min_tokens
+        self._min_tokens[slot] = sequence.request.min_tokens
         ends = sequence.request.end_ids
         self._ends[:, slot] = -1
         if len(ends) <= END_ROWS:

@@ -21,7 +21,7 @@ from tpqwen.request import Delta, FinishReason, GenerateRequest
 from tpqwen.scheduler.admission import Admission, Verdict
 from tpqwen.scheduler.pace import OUTNUMBER, tokens_within, work_of
 from tpqwen.scheduler.rows import Longs, Mask, Rows, RowSet
-from tpqwen.scheduler.sequence import Sequence, State, by_order, row_params
+from tpqwen.scheduler.sequence import Sequence, State, admission, by_order, row_params
 from tpqwen.step import Admit, Capacity, Chunk, Ints, StepInput, StepOutput, StepStats, ints, packed
 
 AHEAD = 4  # blocks given to a decode row at once while there are plenty
@@ -351,9 +351,7 @@ class Scheduler:
 
     def _announce(self, sequence: Sequence, draft: Draft, now: float) -> None:
         """Tell the ranks of a sequence that has just entered."""
-        history = sequence.tokens.tobytes() if sequence.row_params.needs_history else b""
-        admit = Admit(sequence.slot, sequence.row_params, sequence.num_output, sequence.num_prompt, history)
-        draft.admits.append(admit)
+        draft.admits.append(admission(sequence))
         for index, block in enumerate(sequence.blocks):
             draft.blocks += (sequence.slot, index, block)
         insort(self._prefilling, sequence, key=by_order)

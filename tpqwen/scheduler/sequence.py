@@ -8,7 +8,7 @@ from enum import Enum, auto
 
 from tpqwen.request import Delta, FinishReason, GenerateRequest
 from tpqwen.scheduler.thinking import ThinkingWatch
-from tpqwen.step import RowParams
+from tpqwen.step import Admit, RowParams
 
 
 class State(Enum):
@@ -83,7 +83,7 @@ class Sequence:
     def ended_before(self) -> Delta | None:
         """The terminal delta of a resubmitted request whose output was already complete."""
         request, index = self.request, self.num_output - 1
-        if index >= request.params.min_tokens and index >= 0 and self.tokens[-1] in request.end_ids:
+        if index >= request.min_tokens and index >= 0 and self.tokens[-1] in request.end_ids:
             delta = self.finish(FinishReason.STOP)
             delta.stop_id = self.tokens[-1]
             return delta
@@ -112,6 +112,14 @@ class Sequence:
         )
 
 
+def admission(sequence: Sequence) -> Admit:
+    """What the ranks are told when it takes its slot."""
+    params, guide = sequence.row_params, sequence.request.guide
+    history = sequence.tokens.tobytes() if params.needs_history else b""
+    output = sequence.tokens[sequence.num_prompt :].tobytes() if guide is not None else b""
+    return Admit(sequence.slot, params, sequence.num_output, sequence.num_prompt, history, guide, output)
+
+
 def by_order(sequence: Sequence) -> tuple[int, int]:
     """Sort key of every queue."""
     return sequence.order
@@ -131,7 +139,8 @@ def row_params(request: GenerateRequest) -> RowParams:
         frequency_penalty=p.frequency_penalty,
         repetition_penalty=p.repetition_penalty,
         logit_bias=tuple(sorted(p.logit_bias.items())),
-        min_tokens=p.min_tokens,
-        end_ids=request.end_ids if p.min_tokens else (),
+        min_tokens=request.min_tokens,
+        end_ids=request.end_ids if request.min_tokens else (),
         logprobs=-1 if p.logprobs is None else p.logprobs,
+        guided=request.guide is not None,
     )

@@ -19,16 +19,16 @@ from json.encoder import encode_basestring
 from typing import Any
 
 from tpqwen.text.call_pieces import CallPiece
+from tpqwen.text.json_types import kinds_of, kinds_of_value
 
 MAX_TAG = 4096  # characters of one opening tag
 MAX_PARAMETERS = 1024  # of one call, which ends there
 _FUNCTION = re.compile(r"\s*+<function=([^<>]*+)>")
 _NEXT = re.compile(r"<(?:parameter=([^<>]*+)>|/function>)")
 _VALUE_END = re.compile(r"<(/parameter>|(?=parameter=|/function>))")
-_ENDS = ("</parameter>", "<parameter=", "</function>")
-_MAYBE_ENDS = frozenset(end[:i] for end in _ENDS for i in range(1, len(end)))
-_LONGEST = max(map(len, _ENDS))
-_REF_DEPTH = 8
+ENDS = ("</parameter>", "<parameter=", "</function>")
+_MAYBE_ENDS = frozenset(end[:i] for end in ENDS for i in range(1, len(end)))
+_LONGEST = max(map(len, ENDS))
 _STRING = frozenset({"string"})
 
 
@@ -190,49 +190,14 @@ def converted(text: str, types: frozenset[str]) -> Any:
         value = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError):
         return text
-    return value if _kind(value) & types and _is_finite(value) else text
+    return value if kinds_of_value(value) & types and _is_finite(value) else text
 
 
 def types_of(parameters: Mapping[str, Any], key: str) -> frozenset[str]:
     """JSON types that the schema of the arguments allows for one key; only string where it does not say."""
     properties = parameters.get("properties")
     schema = properties.get(key) if isinstance(properties, Mapping) else None
-    return _types(schema, parameters, _REF_DEPTH) or _STRING
-
-
-def _types(schema: Any, root: Mapping[str, Any], depth: int) -> frozenset[str]:
-    if not isinstance(schema, Mapping) or not depth:
-        return frozenset()
-    if isinstance(schema.get("$ref"), str):
-        return _types(_target(root, schema["$ref"]), root, depth - 1)
-    kinds = schema.get("type")
-    if isinstance(kinds, str):
-        return frozenset({kinds})
-    if isinstance(kinds, list):
-        return frozenset(k for k in kinds if isinstance(k, str))
-    choices = [s for word in ("anyOf", "oneOf", "allOf") for s in schema.get(word) or () if isinstance(s, Mapping)]
-    named = [*(schema.get("enum") or ()), *([schema["const"]] if "const" in schema else ())]
-    return frozenset().union(*(_types(s, root, depth - 1) for s in choices), *map(_kind, named))
-
-
-def _target(root: Mapping[str, Any], ref: str) -> Any:
-    """What a local JSON pointer (#/$defs/x) points to, None if nothing."""
-    place: Any = root
-    for name in ref.removeprefix("#").split("/")[1:]:
-        place = place.get(name.replace("~1", "/").replace("~0", "~")) if isinstance(place, Mapping) else None
-    return place
-
-
-def _kind(value: object) -> frozenset[str]:
-    """Types of JSON schema that a value has."""
-    if value is None:
-        return frozenset({"null"})
-    if isinstance(value, bool):
-        return frozenset({"boolean"})
-    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
-        return frozenset({"integer", "number"})
-    kinds = {float: "number", str: "string", list: "array", dict: "object"}
-    return frozenset({kinds[type(value)]})
+    return kinds_of(schema, parameters) or _STRING
 
 
 def _is_finite(value: object) -> bool:

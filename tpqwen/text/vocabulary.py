@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 THINK_OPEN = "<think>"
@@ -55,6 +56,16 @@ class Vocabulary:
     @property
     def turn_start(self) -> int | None:
         return self.control.get(TURN_START)
+
+    @cached_property
+    def newline_id(self) -> int | None:
+        """The token that is one newline."""
+        return next((i for i, token in enumerate(self.token_bytes) if token == b"\n"), None)
+
+    @cached_property
+    def blank_ids(self) -> tuple[int, ...]:
+        """Tokens that are one empty line: what Qwen3 writes after its reasoning."""
+        return tuple(i for i, token in enumerate(self.token_bytes) if token == b"\n\n")
 
     def bytes_of(self, token_id: int) -> bytes:
         """Bytes of one token, empty for a padding id."""

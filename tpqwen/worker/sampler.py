@@ -18,6 +18,7 @@ from tpqwen.kernels.reference import GREEDY_BELOW, MAX_CANDIDATES
 from tpqwen.parallel.group import TPGroup
 from tpqwen.request import TokenLogprob
 from tpqwen.step import RowParams
+from tpqwen.worker.guides import GuideRows
 from tpqwen.worker.slots import RowTensors
 
 NEVER = float("-inf")
@@ -29,7 +30,7 @@ class SampleKind:
 
     candidates: bool = False  # some row has 0 < top_k <= MAX_CANDIDATES
     full: bool = False  # some row truncates without a small top_k: whole rows are gathered
-    edits: bool = False  # penalties, bias or min_tokens change some row's logits
+    edits: bool = False  # penalties, bias, min_tokens or a guide change some row's logits
     logprobs: bool = False
 
     @property
@@ -49,7 +50,7 @@ def kind_of(rows: Sequence[RowParams]) -> SampleKind:
     return SampleKind(
         candidates=any(_small(p) for p in sampled),
         full=any(_truncates(p) and not _small(p) for p in sampled),
-        edits=any(p.needs_history or p.logit_bias or p.min_tokens for p in rows),
+        edits=any(p.needs_history or p.logit_bias or p.min_tokens or p.guided for p in rows),
         logprobs=any(p.logprobs >= 0 for p in rows),
     )
 
@@ -151,7 +152,7 @@ class Sampler:
 
 
 class LogitEdits:
-    """Penalties, bias and min_tokens on one rank's vocabulary shard. Counts are made when a row first needs them.
+    """Penalties, bias, min_tokens and guides on one rank's vocabulary shard. Counts are made when a row needs them.
 
     prompt[s, v]: id v stands in slot s's prompt. output[s, v]: how often slot s produced it.
     """
@@ -162,6 +163,7 @@ class LogitEdits:
         self._device = device
         self._prompt: torch.Tensor | None = None
         self._output: torch.Tensor | None = None
+        self.guides: GuideRows | None = None
 
     def admit(self, slot: int, history: list[int], num_prompt: int) -> None:
         """Set a slot's counts from all its tokens so far."""
@@ -203,7 +205,7 @@ class LogitEdits:
             logits -= rows.frequency_penalty[:, None] * output + rows.presence_penalty[:, None] * (output > 0)
         self._add_bias(logits, params)
         self._forbid_end(logits, rows, out_index, params)
-        return logits
+        return self.guides.apply(logits) if self.guides is not None else logits
 
     def _add_bias(self, logits: torch.Tensor, params: Sequence[RowParams]) -> None:
         biased = [

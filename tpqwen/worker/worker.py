@@ -25,6 +25,7 @@ from tpqwen.request import TokenLogprob
 from tpqwen.step import Capacity, RankStats, RowParams, StepInput, StepOutput, ints
 from tpqwen.worker.batch import ChunkBatch, Stager, stage
 from tpqwen.worker.graphs import DecodeGraphs
+from tpqwen.worker.guides import GuideRows
 from tpqwen.worker.load import Loaded, load
 from tpqwen.worker.runner import Sampled
 from tpqwen.worker.sampler import SampleKind, kind_of
@@ -68,12 +69,21 @@ class Worker:
             torch.cuda.set_device(self._device)
         loaded: Loaded = load(self._config, self._model_config, self.sizes, self._folder, self._group)
         self.runner = loaded.runner
+        head = self.runner.model.lm_head
+        self._guides = GuideRows(
+            self._folder, self._model_config.vocab_size, head.first_id, head.num_local, self._device
+        )
+        self.runner.edits.guides = self._guides
         self.graphs = DecodeGraphs(self.runner, self.sizes.max_num_seqs, enabled=self._device.type == "cuda")
         self._stager = Stager(self._device, self._config.schedule.depth + 2)
         self._rows: tuple[int, ...] = ()
         self._kind = SampleKind()
         self._turn = int(self.runner.state.tensors.turn)  # passes begun, as on the device
         return loaded.capacity
+
+    def read_vocabulary(self) -> None:
+        """Read what guides need now, in the background; otherwise the first guided request waits for it."""
+        self._guides.read()
 
     @torch.inference_mode()
     def submit(self, step: StepInput) -> None:
@@ -87,9 +97,11 @@ class Worker:
         params = self._params(chunks)
         ring = self.runner.state.tensors.ring
         tokens = ring[self._turn % len(ring)]
+        self._guides.select((*self._rows, *(chunks.sampled_slots_host if chunks is not None else ())))
         sampled = self._run(chunks, params)
         count = len(self._rows) + (len(chunks.sampled_slots_host) if chunks is not None else 0)
         done = self._event()
+        self._guides.sampled(tokens, done)
         busy = 0.0 if done is not None else time.perf_counter() - begin
         self._pending.append(Pending(step, tokens, count, sampled, params, before, done, busy))
 
@@ -154,6 +166,7 @@ class Worker:
 
     def _admit_history(self, step: StepInput) -> None:
         for a in step.admits:
+            self._guides.admit(a)
             if a.history:
                 self.runner.edits.admit(a.slot, ints(a.history).tolist(), a.num_prompt)
 
