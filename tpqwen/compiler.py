@@ -106,8 +106,9 @@ class GrammarService:
     async def _ready(self) -> asyncio.subprocess.Process:
         if self._process is not None and self._process.returncode is None:
             return self._process
-        # A GPU is none of its business, and threads would not survive the forks.
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        # The same code as ours, wherever that came from. A GPU is none of its business; threads do not survive forks.
+        path = os.pathsep.join(p for p in sys.path if p)
+        environment = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(*self._command, stdin=pipe, stdout=pipe, env=environment)
         self._process = process
