@@ -21,7 +21,7 @@ from tpqwen import structure as s
 from tpqwen.text.vocabulary import bytes_of_token
 
 CACHED_GRAMMARS = 64  # read ones that a rank keeps
-MAX_BYTES = 4 << 20  # of a compiled grammar: ranks stop for as long as they read it
+MAX_BYTES = 2 << 20  # of a compiled grammar: ranks stop for as long as they read it, and every queued request holds one
 MAX_FILL_S = 0.05  # to fill one mask: ranks stop for as long as that, at every token
 TRIAL_TOKENS = 64
 _PLACE = re.compile(r"^\[[\d:]+\] \S+: ")  # where xgrammar's source raised it

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import openai
+import pydantic
 import pytest
 import uvicorn
 
@@ -67,6 +68,43 @@ def test_chat_whole_and_streamed(url: str) -> None:
             model="qwen3-test", messages=[*HELLO, answer.choices[0].message.model_dump(), *HELLO], n=2
         )
         assert len(again.choices) == 2
+
+
+def test_tool_calls_come_through_the_clients_own_stream_helper() -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}, "strict": True}}
+    text = (
+        'See:\n<tool_call>\n{"name": "f", "arguments": {"x": "日本", "y": [1]}}\n</tool_call>\n<tool_call>{"name": "f"}'
+    )
+
+    class Compiler:
+        async def compile(self, structure: Any, param: str) -> bytes:
+            return b"compiled"
+
+    with serving(make_server(lambda request: ids(text), compiler=Compiler())) as url, client(url) as api:
+        whole = api.chat.completions.create(model="qwen", messages=HELLO, tools=[tool]).choices[0]
+        with api.chat.completions.stream(model="qwen", messages=HELLO, tools=[tool]) as stream:
+            kinds = [event.type for event in stream]
+            streamed = stream.get_final_completion().choices[0]
+        for choice in (whole, streamed):
+            assert choice.finish_reason == "tool_calls"
+            assert choice.message.content == "See:"
+            assert [c.function.arguments for c in choice.message.tool_calls or []] == ['{"x": "日本", "y": [1]}', "{}"]
+        assert kinds.count("tool_calls.function.arguments.done") == 2
+        assert kinds.count("tool_calls.function.arguments.delta") > 5
+
+
+def test_parse_gives_a_typed_object() -> None:
+    class Point(pydantic.BaseModel):
+        x: int
+
+    class Compiler:
+        async def compile(self, structure: Any, param: str) -> bytes:
+            assert param == "response_format.json_schema.schema"
+            return b"compiled"
+
+    with serving(make_server(lambda request: ids('{"x": 5}'), compiler=Compiler())) as url, client(url) as api:
+        answer = api.chat.completions.parse(model="qwen", messages=HELLO, response_format=Point)
+        assert answer.choices[0].message.parsed == Point(x=5)
 
 
 def test_completions_and_models(url: str) -> None:

@@ -229,6 +229,8 @@ class _Api:
                 "completion": True,
                 "chat": variant is not Variant.BASE,
                 "thinking": variant in (Variant.HYBRID, Variant.THINKING),
+                "tools": self._text.call_format is not None,
+                "structured_output": self._compiler is not None,
             },
         }
 
