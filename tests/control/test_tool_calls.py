@@ -183,6 +183,30 @@ def test_one_call_only_where_parallel_calls_are_off() -> None:
     assert unclosed["calls"] == [("f", "{}")]
 
 
+def test_a_call_that_the_prompt_leaves_open_goes_on() -> None:
+    for form, begun, rest in (
+        (CallFormat.JSON, '\n{"name": "f", "arg', 'uments": {"x": 1}}\n</tool_call>\nand more'),
+        (CallFormat.JSON, '\n{"name": "f", "arguments": {"x"', ": 1}}</tool_call>\nand more"),
+        (CallFormat.XML, "<function=f>\n<parameter=x>", "1</parameter></function></tool_call>\nand more"),
+    ):
+        prompt = tokenizer().encode(
+            f"<|im_start|>user\n<tool_call><|im_end|>\n<|im_start|>assistant\n<tool_call>{begun}"
+        )
+        calls = syntax(form).after(VOCABULARY, prompt)
+        ids = [*tokenizer().encode(rest), END]
+        for cuts in ([], list(range(60))):
+            found = read(ids, cuts, FinishReason.STOP, State.CONTENT, calls)
+            assert [(n, json.loads(a)) for n, a in found["calls"]] == [("f", {"x": 1 if form == "json" else "1"})]
+            assert found["content"].strip() == "and more"
+    for closed in ("x<tool_call>y</tool_call>", "<tool_call>x<|im_end|><|im_start|>assistant\n", "<tool_call><think>x"):
+        assert syntax().after(VOCABULARY, tokenizer().encode(closed)).begun is None
+    no_call = syntax().after(VOCABULARY, [OPEN, *tokenizer().encode("no")])
+    assert (
+        read([*tokenizer().encode(" call"), END], [], FinishReason.STOP, None, no_call)["content"]
+        == "<tool_call>no call"
+    )
+
+
 def test_marks_in_reasoning_are_reasoning() -> None:
     text = '<tool_call>{"name": "f"}</tool_call>\n</think>\n\nanswer'
     found = message(text, start=State.REASONING)

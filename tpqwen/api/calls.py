@@ -122,6 +122,7 @@ def prepare(call: Call, chat: ChatFormat, info: ModelInfo) -> Prepared:
     if call.messages is not None:
         calls = call_syntax(chat.vocabulary, chat.call_format, call.tools)
         prompt = chat.prompt(call.messages, call.thinking, call.tools.shown)
+        calls = calls.after(chat.vocabulary, prompt.ids) if calls is not None else None
         all_ids, start, thinking, budget = [prompt.ids], prompt.start, prompt.thinking, prompt.budget
     else:
         all_ids = [chat.model.encode(p) if isinstance(p, str) else p for p in call.prompts]

@@ -47,6 +47,14 @@ class CallReader:
         self._texts: list[str] = []
         self._tokens: list[Scored] = []
 
+    def resume(self) -> list[ToolCallDelta]:
+        """Take up the call that the prompt leaves open; what it says already, since no answer has told it yet."""
+        if self.syntax.begun is None:
+            return []
+        self.open((self.syntax.open_id, None))
+        told = [self.feed((token, None)) for token in self.syntax.begun]
+        return [delta for delta in told if delta is not None]
+
     @property
     def is_open(self) -> bool:
         """Whether tokens belong to a call now."""

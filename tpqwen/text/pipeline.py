@@ -70,6 +70,7 @@ class OutputText:
         self._trim = _reasoning_trimmer() if self._state is State.REASONING else None
         self._stops = self._new_stops()
         self._calls = None if calls is None else CallReader(calls, self._new_detokenizer)
+        self._resumed = self._calls.resume() if self._calls is not None else []
         self._tail = None if calls is None else NewlineTrimmer(leading=False, trailing=True)
         self._offset = 0
 
@@ -81,6 +82,9 @@ class OutputText:
     def feed(self, delta: Delta) -> TextDelta:
         """Take one Delta. Nothing may follow a terminal one or one after which finish_reason is set."""
         out = TextDelta()
+        if self._resumed:
+            self._tell(self._resumed, out)
+            self._resumed = []
         last = len(delta.token_ids) - 1
         ended_by_token = delta.finish_reason is FinishReason.STOP and delta.stop_id is not None
         for k, token_id in enumerate(delta.token_ids):

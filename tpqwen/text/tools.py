@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -63,6 +63,16 @@ class CallSyntax:
     format: CallFormat
     parallel: bool = True
     parameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    begun: Sequence[int] | None = None  # ids of a call that the prompt leaves open, its mark excluded
+
+    def after(self, vocabulary: Vocabulary, prompt_ids: Sequence[int]) -> CallSyntax:
+        """The same for an answer to this prompt, whose last turn may end inside a call (an assistant's prefill)."""
+        for i in range(len(prompt_ids) - 1, -1, -1):
+            if prompt_ids[i] == self.open_id:
+                return replace(self, begun=list(prompt_ids[i + 1 :]))
+            if prompt_ids[i] in (self.close_id, vocabulary.turn_start, vocabulary.think_open, vocabulary.think_close):
+                break
+        return self
 
     def parser(self) -> CallParser:
         """A parser for one call."""
