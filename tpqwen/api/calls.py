@@ -13,8 +13,10 @@ from tpqwen.api.info import ModelInfo
 from tpqwen.api.tool_shapes import tools_of
 from tpqwen.errors import RequestError
 from tpqwen.request import GenerateRequest, SamplingParams, ThinkingBudget
+from tpqwen.structure import Structure
 from tpqwen.text.chat import ChatFormat, Thinking
 from tpqwen.text.sequences import expand
+from tpqwen.text.structures import call_structure
 from tpqwen.text.thinking import State
 from tpqwen.text.tools import CallSyntax, Tools, call_syntax
 
@@ -60,6 +62,7 @@ class Prepared:
     start: State | None  # of the output parser; None: plain text
     calls: CallSyntax | None = None  # how tool calls are found; None: they are not looked for
     thinking: bool = False  # the mode that the prompt asks for
+    body: Structure | None = None  # what stands between the marks of a call, where that is bound
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -141,7 +144,8 @@ def prepare(call: Call, chat: ChatFormat, info: ModelInfo) -> Prepared:
         "field": "prompt" if call.messages is None else "messages",
     }
     sequences = [s for i, ids in enumerate(all_ids) for s in expand(f"{key}-{i}", ids, params, info.limits, **common)]
-    return Prepared(sequences, all_ids, params, start, calls, bool(thinking))
+    body = call_structure(call.tools, calls.format) if calls is not None else None
+    return Prepared(sequences, all_ids, params, start, calls, bool(thinking), body)
 
 
 def _sampling(values: dict[str, Any], sampling: dict[str, Any]) -> dict[str, Any]:

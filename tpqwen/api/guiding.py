@@ -12,7 +12,6 @@ from tpqwen.api.info import ModelInfo
 from tpqwen.errors import RequestError
 from tpqwen.request import Guide
 from tpqwen.structure import Compiler
-from tpqwen.text.structures import call_structure
 from tpqwen.text.thinking import State
 from tpqwen.text.tools import Choice
 from tpqwen.text.vocabulary import Vocabulary
@@ -23,15 +22,14 @@ async def guided(
 ) -> Prepared:
     """The same sequences, with a guide where the call asks for a form. Raises RequestError, Overloaded."""
     must_call = call.tools.choice in (Choice.REQUIRED, Choice.NAMED)
-    calls = call_structure(call.tools, prepared.calls.format) if prepared.calls is not None else None
-    if call.answer is None and calls is None:
+    if call.answer is None and prepared.body is None:
         return prepared
     param = call.answer.param if call.answer is not None else "tools"
     if compiler is None:
         raise RequestError(f"{param}: this server compiles no grammars", param=param, code="unsupported_parameter")
     _check(call, prepared, must_call, param)
     answer = await compiler.compile(call.answer.structure, call.answer.param) if call.answer is not None else b""
-    body = await compiler.compile(calls, "tools") if calls is not None else b""
+    body = await compiler.compile(prepared.body, "tools") if prepared.body is not None else b""
     common: dict[str, Any] = {}
     if prepared.calls is not None:
         syntax = prepared.calls

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from tpqwen.errors import RequestError
@@ -18,24 +17,6 @@ from tpqwen.text.tools import Choice as ToolChoice
 
 ANY_OBJECT = Schema('{"type": "object"}')
 _SAFE_KEY = re.compile(r"[^<>\s][^<>\n]*[^<>\s]|[^<>\s]")
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What of an output is bound. answer: the content, None: free. call: the text between the call marks, None: free.
-
-    param: the request's field that errors are about.
-    """
-
-    answer: Structure | None = None
-    answer_param: str = ""
-    call: Structure | None = None
-    must_call: bool = False
-
-    @property
-    def anything(self) -> bool:
-        """Whether there is something to bind."""
-        return self.answer is not None or self.call is not None or self.must_call
 
 
 def call_structure(asked: Tools, form: CallFormat) -> Structure | None:
