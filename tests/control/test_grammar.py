@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from tpqwen import structure as s
 from tpqwen.errors import RequestError
 from tpqwen.grammar import GrammarError, Vocabulary
 from tpqwen.request import FinishReason
+from tpqwen.text.patterns import checked_regex
 from tpqwen.text.schema import checked_schema
 from tpqwen.text.structures import call_structure
 from tpqwen.text.thinking import State
@@ -78,7 +80,10 @@ SCHEMAS: list[Any] = [
     {"type": "string", "minLength": 3},
     {"type": "string", "pattern": "^[a-z]+-\\d{2,4}$"},
     {"type": "string", "pattern": "[^a]+"},
-    {"type": "string", "pattern": "^(?:yes|no)\\s*\\\\?$"},
+    {"type": "string", "pattern": "^(?:yes|no)\\s*[\\\\]?$"},
+    {"type": "string", "pattern": "^[ -~]{1,5}$"},
+    {"type": "string", "pattern": "^[^\\n]{1,2}\\u0041[\\\\/]$"},
+    {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "minProperties": 2},
     {"type": "integer", "minimum": -5, "exclusiveMaximum": 1000},
     {"type": "integer", "multipleOf": 7},
     {"type": "number", "minimum": -0.5, "maximum": 12.25},
@@ -125,7 +130,12 @@ REFUSED: list[tuple[Any, str]] = [
     ({"type": "string", "pattern": 'a"b'}, "pattern"),
     ({"type": "string", "pattern": "a(?=b)"}, "pattern"),
     ({"type": "string", "pattern": "a^b"}, "pattern"),
-    ({"type": "string", "pattern": "\\bx"}, "pattern"),
+    *(
+        ({"type": "string", "pattern": p}, "pattern")
+        for p in ("\\bx", "\\n", "\\x41", "\\\\", "[\\t]", "\\u0009", "\t", "\\1")
+    ),
+    ({"type": "object", "minProperties": 2}, "minProperties"),
+    ({"type": "string", "format": "json-pointer"}, "format"),
     ({"type": "number", "multipleOf": 0.5}, "multipleOf"),
     ({"minimum": 5}, "minimum"),
     ({"type": "object", "minimum": 5}, "minimum"),
@@ -202,6 +212,25 @@ def test_regex_choice_grammar_and_exclusion() -> None:
         assert all(p in set("0123456789x") for p in (walk(s.Ebnf(grammar), seed) or "x").split(","))
     for seed in range(12):
         assert "</a>" not in (walk(s.Without(("</a>", "END")), seed) or "")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"\u0041.{2}", r"[^a]\n\t", r"a\\b", '"x"', r"(?:a|b){2,}c*?", r"^ab$|c", r"[\]\[\\^-]", r"\.\*/", r"\d\D\w\W"],
+)
+def test_regular_expressions_are_followed_to_the_letter(pattern: str) -> None:
+    texts = [walk(s.Regex(checked_regex(pattern, "regex")), seed, longest=60) for seed in range(15)]
+    assert [t for t in texts if t is not None and not re.fullmatch(pattern, t, re.ASCII)] == []
+    assert any(t is not None for t in texts)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["a(?=b)", "(?P<n>a)", "a^b", "a$b", r"\bx", r"\x41b", r"(a)\1", r"\p{L}", "a*+", r"\cA"]
+)
+def test_regular_expressions_that_would_be_misread_are_refused(pattern: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        checked_regex(pattern, "regex")
+    assert caught.value.param == "regex"
 
 
 def test_control_tokens_never_match_as_text() -> None:

@@ -10,6 +10,7 @@ from tpqwen import structure
 from tpqwen.api.shapes import Boolean, Items, OneOf, Only, Record, Schema, Text, clipped, refuse
 from tpqwen.api.tool_shapes import JsonSchema
 from tpqwen.errors import RequestError
+from tpqwen.text.patterns import checked_regex
 from tpqwen.text.schema import MAX_CHARACTERS, checked_schema
 from tpqwen.text.structures import ANY_OBJECT
 
@@ -109,7 +110,7 @@ def answer_of(values: dict[str, Any]) -> Answer | None:
     if name == "json":
         return Answer(structure.Schema(checked_schema(value, where)), where)
     if name == "regex":
-        return Answer(structure.Regex(value), where)
+        return Answer(structure.Regex(checked_regex(value, where)), where)
     if name == "choice":
         return Answer(structure.Choice(tuple(map(structure.Literal, value))), where)
     return Answer(structure.Ebnf(value), where)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from itertools import combinations
 from typing import Any, NoReturn
 
 from tpqwen.errors import RequestError
 from tpqwen.text.json_types import kinds_of, listed, target
+from tpqwen.text.patterns import check_json_pattern
 
 MAX_CHARACTERS = 64 * 1024
 MAX_DEPTH = 32
@@ -35,7 +35,7 @@ _WHOLE = ("$ref", "anyOf", "oneOf", "allOf", "enum", "const")  # each decides al
 _FORMATS = frozenset(
     {
         *("email", "date", "time", "date-time", "duration", "ipv4", "ipv6", "hostname", "uuid", "uri"),
-        *("uri-reference", "uri-template", "json-pointer", "relative-json-pointer"),
+        *("uri-reference", "uri-template"),
     }
 )
 # Words that the grammar would take into account only without the others of the same row.
@@ -49,11 +49,6 @@ _ALONE = (
 
 
 _IPV4 = r"^(?:(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)\.){3}(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)$"
-# Groups other than (?:, boundaries, references and classes that xgrammar overlooks or misreads; and the quote, which
-# it would not escape inside a JSON string. Anchors may stand only at the ends.
-_CLASS = r"\[(?:\\.|[^\]\\])*\]"
-_REGEX_PARTS = re.compile(rf"{_CLASS}|\\.|\(\?:|.", re.DOTALL)
-_BAD_ESCAPES = frozenset("bBkpPx0123456789")
 
 
 def checked_schema(schema: Any, where: str) -> str:
@@ -83,25 +78,6 @@ def _rewritten(schema: Any) -> Any:
     if type(low) is int or type(high) is int:
         out["pattern"] = f"^[\\s\\S]{{{low or 0},{'' if high is None else high}}}$"
     return out
-
-
-def check_pattern(pattern: object, where: str) -> None:
-    """Refuse what xgrammar would overlook in a regular expression. Raises RequestError."""
-    if not isinstance(pattern, str):
-        _refuse(where, "must be a string")
-    before = ""
-    parts = _REGEX_PARTS.findall(pattern)
-    for i, part in enumerate(parts):
-        after = parts[i + 1] if i + 1 < len(parts) else ""
-        if '"' in part:
-            _refuse(where, "a quotation mark cannot be enforced in a pattern")
-        if part == "(" and after == "?":
-            _refuse(where, "groups other than (...) and (?:...) cannot be enforced")
-        if part[0] == "\\" and part[1:2] in _BAD_ESCAPES:
-            _refuse(where, f"{part} cannot be enforced")
-        if (part == "^" and before not in ("", "(", "(?:", "|")) or (part == "$" and after not in ("", ")", "|")):
-            _refuse(where, f"{part} can be enforced only at the ends")
-        before = part
 
 
 def _check(schema: Any, where: str, root: Any, depth: int) -> None:
@@ -162,12 +138,14 @@ def _check_values(schema: Mapping[str, Any], where: str) -> None:
     _check_numbers(schema, where)
     if schema.get("uniqueItems"):
         _refuse(f"{where}.uniqueItems", "cannot be enforced")
+    if schema.get("minProperties", 0) > 1 and schema.get("additionalProperties", not schema.get("properties")):
+        _refuse(f"{where}.minProperties", "cannot be enforced where names are free: they may come twice")
     if schema.get("format", "uuid") not in _FORMATS:
         _refuse(f"{where}.format", "this format cannot be enforced")
     if "pattern" in schema:
-        check_pattern(schema["pattern"], f"{where}.pattern")
+        check_json_pattern(schema["pattern"], f"{where}.pattern")
     for pattern in _map(schema, "patternProperties"):
-        check_pattern(pattern, f"{where}.patternProperties.{pattern[:64]}")
+        check_json_pattern(pattern, f"{where}.patternProperties.{pattern[:64]}")
     properties, required = schema.get("properties", {}), schema.get("required", [])
     if not isinstance(properties, Mapping):
         _refuse(f"{where}.properties", "must be an object")

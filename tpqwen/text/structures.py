@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpqwen.errors import RequestError
-from tpqwen.structure import Choice, Literal, Regex, Schema, Sequence, Structure, Without
+from tpqwen.structure import Choice, Literal, Schema, Sequence, Structure, Without
 from tpqwen.text.coder_xml import ENDS, types_of
 from tpqwen.text.json_types import listed, target
 from tpqwen.text.schema import checked_schema
@@ -73,7 +73,7 @@ def _parameter(parameters: Mapping[str, Any], key: str, where: str, required: bo
 
 
 def _value(parameters: Mapping[str, Any], key: str, where: str) -> Structure:
-    """A string stands as it is, anything else as JSON; of a string only enum, const and pattern can be enforced."""
+    """A string stands as it is, anything else as JSON; of a string only enum and const can be enforced."""
     schema = parameters["properties"][key]
     types = types_of(parameters, key)
     if "string" not in types:
@@ -85,8 +85,8 @@ def _value(parameters: Mapping[str, Any], key: str, where: str) -> Structure:
     named = [schema["const"]] if "const" in schema else listed(schema, "enum")
     if named:
         return Choice(tuple(Literal(v if isinstance(v, str) else json.dumps(v)) for v in named))
-    for word in ("minLength", "maxLength", "format"):
+    for word in ("minLength", "maxLength", "format", "pattern"):
         if word in schema:
             message = f"{where}.{word}: cannot be enforced in this model's calls"
             raise RequestError(message, param=f"{where}.{word}", code="unsupported_schema")
-    return Regex(schema["pattern"]) if "pattern" in schema else Without(ENDS)
+    return Without(ENDS)
