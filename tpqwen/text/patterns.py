@@ -1,7 +1,7 @@
 """Regular expressions that xgrammar follows to the letter. What it would overlook or misread is refused.
 
-It takes look-around for nothing, inner anchors too, a hexadecimal escape and the letters after it for one character, and
-a dot for a newline as well; in a JSON string it writes some characters as they are that must be escaped there. All of
+It takes look-around for nothing, inner anchors too, a hexadecimal escape and the letters after it for one character,
+and a dot for a newline as well; in a JSON string it writes some characters as they are that must be escaped. All of
 it was found by drawing texts from its masks.
 """
 
