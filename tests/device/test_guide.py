@@ -120,6 +120,29 @@ def test_a_token_that_was_not_allowed_leaves_nothing() -> None:
         assert allowed(state) == set()
 
 
+def test_the_last_steps_tokens_are_waited_for_only_when_masks_are_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until then the next forward pass can be launched, and a step without guided rows waits for nothing."""
+    waits = []
+    done = type("Done", (), {"synchronize": lambda self: waits.append(1)})()
+    rows = GuideRows(None, SIZE, 0, SIZE, torch.device("cpu"))  # type: ignore[arg-type]
+    monkeypatch.setattr(rows, "read", lambda: type("Read", (), {"result": staticmethod(FakeGrammars)}))
+    plain, params = (RowParams(0.0, 0, 1.0, 0.0, 0, 0, guided=g) for g in (False, True))
+    rows.admit(Admit(0, params, 0, 1, b"", Guide(answer=ANSWER, end_ids=(END,)), b""))
+    rows.admit(Admit(1, plain, 0, 1))
+    logits, tokens = torch.zeros(2, SIZE), torch.tensor([1, 0], dtype=torch.int32)
+    for step in range(3):
+        rows.select([0, 1])
+        assert len(waits) == max(step - 1, 0)
+        rows.apply(logits)
+        assert len(waits) == step
+        rows.sampled(tokens, done)
+        tokens = torch.tensor([2 if step == 0 else END, 0], dtype=torch.int32)
+    rows.select([1])
+    assert rows.apply(logits[:1]) is not None
+    rows.sampled(tokens[1:], done)
+    assert len(waits) == 2
+
+
 @pytest.mark.parametrize(("first", "local"), [(0, 70), (0, 35), (35, 35), (30, 50)])
 def test_rows_mask_their_part_of_the_vocabulary_and_catch_up(
     monkeypatch: pytest.MonkeyPatch, first: int, local: int
