@@ -305,5 +305,38 @@ def test_calls_that_the_masks_allow_are_parsed_and_valid(form: CallFormat, choic
     assert seen == ({"f"} if choice is Choice.NAMED else {"f", "g"})
 
 
+def bodies(form: CallFormat, choice: Choice, **fields: Any) -> s.Structure | None:
+    tools = Tools([{"type": "function", "function": {"name": "f", **fields}}], choice)
+    return call_structure(tools, form)
+
+
+@pytest.mark.parametrize("form", CallFormat)
+def test_what_a_strict_function_cannot_keep_is_refused_and_of_another_left_free(form: CallFormat) -> None:
+    free = bodies(form, Choice.REQUIRED)
+    for schema in (
+        {"type": "object", "properties": {"a": {"type": "string", "maxLength": 500}}},
+        {"type": "object", "properties": {"a": {"type": "object", "not": {}}}},
+        {"type": "object", "properties": {"a": {"$ref": "http://x"}}},
+        {"anyOf": [{"not": {}}]},
+    ):
+        assert bodies(form, Choice.REQUIRED, parameters=schema) == free
+        with pytest.raises(RequestError) as caught:
+            bodies(form, Choice.AUTO, parameters=schema, strict=True)
+        assert str(caught.value.param).startswith("tools[0].function.parameters")
+
+
+def test_xml_values_cannot_hold_what_would_end_them() -> None:
+    for schema in (
+        {"type": "object", "properties": {"a": {"enum": ["x</parameter>"]}}},
+        {"type": "object", "properties": {"a>b": {"type": "string"}}},
+        {"type": "object", "properties": {"a": {"type": "string", "pattern": "^a$"}}},
+        {"type": "object", "properties": {"a": {"type": "string"}}, "minProperties": 1},
+    ):
+        with pytest.raises(RequestError):
+            bodies(CallFormat.XML, Choice.AUTO, parameters=schema, strict=True)
+    circle = {"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}}
+    assert bodies(CallFormat.XML, Choice.AUTO, parameters=circle, strict=True)
+
+
 def test_auto_without_strict_functions_binds_nothing() -> None:
     assert call_structure(Tools([{"type": "function", "function": OTHER}], Choice.AUTO), CallFormat.JSON) is None

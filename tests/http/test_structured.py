@@ -157,7 +157,7 @@ def test_strict_functions_bind_calls_under_auto() -> None:
         ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
         ({"response_format": {"type": "json_object"}, "tools": [TIME], "tool_choice": "required"}, "tool_choice"),
         (
-            {"tools": [function(name="f", parameters={"type": "object", "not": {}})], "tool_choice": "required"},
+            {"tools": [function(name="f", strict=True, parameters={"type": "object", "not": {}})]},
             "tools[0].function.parameters.not",
         ),
         (

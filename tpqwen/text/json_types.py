@@ -38,6 +38,15 @@ def target(root: Any, ref: str) -> Any:
     return place
 
 
+def resolved(schema: Any, root: Any) -> Mapping[str, Any]:
+    """The schema that a chain of references ends at; empty where it ends nowhere."""
+    for _ in range(REF_DEPTH):
+        if not (isinstance(schema, Mapping) and isinstance(schema.get("$ref"), str)):
+            return schema if isinstance(schema, Mapping) else {}
+        schema = target(root, schema["$ref"])
+    return {}
+
+
 def kinds_of_value(value: object) -> frozenset[str]:
     """Types of JSON schema that a value has."""
     if value is None:

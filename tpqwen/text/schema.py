@@ -8,13 +8,13 @@ from itertools import combinations
 from typing import Any, NoReturn
 
 from tpqwen.errors import RequestError
-from tpqwen.text.json_types import kinds_of, listed, target
+from tpqwen.text.json_types import kinds_of, listed, resolved, target
 from tpqwen.text.patterns import check_json_pattern
 
 MAX_CHARACTERS = 64 * 1024
 MAX_DEPTH = 32
 MAX_STRING = 32  # characters that minLength and maxLength may name: longer ones take seconds to compile
-_NOTES = frozenset(
+NOTES = frozenset(
     {
         *("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"),
         *("$schema", "$id", "$comment", "$defs", "definitions", "strict"),
@@ -87,7 +87,7 @@ def _check(schema: Any, where: str, root: Any, depth: int) -> None:
         return
     if not isinstance(schema, Mapping):
         _refuse(where, "must be an object or true" if schema is not False else "false allows nothing")
-    words = set(schema) - _NOTES
+    words = set(schema) - NOTES
     whole = [word for word in _WHOLE if word in words]
     if whole:
         _check_whole(schema, whole[0], words, where, root)
@@ -188,7 +188,7 @@ def _parts(schema: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _disjoint(a: Any, b: Any, root: Any) -> bool:
     """Whether no value can fit both: other types, or a required property that has other constants."""
-    a, b = _resolved(a, root), _resolved(b, root)
+    a, b = resolved(a, root), resolved(b, root)
     kinds = kinds_of(a, root), kinds_of(b, root)
     if kinds[0] and kinds[1] and not kinds[0] & kinds[1] and not {"integer", "number"} <= kinds[0] | kinds[1]:
         return True
@@ -196,18 +196,10 @@ def _disjoint(a: Any, b: Any, root: Any) -> bool:
         return not set(_constants(a)) & set(_constants(b))
     shared = set(listed(a, "required")) & set(listed(b, "required"))
     for name in shared:
-        constants = [_constants(_resolved(_map(s, "properties").get(name), root)) for s in (a, b)]
+        constants = [_constants(resolved(_map(s, "properties").get(name), root)) for s in (a, b)]
         if all(constants) and not set(constants[0]) & set(constants[1]):
             return True
     return False
-
-
-def _resolved(schema: Any, root: Any) -> Mapping[str, Any]:
-    for _ in range(MAX_DEPTH):
-        if not (isinstance(schema, Mapping) and isinstance(schema.get("$ref"), str)):
-            break
-        schema = target(root, schema["$ref"])
-    return schema if isinstance(schema, Mapping) else {}
 
 
 def _constants(schema: Mapping[str, Any]) -> list[str]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from tpqwen.errors import RequestError
 from tpqwen.structure import Choice, Literal, Schema, Sequence, Structure, Without
 from tpqwen.text.coder_xml import ENDS, types_of
-from tpqwen.text.json_types import listed, target
-from tpqwen.text.schema import checked_schema
+from tpqwen.text.json_types import listed, resolved
+from tpqwen.text.schema import NOTES, checked_schema
 from tpqwen.text.tools import CallFormat, Tools
 from tpqwen.text.tools import Choice as ToolChoice
 
@@ -22,8 +22,9 @@ _SAFE_KEY = re.compile(r"[^<>\s][^<>\n]*[^<>\s]|[^<>\s]")
 def call_structure(asked: Tools, form: CallFormat) -> Structure | None:
     """The body of a call; None when nothing binds it: the choice is auto and no function is strict.
 
-    A call that the request demands has a declared name and arguments under that function's schema; under auto the same
-    holds for strict functions, and for the others only their name and form. Raises RequestError naming the schema.
+    Every call has a declared name and a JSON object of arguments. Those of a strict function keep to its schema, or
+    RequestError names what of it can't be enforced; those of the others do where the request demands calls and their
+    schema can be enforced.
     """
     must = asked.choice in (ToolChoice.REQUIRED, ToolChoice.NAMED)
     functions = {
@@ -33,31 +34,36 @@ def call_structure(asked: Tools, form: CallFormat) -> Structure | None:
     }
     if not must and not any(f.get("strict") for f in functions.values()):
         return None
+    return Choice(tuple(_call(f, where, form, must) for where, f in functions.items()))
+
+
+def _call(function: Mapping[str, Any], where: str, form: CallFormat, must: bool) -> Structure:
     write = _xml_call if form is CallFormat.XML else _json_call
-    return Choice(tuple(write(f, where, must or bool(f.get("strict"))) for where, f in functions.items()))
+    parameters, strict = function.get("parameters"), bool(function.get("strict"))
+    if parameters and (must or strict):
+        # Arguments are an object, also where the schema forgets to say so.
+        schema = parameters if "type" in parameters else {"type": "object", **parameters}
+        try:
+            return write(function["name"], schema, where)
+        except RequestError:
+            if strict:
+                raise
+    return write(function["name"], None, where)
 
 
-def _json_call(function: Mapping[str, Any], where: str, bound: bool) -> Structure:
-    head = f'\n{{"name": {json.dumps(function["name"], ensure_ascii=False)}, "arguments": '
-    return Sequence((Literal(head), _arguments(function, where, bound), Literal("}\n")))
+def _json_call(name: str, parameters: Mapping[str, Any] | None, where: str) -> Structure:
+    head = f'\n{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": '
+    arguments = ANY_OBJECT if parameters is None else Schema(checked_schema(parameters, where))
+    return Sequence((Literal(head), arguments, Literal("}\n")))
 
 
-def _arguments(function: Mapping[str, Any], where: str, bound: bool) -> Structure:
-    parameters = function.get("parameters")
-    return Schema(_object_schema(parameters, where)) if bound and parameters else ANY_OBJECT
-
-
-def _object_schema(parameters: Mapping[str, Any], where: str) -> str:
-    """Arguments are an object, also where the schema forgets to say so."""
-    return checked_schema(parameters if "type" in parameters else {"type": "object", **parameters}, where)
-
-
-def _xml_call(function: Mapping[str, Any], where: str, bound: bool) -> Structure:
-    head, tail = Literal(f"\n<function={function['name']}>\n"), Literal("</function>\n")
-    parameters = function.get("parameters") or {}
-    if not (bound and parameters):
+def _xml_call(name: str, parameters: Mapping[str, Any] | None, where: str) -> Structure:
+    head, tail = Literal(f"\n<function={name}>\n"), Literal("</function>\n")
+    if parameters is None:
         return Sequence((head, Without(("</function>",)), tail))
-    _object_schema(parameters, where)
+    checked_schema(parameters, where)
+    for word in sorted(set(parameters) - NOTES - {"type", "properties", "required", "additionalProperties"}):
+        _refuse(f"{where}.{word}")
     required = listed(parameters, "required")
     properties = parameters.get("properties") or {}
     parts = [_parameter(parameters, key, f"{where}.properties.{key}", key in required) for key in properties]
@@ -66,7 +72,7 @@ def _xml_call(function: Mapping[str, Any], where: str, bound: bool) -> Structure
 
 def _parameter(parameters: Mapping[str, Any], key: str, where: str, required: bool) -> Structure:
     if not _SAFE_KEY.fullmatch(key):
-        raise RequestError(f"{where}: this name cannot stand in a call", param=where, code="unsupported_schema")
+        _refuse(where)
     value = _value(parameters, key, where)
     written = Sequence((Literal(f"<parameter={key}>\n"), value, Literal("\n</parameter>\n")))
     return written if required else Choice((written, Literal("")))
@@ -78,15 +84,19 @@ def _value(parameters: Mapping[str, Any], key: str, where: str) -> Structure:
     types = types_of(parameters, key)
     if "string" not in types:
         definitions = {word: parameters[word] for word in ("$defs", "definitions") if word in parameters}
-        return Schema(json.dumps({**definitions, **schema}, ensure_ascii=False))
-    while isinstance(schema, Mapping) and "$ref" in schema:
-        schema = target(parameters, schema["$ref"])
-    schema = schema if isinstance(schema, Mapping) else {}
+        return Schema(checked_schema({**definitions, **schema}, where))
+    schema = resolved(schema, parameters)
     named = [schema["const"]] if "const" in schema else listed(schema, "enum")
-    if named:
-        return Choice(tuple(Literal(v if isinstance(v, str) else json.dumps(v)) for v in named))
+    texts = [v if isinstance(v, str) else json.dumps(v) for v in named]
+    if any(end in text for end in ENDS for text in texts):
+        _refuse(where)
+    if texts:
+        return Choice(tuple(map(Literal, texts)))
     for word in ("minLength", "maxLength", "format", "pattern"):
         if word in schema:
-            message = f"{where}.{word}: cannot be enforced in this model's calls"
-            raise RequestError(message, param=f"{where}.{word}", code="unsupported_schema")
+            _refuse(f"{where}.{word}")
     return Without(ENDS)
+
+
+def _refuse(where: str) -> NoReturn:
+    raise RequestError(f"{where}: cannot be enforced in this model's calls", param=where, code="unsupported_schema")
