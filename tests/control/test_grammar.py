@@ -99,6 +99,14 @@ SCHEMAS: list[Any] = [
         ]
     },
     {"allOf": [{"type": "integer"}]},
+    {
+        "type": "object",
+        "properties": {
+            n: {"type": "string", "maxLength": 3} for n in ("minLength", "format", "enum", "default", "items")
+        },
+        "required": ["minLength", "format", "enum", "default", "items"],
+    },
+    {"type": "object", "properties": {"x": {"default": "y", "type": "string", "enum": ["y", "z"]}}, "required": ["x"]},
     {"$defs": {"n": NODE}, "$ref": "#/$defs/n"},
     {"title": "T", "description": "D", "type": "boolean", "default": True},
     *({"type": "string", "format": f} for f in ("date", "time", "date-time", "ipv4", "uuid", "email", "uri")),
@@ -146,6 +154,9 @@ REFUSED: list[tuple[Any, str]] = [
     ({"allOf": [{"type": "integer"}, {"type": "number"}]}, "allOf"),
     ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),
     ({"anyOf": []}, "anyOf"),
+    ({"type": "string", "enum": ["a", 1]}, "enum"),
+    ({"type": "object", "patternProperties": [1]}, "patternProperties"),
+    ({"$defs": 5, "$ref": "#/$defs"}, "$defs"),
     ({"anyOf": [{"type": "object", "properties": {"b": {"foo": 1}}}]}, "anyOf[0].properties.b.foo"),
     ({"type": "array", "items": [{"type": "integer"}]}, "items"),
     ({"type": "array", "minItems": -1}, "minItems"),

@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import Any, NoReturn
 
 from tpqwen.errors import RequestError
-from tpqwen.text.json_types import kinds_of, listed, resolved, target
+from tpqwen.text.json_types import kinds_of, kinds_of_value, listed, resolved, target
 from tpqwen.text.patterns import check_json_pattern
 
 MAX_CHARACTERS = 64 * 1024
@@ -31,6 +31,10 @@ _OBJECT = frozenset(
     }
 )
 _COUNTS = frozenset({"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"})
+# Words under which schemas stand: one, a list of them, or by name.
+_ONE = frozenset({"items", "additionalProperties", "propertyNames"})
+_LISTS = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})
+_MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _WHOLE = ("$ref", "anyOf", "oneOf", "allOf", "enum", "const")  # each decides alone
 _FORMATS = frozenset(
     {
@@ -66,11 +70,15 @@ def checked_schema(schema: Any, where: str) -> str:
 def _rewritten(schema: Any) -> Any:
     """Length limits as a pattern: as they are, xgrammar lets control characters into such strings. Likewise IPv4
     addresses, in which it allows leading zeros."""
-    if isinstance(schema, list):
-        return [_rewritten(part) for part in schema]
     if not isinstance(schema, Mapping):
         return schema
-    out = {k: v if k in ("enum", "const", "default", "examples") else _rewritten(v) for k, v in schema.items()}
+    out = dict(schema)
+    for word in _ONE & set(out):
+        out[word] = _rewritten(out[word])
+    for word in _LISTS & set(out):
+        out[word] = [_rewritten(part) for part in out[word]]
+    for word in _MAPS & set(out):
+        out[word] = {name: _rewritten(part) for name, part in out[word].items()}
     if out.get("format") == "ipv4":
         out["pattern"] = _IPV4
         del out["format"]
@@ -87,6 +95,11 @@ def _check(schema: Any, where: str, root: Any, depth: int) -> None:
         return
     if not isinstance(schema, Mapping):
         _refuse(where, "must be an object or true" if schema is not False else "false allows nothing")
+    for word in (_LISTS | _MAPS) & set(schema):
+        if not isinstance(schema[word], list if word in _LISTS else Mapping):
+            _refuse(f"{where}.{word}", f"must be {'a list' if word in _LISTS else 'an object'}")
+    if any(not isinstance(t, str) or t not in _TYPES for t in _types(schema)):
+        _refuse(f"{where}.type", f"must be of {', '.join(sorted(_TYPES))}")
     words = set(schema) - NOTES
     whole = [word for word in _WHOLE if word in words]
     if whole:
@@ -105,19 +118,29 @@ def _check_whole(schema: Mapping[str, Any], word: str, words: set[str], where: s
     if word == "$ref":
         if not isinstance(value, str) or not (value == "#" or value.startswith("#/")) or target(root, value) is None:
             _refuse(f"{where}.$ref", "must point into this schema (#/...)")
-    elif word in ("anyOf", "oneOf", "allOf", "enum") and not (isinstance(value, list) and value):
+    elif word not in ("$ref", "const") and not (isinstance(value, list) and value):
         _refuse(f"{where}.{word}", "must be a list that is not empty")
+    elif word in ("enum", "const") and not _fit(value if word == "enum" else [value], _types(schema)):
+        _refuse(f"{where}.{word}", "has a value of another type than the one beside it")
     elif word == "allOf" and len(value) > 1:
         _refuse(f"{where}.allOf", "more than one schema together cannot be enforced")
     elif word == "oneOf" and not all(_disjoint(a, b, root) for a, b in combinations(value, 2)):
         _refuse(f"{where}.oneOf", "is enforced only where the schemas exclude each other; use anyOf")
 
 
+def _types(schema: Mapping[str, Any]) -> list[Any]:
+    """What stands under `type`, as a list."""
+    types = schema.get("type", [])
+    return types if isinstance(types, list) else [types]
+
+
+def _fit(values: list[Any], types: list[str]) -> bool:
+    """Whether all values are of the types, where there are some."""
+    return not types or all(kinds_of_value(value) & set(types) for value in values)
+
+
 def _check_words(schema: Mapping[str, Any], words: set[str], where: str) -> None:
-    types = schema.get("type")
-    named = types if isinstance(types, list) else [types] if types is not None else []
-    if any(not isinstance(t, str) or t not in _TYPES for t in named):
-        _refuse(f"{where}.type", f"must be of {', '.join(sorted(_TYPES))}")
+    named = _types(schema)
     allowed = {"type"}
     for name, more in (("string", _STRING), ("array", _ARRAY), ("object", _OBJECT)):
         allowed |= more if name in named else set()
@@ -147,15 +170,11 @@ def _check_values(schema: Mapping[str, Any], where: str) -> None:
     for pattern in _map(schema, "patternProperties"):
         check_json_pattern(pattern, f"{where}.patternProperties.{pattern[:64]}")
     properties, required = schema.get("properties", {}), schema.get("required", [])
-    if not isinstance(properties, Mapping):
-        _refuse(f"{where}.properties", "must be an object")
     if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
         _refuse(f"{where}.required", "must be a list of strings")
     missing = [name for name in required if name not in properties]
     if missing:
         _refuse(f"{where}.required", f"names {missing[0][:64]!r}, which is not among the properties")
-    if not isinstance(schema.get("prefixItems", []), list):
-        _refuse(f"{where}.prefixItems", "must be a list")
 
 
 def _check_numbers(schema: Mapping[str, Any], where: str) -> None:
@@ -173,17 +192,15 @@ def _check_numbers(schema: Mapping[str, Any], where: str) -> None:
 
 def _parts(schema: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Schemas inside, with their path."""
-    for word in ("items", "additionalProperties", "propertyNames"):
-        if word in schema and schema[word] is not False:
+    for word in _ONE & set(schema):
+        if schema[word] is not False:
             yield word, schema[word]
-    for word in ("anyOf", "oneOf", "allOf", "prefixItems"):
-        for i, part in enumerate(schema.get(word) or ()):
+    for word in _LISTS & set(schema):
+        for i, part in enumerate(listed(schema, word)):
             yield f"{word}[{i}]", part
-    for word in ("properties", "patternProperties", "$defs", "definitions"):
-        parts = schema.get(word)
-        if isinstance(parts, Mapping):
-            for name, part in parts.items():
-                yield f"{word}.{name[:64]}", part
+    for word in _MAPS & set(schema):
+        for name, part in _map(schema, word).items():
+            yield f"{word}.{name[:64]}", part
 
 
 def _disjoint(a: Any, b: Any, root: Any) -> bool:
