@@ -23,6 +23,7 @@ from tpqwen.worker.guide import GuideState
 if TYPE_CHECKING:
     from tpqwen.grammar import Vocabulary
 
+AT_ONCE = 32  # rows whose masks are unpacked together: 32 bits of each become 32 integers
 Rows = list[tuple[int, GuideState]]  # with the row's index in the step
 
 
@@ -32,7 +33,6 @@ class GuideRows:
     def __init__(self, folder: Path, vocab_size: int, first_id: int, num_local: int, device: torch.device) -> None:
         self._states: dict[int, GuideState] = {}  # by slot
         self._rows: Rows = []
-        self._num_rows = 0
         self._unread: deque[tuple[Rows, torch.Tensor, torch.cuda.Event | None]] = deque()
         self._device = device
         self._num_words = -(-vocab_size // 32)
@@ -58,22 +58,25 @@ class GuideRows:
 
     def select(self, slots: Sequence[int]) -> None:
         """The rows that the step now being launched samples, in order."""
-        self._num_rows = len(slots)
         self._rows = [(i, self._states[s]) for i, s in enumerate(slots) if s in self._states] if self._states else []
 
     def apply(self, logits_RV: torch.Tensor) -> torch.Tensor:
-        """The logits with -inf where a row's guide allows no token. Waits for the tokens of the step before."""
+        """The same logits (changed in place) with -inf where a row's guide allows no token. Waits for the tokens of the
+        step before."""
         if not self._rows:
             return logits_RV
         self._catch_up()
-        masks = torch.full(
-            (self._num_rows, self._num_words), -1, dtype=torch.int32, pin_memory=self._device.type == "cuda"
-        )
+        pinned = self._device.type == "cuda"
+        masks = torch.zeros((len(self._rows), self._num_words), dtype=torch.int32, pin_memory=pinned)
+        where = torch.tensor([row for row, _ in self._rows], pin_memory=pinned)
         array = masks.numpy()
-        for row, state in self._rows:
-            state.fill(array, row)
-        words_RV = masks.to(self._device, non_blocking=True)[:, self._word_V]
-        return logits_RV.masked_fill((words_RV >> self._shift_V) & 1 == 0, float("-inf"))
+        for i, (_, state) in enumerate(self._rows):
+            state.fill(array, i)
+        masks, where = (t.to(self._device, non_blocking=True) for t in (masks, where))
+        for rows, words in zip(torch.split(where, AT_ONCE), torch.split(masks, AT_ONCE), strict=True):
+            forbidden = (words[:, self._word_V] >> self._shift_V) & 1 == 0
+            logits_RV[rows] = logits_RV[rows].masked_fill_(forbidden, float("-inf"))
+        return logits_RV
 
     def sampled(self, tokens: torch.Tensor, done: torch.cuda.Event | None) -> None:
         """The step's tokens (int32, on the host once `done` has passed; -1: bad logits) in the order of `select`."""
