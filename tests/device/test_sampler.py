@@ -25,7 +25,8 @@ def state_of(params: list[RowParams], out_index: torch.Tensor | None = None) -> 
     index = [0] * len(params) if out_index is None else out_index.tolist()
     admits = tuple(Admit(i, p, index[i], 0) for i, p in enumerate(params))
     rows = torch.tensor([admit_row(a) for a in admits], dtype=torch.int32).reshape(-1, ADMIT_INTS)
-    state.admit(admits, rows)
+    state.admit(rows)
+    state.params.update((a.slot, a.params) for a in admits)
     state.tensors.turn.add_(1)
     return state
 
@@ -39,7 +40,7 @@ def sample(logits: torch.Tensor, params: list[RowParams], out_index: torch.Tenso
     tokens = Sampler(TPGroup.single(), state.tensors, 0).sample(logits, every_slot(state), kind)
     assert (tokens >= 0).all()
     assert torch.equal(state.tensors.last_token[:-1], tokens)
-    assert torch.equal(state.tensors.ring[0], tokens)
+    assert torch.equal(state.tensors.ring[0, : len(tokens)], tokens)
     assert torch.equal(state.tensors.out_index[:-1], out_index + 1)
     return tokens
 
@@ -100,6 +101,12 @@ def test_the_path_taken_never_changes_the_token() -> None:
         alone = sample(logits[i : i + 1], [p], index[i : i + 1], kind_of([p]))
         assert alone.item() == together[i].item(), p
     assert together[-1] == logits[-1].argmax()
+
+
+def test_kinds_add_up() -> None:
+    small, whole = RowParams(0.8, 5, 1.0, 0.0, 1, 0), RowParams(0.8, 0, 0.9, 0.0, 1, 0, logprobs=2)
+    assert kind_of([small]) | kind_of([whole]) == kind_of([small, whole])
+    assert kind_of([small]) | SampleKind() == kind_of([small])
 
 
 def test_noise_depends_on_seed_choice_and_index_only() -> None:

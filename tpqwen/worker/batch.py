@@ -6,6 +6,7 @@ that a step may be packed while earlier ones still have to run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,24 +41,23 @@ class Stager:
         self._pinned: list[torch.Tensor | None] = [None] * depth
         self._turn = 0
 
-    def pack(self, parts: list[Ints]) -> list[torch.Tensor]:
+    def pack(self, parts: Sequence[Ints]) -> list[torch.Tensor]:
         """Each part (int32, any shape) as a host tensor, one after another in one buffer; pinned for a GPU."""
-        total = sum(p.size for p in parts)
-        buffer = self._buffer(total)
-        if total:
-            np.concatenate([p.reshape(-1) for p in parts], out=buffer[:total].numpy())
-        views = torch.split(buffer[:total], [p.size for p in parts])
+        views = torch.split(self.flat(parts), [p.size for p in parts])
         return [v.view(p.shape) for v, p in zip(views, parts, strict=True)]
 
-    def send(self, packed: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Consecutive parts of `pack` on the device, all through one copy."""
-        if not self._cuda:
-            return packed
-        base = packed[0]
-        sizes = [p.numel() for p in packed]
-        flat = torch.as_strided(base, (sum(sizes),), (1,), base.storage_offset())
-        moved = torch.split(flat.to(self._device, non_blocking=True), sizes)
-        return [m.view(p.shape) for m, p in zip(moved, packed, strict=True)]
+    def send(self, parts: Sequence[Ints]) -> list[torch.Tensor]:
+        """Each part on the device, all through one copy."""
+        moved = torch.split(self.flat(parts).to(self._device, non_blocking=True), [p.size for p in parts])
+        return [m.view(p.shape) for m, p in zip(moved, parts, strict=True)]
+
+    def flat(self, parts: Sequence[Ints]) -> torch.Tensor:
+        """All parts in one host tensor of one dimension, pinned for a GPU."""
+        total = sum(p.size for p in parts)
+        buffer = self._buffer(total)[:total]
+        if total:
+            np.concatenate([p.reshape(-1) for p in parts], out=buffer.numpy())
+        return buffer
 
     def _buffer(self, total: int) -> torch.Tensor:
         if not self._cuda:
@@ -70,34 +70,27 @@ class Stager:
         return buffer
 
 
-def stage(
-    step: StepInput, state: SlotState, stager: Stager, block_size: int
-) -> tuple[torch.Tensor | None, ChunkBatch | None]:
-    """Apply the step's edits to the slots; return the new decode rows (int32, None when unchanged) and the chunks.
+def stage(step: StepInput, state: SlotState, stager: Stager) -> torch.Tensor | None:
+    """Apply the step's edits and admissions to the slots; return the new decode rows (int32, None when unchanged).
 
     Block edits and decode rows stay in host memory, where the kernels that apply them read them; so a decode step that
     only hands out blocks copies nothing.
     """
     edits = ints(step.blocks, -1, 3)
     decode = ints(step.decode) if step.decode is not None else np.empty(0, np.int32)
-    parts = [edits, decode]
+    rows = None
+    if edits.size or step.decode is not None:
+        edits_h, rows = stager.pack([edits, decode])
+        if edits.size:
+            ops.edit_slots(state.tensors.tables_SM, edits_h)
     if step.admits:
-        parts.append(np.array([admit_row(a) for a in step.admits], np.int32))
-    if step.chunks:
-        parts += _chunk_parts(step.chunks)
-    edits_h, rows, *rest = stager.pack(parts)
-    if edits.size:
-        ops.edit_slots(state.tensors.tables_SM, edits_h)
-    sent = stager.send(rest) if rest else []
-    if step.admits:
-        state.admit(step.admits, sent.pop(0))
-    return (
-        rows if step.decode is not None else None,
-        _chunk_batch(step.chunks, sent, state, block_size) if sent else None,
-    )
+        state.admit(*stager.send([np.array([admit_row(a) for a in step.admits], np.int32)]))
+    return rows if step.decode is not None else None
 
 
-def _chunk_parts(chunks: tuple[Chunk, ...]) -> list[Ints]:
+def chunk_parts(chunks: tuple[Chunk, ...]) -> list[Ints]:
+    """What chunk_batch needs of the chunks: ids, positions and slots of the T tokens; slots [C], prefix sums of the
+    counts [C + 1], lengths [C]; of the chunks that sample, the last token's index and the slot."""
     counts = np.array([c.num_tokens for c in chunks], np.int32)
     starts = np.array([c.start for c in chunks], np.int32)
     slots = np.array([c.slot for c in chunks], np.int32)
@@ -118,26 +111,44 @@ def _chunk_parts(chunks: tuple[Chunk, ...]) -> list[Ints]:
     ]
 
 
-def _chunk_batch(chunks: tuple[Chunk, ...], parts: list[torch.Tensor], state: SlotState, block_size: int) -> ChunkBatch:
-    ids, positions, token_slots, slots, query_start, lengths, sampled, sampled_slots = parts
+def chunk_batch(
+    parts: list[torch.Tensor],
+    lengths: tuple[tuple[int, ...], tuple[int, ...]],
+    sampled_slots_host: tuple[int, ...],
+    state: SlotState,
+    block_size: int,
+) -> ChunkBatch:
+    """The chunks of a pass from `chunk_parts` on the device. lengths: tokens of each chunk and of its context.
+
+    Tokens of the padding slot have no place in the cache.
+    """
+    ids, positions, token_slots, slots, query_start, lengths_C, sampled, sampled_slots = parts
     where = positions.long()
     tables = state.tensors.tables_SM
     blocks = tables[token_slots.long(), where // block_size].long()
+    places = blocks * block_size + where % block_size
     slots_C = slots.long()
     rows = PrefillRows(
         tables_CM=tables[slots_C],
         query_start=query_start,
-        lengths_C=lengths,
-        num_query=tuple(c.num_tokens for c in chunks),
-        num_context=tuple(c.start + c.num_tokens for c in chunks),
+        lengths_C=lengths_C,
+        num_query=lengths[0],
+        num_context=lengths[1],
     )
     return ChunkBatch(
         ids=ids,
         positions=positions,
-        cache_slots=blocks * block_size + where % block_size,
+        cache_slots=torch.where(token_slots == state.tensors.padding_slot, -1, places),
         slots_C=slots_C,
         rows=rows,
         sampled=sampled.long(),
         sampled_slots=sampled_slots,
-        sampled_slots_host=tuple(c.slot for c in chunks if c.sample),
+        sampled_slots_host=sampled_slots_host,
     )
+
+
+def eager_chunks(chunks: tuple[Chunk, ...], parts: list[torch.Tensor], state: SlotState, block_size: int) -> ChunkBatch:
+    """The chunks of a pass that is launched kernel by kernel."""
+    counts = tuple(c.num_tokens for c in chunks)
+    lengths = (counts, tuple(c.start + c.num_tokens for c in chunks))
+    return chunk_batch(parts, lengths, tuple(c.slot for c in chunks if c.sample), state, block_size)

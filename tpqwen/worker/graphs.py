@@ -6,6 +6,9 @@ share one memory pool: only one runs at a time. On a CPU the same calls run eage
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 
 from tpqwen.kernels import ops
@@ -13,6 +16,7 @@ from tpqwen.worker.runner import Runner, Sampled
 from tpqwen.worker.sampler import SampleKind
 
 NO_SAMPLING = None
+T = TypeVar("T")
 
 
 def buckets(max_rows: int) -> list[int]:
@@ -28,21 +32,27 @@ class DecodeGraphs:
         self._runner = runner
         self._buckets = buckets(max_rows)
         self._enabled = enabled
-        state = runner.state.tensors
-        self._slots = torch.full((max_rows,), state.padding_slot, dtype=torch.int32, device=state.length.device)
+        self.state = runner.state.tensors
+        device = self.state.length.device
+        self.slots = torch.full((max_rows,), self.state.padding_slot, dtype=torch.int32, device=device)
         self._graphs: dict[tuple[int, SampleKind | None], tuple[torch.cuda.CUDAGraph, Sampled | torch.Tensor]] = {}
-        self._pool = torch.cuda.graph_pool_handle() if enabled else None
+        self.pool = torch.cuda.graph_pool_handle() if enabled else None
         self._count = 0
 
     def set_rows(self, slots_B: torch.Tensor) -> None:
         """These slots (int32, on the device or in pinned memory) decode from now on."""
         self._count = len(slots_B)
-        ops.set_rows(self._slots, slots_B, self._runner.state.tensors.padding_slot)
+        ops.set_rows(self.slots, slots_B, self.state.padding_slot)
+
+    @property
+    def num_rows(self) -> int:
+        """How many slots decode."""
+        return self._count
 
     @property
     def rows(self) -> torch.Tensor:
         """The slots that decode, without padding."""
-        return self._slots[: self._count]
+        return self.slots[: self._count]
 
     def decode(self, kind: SampleKind) -> Sampled:
         """One decode step of the current rows, padded to the bucket; the first `count` results are real."""
@@ -69,19 +79,25 @@ class DecodeGraphs:
         return result
 
     def _capture(self, width: int, kind: SampleKind | None) -> tuple[torch.cuda.CUDAGraph, Sampled | torch.Tensor]:
-        """Warm up and capture. The warm-up pass runs padding rows only and is taken back, so that no slot moves."""
-        slots, state = self._slots[:width], self._runner.state.tensors
-        real = slots.clone()
-        slots.fill_(state.padding_slot)
+        runner = self._runner
+        if kind is None:
+            return capture(self, width, runner.decode_logits)
+        return capture(self, width, lambda slots_B: runner.decode(slots_B, kind))
 
-        def run() -> Sampled | torch.Tensor:
-            return self._runner.decode_logits(slots) if kind is None else self._runner.decode(slots, kind)
 
-        run()
-        state.turn.sub_(1)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            result = run()
-        slots.copy_(real)
-        return graph, result
+def capture(graphs: DecodeGraphs, width: int, run: Callable[[torch.Tensor], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """Warm up and capture a pass over the first `width` of the graphs' rows.
+
+    The warm-up runs padding rows only and is taken back, so that no slot moves.
+    """
+    slots, state = graphs.slots[:width], graphs.state
+    real = slots.clone()
+    slots.fill_(state.padding_slot)
+    run(slots)
+    state.turn.sub_(1)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=graphs.pool):
+        result = run(slots)
+    slots.copy_(real)
+    return graph, result

@@ -16,7 +16,7 @@ from tpqwen.model.sizing import DTYPE_BYTES, Sizes
 from tpqwen.model.weights import load_weights, random_weights
 from tpqwen.parallel.group import TPGroup
 from tpqwen.step import Admit, Capacity, Chunk, RowParams, StepInput, packed
-from tpqwen.worker.batch import Stager, stage
+from tpqwen.worker.batch import Stager, chunk_parts, eager_chunks, stage
 from tpqwen.worker.kv_cache import KVCache, block_bytes, blocks_on_cpu, blocks_on_gpu
 from tpqwen.worker.runner import Runner
 from tpqwen.worker.sampler import LogitEdits, SampleKind, Sampler
@@ -143,8 +143,9 @@ class _Build:
             chunks=tuple(Chunk(i, 0, ids, True) for i in range(count)),
             decode=b"",
         )
-        _, chunks = stage(step, runner.state, Stager(self.device, 1), s.block_size)
-        assert chunks is not None
+        stager = Stager(self.device, 3)
+        stage(step, runner.state, stager)
+        chunks = eager_chunks(step.chunks, stager.send(chunk_parts(step.chunks)), runner.state, s.block_size)
         none = torch.empty(0, dtype=torch.int32, device=self.device)
         runner.mixed(none, chunks, SampleKind(candidates=True), (params,) * count)
         rows = self.model.lm_head.num_local * s.max_num_seqs * 12  # logits of all slots at once: value, copy, index

@@ -33,6 +33,15 @@ class SampleKind:
     edits: bool = False  # penalties, bias, min_tokens or a guide change some row's logits
     logprobs: bool = False
 
+    def __or__(self, other: SampleKind) -> SampleKind:
+        """What rows of both kinds need together."""
+        return SampleKind(
+            self.candidates or other.candidates,
+            self.full or other.full,
+            self.edits or other.edits,
+            self.logprobs or other.logprobs,
+        )
+
     @property
     def needs_logits(self) -> bool:
         """Whether logits must lie in memory; else the LM head itself finds the token."""

@@ -14,6 +14,7 @@ from tpqwen.step import Admit, RowParams
 
 INT_FIELDS = ("top_k", "choice", "min_tokens")
 FLOAT_FIELDS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+MIXED_CHUNKS = 8  # chunks of a pass that runs as a graph; they may be padding, and so may its decode rows
 RING = 8  # passes whose tokens the ring keeps: more than are ever in flight
 NUM_FIELDS = len(INT_FIELDS) + len(FLOAT_FIELDS)
 ADMIT_INTS = NUM_FIELDS + 4  # slot, out_index, seed low, seed high come first
@@ -67,18 +68,16 @@ class SlotState:
             top_p=named.top_p,
             min_p=named.min_p,
             turn=zeros(1),
-            ring=torch.zeros(RING, num_slots, dtype=torch.int32, pin_memory=device.type == "cuda"),
+            ring=torch.zeros(RING, num_slots + MIXED_CHUNKS, dtype=torch.int32, pin_memory=device.type == "cuda"),
         )
         self.params: dict[int, RowParams] = {}  # the host's copy, by slot
 
-    def admit(self, admits: tuple[Admit, ...], rows: torch.Tensor) -> None:
-        """Take the slots over. rows int32 [A, ADMIT_INTS] on the device, as made by `admit_row`."""
+    def admit(self, rows: torch.Tensor) -> None:
+        """Take slots over. rows int32 [A, ADMIT_INTS] on the device, as made by `admit_row`."""
         slots = rows[:, 0].long()
         self.tensors.out_index[slots] = rows[:, 1]
         self.tensors.seed[slots] = (rows[:, 3].long() << 32) | (rows[:, 2].long() & 0xFFFFFFFF)
         self.fields[:, slots] = rows[:, 4:].t()
-        for a in admits:
-            self.params[a.slot] = a.params
 
     def gather(self, slots: torch.Tensor) -> RowTensors:
         """Parameters of the given slots (int32 [R]) in that order."""

@@ -22,24 +22,50 @@ from tpqwen.model.config import ModelConfig
 from tpqwen.model.sizing import Sizes, derive
 from tpqwen.parallel.group import TPGroup
 from tpqwen.request import TokenLogprob
-from tpqwen.step import Capacity, RankStats, RowParams, StepInput, StepOutput, ints
-from tpqwen.worker.batch import ChunkBatch, Stager, stage
+from tpqwen.step import Capacity, Ints, RankStats, RowParams, StepInput, StepOutput, ints
+from tpqwen.worker.batch import Stager, chunk_parts, eager_chunks, stage
 from tpqwen.worker.graphs import DecodeGraphs
 from tpqwen.worker.guides import GuideRows
 from tpqwen.worker.load import Loaded, load
-from tpqwen.worker.runner import Sampled
-from tpqwen.worker.sampler import SampleKind, kind_of
+from tpqwen.worker.mixed import MixedGraphs
+from tpqwen.worker.sampler import LogprobTensors, SampleKind, kind_of
+
+COPIES = 3  # buffers that one step may take from the stager: edits and rows, admissions, chunks
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of a pass when it has been launched. chunks_at: where its chunks' tokens begin in the ring, if not
+    right behind the decode rows'."""
+
+    params: tuple[RowParams, ...] = ()
+    logprobs: LogprobTensors | None = None
+    chunks_at: int | None = None
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which places of a ring row hold a pass's tokens: num_decode from the front, then those of the chunks."""
+
+    num_decode: int
+    count: int
+    chunks_at: int | None
+
+    def take(self, row: Ints) -> Ints:
+        """The pass's tokens in row order."""
+        if self.chunks_at is None:
+            return row[: self.count]
+        return np.concatenate([row[: self.num_decode], row[self.chunks_at :][: self.count - self.num_decode]])
 
 
 @dataclass(frozen=True)
 class Pending:
-    """A launched step. Once `done` has passed, its tokens are the first `count` of `tokens`."""
+    """A launched step, complete once `done` has passed."""
 
     step: StepInput
     tokens: torch.Tensor  # int32, a row of the slots' ring
-    count: int
-    sampled: Sampled | None
-    params: tuple[RowParams, ...]
+    where: Where
+    run: Run
     before: torch.cuda.Event | None  # end of the step before, or the start of this one where the device was idle
     done: torch.cuda.Event | None
     busy_s: float
@@ -74,8 +100,10 @@ class Worker:
             self._folder, self._model_config.vocab_size, head.first_id, head.num_local, self._device
         )
         self.runner.edits.guides = self._guides
-        self.graphs = DecodeGraphs(self.runner, self.sizes.max_num_seqs, enabled=self._device.type == "cuda")
-        self._stager = Stager(self._device, self._config.schedule.depth + 2)
+        sizes, cuda = self.sizes, self._device.type == "cuda"
+        self.graphs = DecodeGraphs(self.runner, sizes.max_num_seqs, enabled=cuda)
+        self.mixed = MixedGraphs(self.runner, self.graphs, sizes.max_num_seqs, sizes.block_size, enabled=cuda)
+        self._stager = Stager(self._device, COPIES * (self._config.schedule.depth + 2))
         self._rows: tuple[int, ...] = ()
         self._kind = SampleKind()
         self._turn = int(self.runner.state.tensors.turn)  # passes begun, as on the device
@@ -90,20 +118,20 @@ class Worker:
         """Launch one step. Steps run in the order submitted."""
         begin = time.perf_counter()
         before = self._pending[-1].done if self._pending else self._event()
-        slots, chunks = stage(step, self.runner.state, self._stager, self.sizes.block_size)
-        self._admit_history(step)
+        slots = stage(step, self.runner.state, self._stager)
+        self._admit(step)
         if step.decode is not None and slots is not None:
             self._follow_rows(step.decode, slots)
-        params = self._params(chunks)
+        sampled_slots = (*self._rows, *(c.slot for c in step.chunks if c.sample))
         ring = self.runner.state.tensors.ring
         tokens = ring[self._turn % len(ring)]
-        self._guides.select((*self._rows, *(chunks.sampled_slots_host if chunks is not None else ())))
-        sampled = self._run(chunks, params)
-        count = len(self._rows) + (len(chunks.sampled_slots_host) if chunks is not None else 0)
+        self._guides.select(sampled_slots)
+        run = self._run(step, sampled_slots)
+        where = Where(len(self._rows), len(sampled_slots), run.chunks_at)
         done = self._event()
         self._guides.sampled(tokens, done)
         busy = 0.0 if done is not None else time.perf_counter() - begin
-        self._pending.append(Pending(step, tokens, count, sampled, params, before, done, busy))
+        self._pending.append(Pending(step, tokens, where, run, before, done, busy))
 
     def ready(self) -> bool:
         """Whether collect would return at once."""
@@ -121,10 +149,10 @@ class Worker:
             p.done.synchronize()
             busy = p.before.elapsed_time(p.done) / 1e3
         self._busy_s += busy
-        tokens = p.tokens[: p.count].numpy()
+        tokens = p.where.take(p.tokens.numpy())
         logprobs: tuple[tuple[int, TokenLogprob], ...] = ()
-        if p.sampled is not None and p.sampled.logprobs is not None:
-            logprobs = tuple(p.sampled.logprobs.rows([r.logprobs for r in p.params]))
+        if p.run.logprobs is not None:
+            logprobs = tuple(p.run.logprobs.rows([r.logprobs for r in p.run.params]))
         bad = tuple(np.flatnonzero(tokens < 0).tolist())
         return StepOutput(p.step.epoch, p.step.step, tokens.tobytes(), bad, logprobs, busy)
 
@@ -148,24 +176,43 @@ class Worker:
         """Drop graphs before the communicator they hold, then leave the group."""
         self._pending.clear()
         if hasattr(self, "graphs"):
-            del self.graphs, self.runner
+            del self.mixed, self.graphs, self.runner
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         self._group.leave()
 
-    def _run(self, chunks: ChunkBatch | None, params: tuple[RowParams, ...]) -> Sampled | None:
-        if chunks is None and not self._rows:
-            return None
+    def _run(self, step: StepInput, sampled_slots: tuple[int, ...]) -> Run:
+        """Launch the pass; params (host copies) go along only where they are needed."""
+        if not step.chunks:
+            return self._decode(sampled_slots)
         self._turn += 1
-        if chunks is not None:
-            return self.runner.mixed(self.graphs.rows, chunks, kind_of(params), params)
-        if self._kind.in_graph:
-            return self.graphs.decode(self._kind)
-        return self.runner.sample(self.graphs.decode_logits(), self.graphs.rows, self._kind, params)
+        kind = self._kind | kind_of(self._params(sampled_slots[len(self._rows) :]))
+        parts = chunk_parts(step.chunks)
+        if self.mixed.fits(parts[0].size, len(step.chunks), kind):
+            return Run(chunks_at=self.mixed.run(parts, kind, self._stager))
+        runner, params = self.runner, self._params(sampled_slots)
+        chunks = eager_chunks(step.chunks, self._stager.send(parts), runner.state, self.sizes.block_size)
+        sampled = runner.mixed(self.graphs.rows, chunks, kind, params)
+        return Run(params, sampled.logprobs if sampled is not None else None)
 
-    def _admit_history(self, step: StepInput) -> None:
+    def _decode(self, slots: tuple[int, ...]) -> Run:
+        if not slots:
+            return Run()
+        self._turn += 1
+        if self._kind.in_graph:
+            self.graphs.decode(self._kind)
+            return Run()
+        params = self._params(slots)
+        sampled = self.runner.sample(self.graphs.decode_logits(), self.graphs.rows, self._kind, params)
+        return Run(params, sampled.logprobs)
+
+    def _params(self, slots: tuple[int, ...]) -> tuple[RowParams, ...]:
+        return tuple(self.runner.state.params[s] for s in slots)
+
+    def _admit(self, step: StepInput) -> None:
         for a in step.admits:
+            self.runner.state.params[a.slot] = a.params
             self._guides.admit(a)
             if a.history:
                 self.runner.edits.admit(a.slot, ints(a.history).tolist(), a.num_prompt)
@@ -173,14 +220,7 @@ class Worker:
     def _follow_rows(self, decode: bytes, slots: torch.Tensor) -> None:
         self._rows = tuple(ints(decode).tolist())
         self.graphs.set_rows(slots)
-        self._kind = kind_of([self.runner.state.params[s] for s in self._rows])
-
-    def _params(self, chunks: ChunkBatch | None) -> tuple[RowParams, ...]:
-        """Host copies of the sampled rows' parameters, only where a step needs them."""
-        if chunks is None and self._kind.in_graph:
-            return ()
-        sampled = (*self._rows, *(chunks.sampled_slots_host if chunks is not None else ()))
-        return tuple(self.runner.state.params[s] for s in sampled)
+        self._kind = kind_of(self._params(self._rows))
 
     def _event(self) -> torch.cuda.Event | None:
         if self._device.type == "cpu":

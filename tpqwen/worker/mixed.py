@@ -1,0 +1,97 @@
+"""Passes over prompt chunks, with or without decode rows, as CUDA graphs: one per bucket of rows, tokens and sampling.
+
+A pass of a few hundred tokens is over before Python has launched it kernel by kernel. Chunks are padded up to a bucket:
+T tokens of which the last may be none's, C chunks of which the last may be empty. Longer passes run eagerly, where the
+device is the slower of the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from tpqwen.step import Ints
+from tpqwen.worker.batch import Stager, chunk_batch
+from tpqwen.worker.graphs import DecodeGraphs, capture
+from tpqwen.worker.runner import Runner, Sampled
+from tpqwen.worker.sampler import SampleKind
+from tpqwen.worker.slots import MIXED_CHUNKS
+
+ROWS = (0, 8, 32, 64, 128, 256)
+TOKENS = (64, 256, 512, 1024, 2048)
+
+
+class MixedGraphs:
+    """Captured passes with chunks, and the buffers of chunks that they read."""
+
+    def __init__(self, runner: Runner, graphs: DecodeGraphs, max_rows: int, block_size: int, *, enabled: bool) -> None:
+        self._runner = runner
+        self._decode = graphs
+        self._rows = (*(r for r in ROWS if r < max_rows), max_rows)
+        self._block_size = block_size
+        self._enabled = enabled
+        self._chunks: dict[int, torch.Tensor] = {}  # T -> all integers of a pass, in the order of chunk_parts
+        self._graphs: dict[tuple[int, int, SampleKind], tuple[torch.cuda.CUDAGraph, Sampled | None]] = {}
+
+    def fits(self, num_tokens: int, num_chunks: int, kind: SampleKind) -> bool:
+        """Whether a pass over these chunks has a graph."""
+        return self._enabled and num_tokens <= TOKENS[-1] and num_chunks <= MIXED_CHUNKS and kind.in_graph
+
+    def run(self, parts: Sequence[Ints], kind: SampleKind, stager: Stager) -> int:
+        """One pass over the decode rows and these chunks. Returns the row from which on the chunks' tokens stand."""
+        tokens = next(t for t in TOKENS if t >= parts[0].size)
+        width = next(r for r in self._rows if r >= self._decode.num_rows)
+        padding = self._runner.state.tensors.padding_slot
+        padded = pad(parts, tokens, padding)
+        buffer = self._buffer(tokens)
+        if (width, tokens, kind) not in self._graphs:
+            buffer.copy_(torch.from_numpy(np.concatenate(pad(_nothing(), tokens, padding))))
+            self._graphs[width, tokens, kind] = self._capture(width, tokens, kind)
+        buffer.copy_(stager.flat(padded), non_blocking=True)
+        self._graphs[width, tokens, kind][0].replay()
+        return width
+
+    def _buffer(self, tokens: int) -> torch.Tensor:
+        if tokens not in self._chunks:
+            size = sum(p.size for p in pad(_nothing(), tokens, 0))
+            device = self._runner.state.tensors.length.device
+            self._chunks[tokens] = torch.zeros(size, dtype=torch.int32, device=device)
+        return self._chunks[tokens]
+
+    def _capture(self, width: int, tokens: int, kind: SampleKind) -> tuple[torch.cuda.CUDAGraph, Sampled | None]:
+        sizes = [p.size for p in pad(_nothing(), tokens, 0)]
+        parts = list(torch.split(self._buffer(tokens), sizes))
+        state, size = self._runner.state, self._block_size
+        # No chunk counts as a whole prompt: which of them is one changes from pass to pass.
+        lengths = ((tokens, *[0] * (MIXED_CHUNKS - 1)), (tokens + 1, *[1] * (MIXED_CHUNKS - 1)))
+
+        def run(slots_B: torch.Tensor) -> Sampled | None:
+            return self._runner.mixed(slots_B, chunk_batch(parts, lengths, (), state, size), kind, ())
+
+        return capture(self._decode, width, run)
+
+
+def pad(parts: Sequence[Ints], tokens: int, padding_slot: int) -> list[Ints]:
+    """chunk_parts filled up to `tokens` tokens and MIXED_CHUNKS chunks that compute and sample nothing."""
+    ids, positions, token_slots, slots, query_start, lengths, sampled, sampled_slots = parts
+
+    def filled(part: Ints, size: int, value: int) -> Ints:
+        return np.concatenate([part, np.full(size - part.size, value, np.int32)])
+
+    return [
+        filled(ids, tokens, 0),
+        filled(positions, tokens, 0),
+        filled(token_slots, tokens, padding_slot),
+        filled(slots, MIXED_CHUNKS, padding_slot),
+        filled(query_start, MIXED_CHUNKS + 1, ids.size),
+        filled(lengths, MIXED_CHUNKS, 0),
+        filled(sampled, MIXED_CHUNKS, 0),
+        filled(sampled_slots, MIXED_CHUNKS, padding_slot),
+    ]
+
+
+def _nothing() -> list[Ints]:
+    none = np.empty(0, np.int32)
+    return [none, none, none, none, np.zeros(1, np.int32), none, none, none]
