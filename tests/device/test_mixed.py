@@ -35,10 +35,8 @@ def test_the_tokens_of_a_padded_pass_are_found_in_the_ring() -> None:
 @pytest.mark.gpu
 def test_a_graph_answers_as_single_launches_do(monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = ["Count to twenty.", "What is 17 + 25?", "Tell me a story about a boat. " * 20, "Hello!", "Copy: a b c d"]
-    params = [
-        SamplingParams(temperature=0, max_tokens=60),
-        SamplingParams(temperature=0.7, top_k=20, seed=3, max_tokens=60),
-    ]
+    greedy = SamplingParams(temperature=0, max_tokens=60)
+    seeded = SamplingParams(temperature=0.7, top_k=20, seed=3, max_tokens=60)
 
     def answers() -> list[list[int]]:
         with LLM(dtype="float32", device="cuda", max_batched_tokens=70, max_num_seqs=8) as llm:
