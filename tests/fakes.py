@@ -256,4 +256,15 @@ class FakeExecutor:
             tokens=packed(tokens) if tokens else b"",
             bad_rows=tuple(bad),
             logprobs=tuple(logprobs),
+            prompt_logprobs=tuple((i, self._scores(c)) for i, c in enumerate(step.chunks) if c.targets),
+            pooled=tuple(
+                (i, packed(self.slots[r].history[:-1]))
+                for i, r in enumerate(rows)
+                if self.slots[r].admit.params.pooling is not None
+            ),
         )
+
+    def _scores(self, chunk: Chunk) -> list[TokenLogprob]:
+        """A score names its target and the position it was made at."""
+        assert self.slots[chunk.slot].admit.params.prompt_logprobs >= 0
+        return [TokenLogprob(-float(t), [chunk.start + i], [-1.0]) for i, t in enumerate(ints(chunk.targets).tolist())]

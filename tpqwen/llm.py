@@ -46,6 +46,7 @@ class RequestOutput:
     reasoning: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None  # of prompt tokens 1, 2, ...; with the first of n answers
     finish_reason: FinishReason | None = None
     cached_tokens: int = 0
 
@@ -81,6 +82,7 @@ class _Open:
         out.token_ids += added.token_ids
         if delta.logprobs is not None:
             out.logprobs = (out.logprobs or []) + delta.logprobs[: len(added.token_ids)]
+        out.prompt_logprobs = out.prompt_logprobs or delta.prompt_logprobs
         out.cached_tokens = delta.cached_tokens if delta.cached_tokens is not None else out.cached_tokens
         out.finish_reason = added.finish_reason
         return Piece(added.content, added.reasoning)

@@ -22,7 +22,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     temperature 0 is greedy. top_k 0 and top_p 1 and min_p 0 are off; the order is top-k, then top-p over what
     top-k left, then min-p, as in transformers. presence and frequency count output tokens, repetition counts
-    prompt and output. logprobs: None is off, n asks for the chosen token and the n likeliest (0..20).
+    prompt and output. logprobs: None is off, n asks for the chosen token and the n likeliest (0..20); prompt_logprobs
+    is the same for the tokens of the prompt (its first has none), told once however many choices there are.
     seed None is replaced by a recorded random one when the request is admitted.
     stop holds strings (matched on text, above the engine), stop_token_ids ids (matched in the engine).
     """
@@ -43,6 +44,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     min_tokens: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
 
@@ -50,6 +52,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     def greedy(self) -> bool:
         """Below 1e-5 the noise could not change the choice any more, and logits / T would overflow."""
         return self.temperature < 1e-5
+
+
+class Pooling(msgspec.Struct, frozen=True, array_like=True):
+    """Asks for numbers about the prompt instead of output tokens, taken at its last token.
+
+    Without ids: the final hidden state, after the last norm. With ids: the log-probabilities that they come next.
+    """
+
+    ids: tuple[int, ...] = ()
 
 
 class ThinkingBudget(msgspec.Struct, frozen=True, array_like=True):
@@ -98,6 +109,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens and seed are always set here. end_ids are the model's end tokens (empty with ignore_eos) joined with
     stop_token_ids. priority: lower runs first. cache_salt separates prefix caches. output_ids: tokens already
     produced, when a request is resubmitted to a new engine; they count against max_tokens and are not sent again.
+    max_tokens 0 computes the prompt alone: one terminal delta without tokens (`pooled`, `prompt_logprobs`).
     thinking: a limit of its reasoning, guide: the form of its output, where there is one.
     """
 
@@ -111,6 +123,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     cache_salt: str = ""
     output_ids: list[int] = []
+    pooling: Pooling | None = None  # only with max_tokens 0
     thinking: ThinkingBudget | None = None
     guide: Guide | None = None
 
@@ -144,4 +157,6 @@ class Delta(msgspec.Struct, kw_only=True):
     error_code: str | None = None
     cached_tokens: int | None = None  # prompt tokens found in the prefix cache; set on the first delta only
     queue_s: float | None = None  # time until first scheduled; set on the first delta only
+    prompt_logprobs: list[TokenLogprob] | None = None  # of prompt tokens 1, 2, ...; set on the first delta only
+    pooled: bytes | None = None  # float32, what `pooling` asked for
     resumed: int = 0  # how often the request was recomputed after a fault

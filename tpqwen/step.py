@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from tpqwen.request import Guide, TokenLogprob
+from tpqwen.request import Guide, Pooling, TokenLogprob
 
 Ints = NDArray[np.int32]
 
@@ -47,6 +47,8 @@ class RowParams(msgspec.Struct, frozen=True, array_like=True):
     min_tokens: int = 0
     end_ids: tuple[int, ...] = ()  # forbidden while the output index is below min_tokens
     logprobs: int = -1  # -1 off, else how many of the likeliest
+    prompt_logprobs: int = -1  # the same for the positions of chunks that carry targets
+    pooling: Pooling | None = None
     guided: bool = False  # a guide says which tokens are allowed
 
     @property
@@ -78,12 +80,15 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
 
     sample: the chunk reaches the sequence's last known token, so its last position is sampled and the result
     becomes the slot's last token; the slot can be in the next step's decode rows without the host knowing the token.
+    targets: int32 bytes, the prompt tokens that follow the chunk's first, second, ... position; only sent when their
+    log-probabilities are wanted (params.prompt_logprobs).
     """
 
     slot: int
     start: int
     token_ids: bytes
     sample: bool
+    targets: bytes = b""
 
     @property
     def num_tokens(self) -> int:
@@ -116,6 +121,8 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True):
     bad_rows: indexes into tokens whose logits held NaN or Inf (their token is meaningless).
     logprobs: (index into tokens, TokenLogprob) for the rows that asked. busy_s: device time of the step, seconds,
     0.0 where it is not measured. error: the rank's own failure in words; then nothing else is valid.
+    prompt_logprobs: (index into StepInput.chunks, one for each of its targets). pooled: (index into tokens, float32
+    bytes) for the rows with params.pooling.
     """
 
     epoch: int
@@ -125,6 +132,8 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True):
     logprobs: tuple[tuple[int, TokenLogprob], ...] = ()
     busy_s: float = 0.0
     error: str = ""
+    prompt_logprobs: tuple[tuple[int, list[TokenLogprob]], ...] = ()
+    pooled: tuple[tuple[int, bytes], ...] = ()
 
 
 class Capacity(msgspec.Struct, frozen=True, kw_only=True):

@@ -33,6 +33,15 @@ def test_one_prompt_and_many_prompts_give_the_same_answers(llm: LLM) -> None:
     assert together[0].text == llm.tokenizer.decode(together[0].token_ids)
 
 
+def test_a_prompt_can_be_scored_alone(llm: LLM) -> None:
+    text = "Once upon a time"
+    (output,) = llm.generate(text, SamplingParams(max_tokens=0, prompt_logprobs=1))
+    assert (output.token_ids, output.text, output.finish_reason) == ([], "", FinishReason.LENGTH)
+    scores = output.prompt_logprobs
+    assert scores is not None and len(scores) == len(llm.tokenizer.encode(text)) - 1
+    assert all(s.logprob <= s.top_logprobs[0] <= 0 for s in scores)
+
+
 def test_token_ids_are_prompts_too_and_n_gives_several_answers(llm: LLM) -> None:
     ids = llm.tokenizer.encode("Hello")
     outputs = llm.generate(ids, SamplingParams(temperature=1.5, max_tokens=12, seed=5, n=3, ignore_eos=True))

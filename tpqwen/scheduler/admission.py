@@ -62,7 +62,8 @@ class Admission:
         if self._must_wait(sequence):
             return Verdict.LATER
         self._prefix.extend(sequence.digests, sequence.tokens, target // size, sequence.request.cache_salt)
-        limit = (target - 1) // size  # the last token is always computed: somebody must produce its logits
+        # the last token is always computed: somebody must produce its logits
+        limit = 0 if sequence.wants_scores else (target - 1) // size
         matched = self._prefix.match(sequence.digests, limit)
         sequence.waits_for = self._computed_by_another(sequence, len(matched), limit)
         if self._must_wait(sequence):
@@ -75,6 +76,8 @@ class Admission:
             return Verdict.FULL
         self.remove(sequence)
         sequence.state = State.RUNNING
+        if sequence.wants_scores:
+            sequence.prompt_scores.clear()  # it begins anew
         sequence.blocks = matched + self._pool.allocate(need)
         sequence.num_prefill = target
         sequence.num_registered = len(matched)

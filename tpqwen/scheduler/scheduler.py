@@ -144,7 +144,7 @@ class Scheduler:
         limit, length = self.context_limit, len(request.prompt_ids)
         if not length:
             raise RequestError("the prompt has no tokens", param="prompt", code="invalid_value")
-        if length >= limit:
+        if length + min(request.max_tokens, 1) > limit:
             text = f"the prompt has {length} tokens, but the context holds {limit} and one is needed for the answer"
             raise RequestError(text, param="prompt", code="context_length_exceeded")
         self._arrivals += 1
@@ -152,7 +152,7 @@ class Scheduler:
             request=request,
             order=(request.priority, self._arrivals),
             arrived_at=now,
-            max_output=min(request.max_tokens, limit - length),
+            max_output=min(request.max_tokens, limit - length) if request.max_tokens else 1,
             row_params=row_params(request),
         )
         if delta := sequence.ended_before():
@@ -186,7 +186,8 @@ class Scheduler:
         for s in sequences:
             s.resumed += s.state is State.RUNNING
             s.slot, s.blocks, s.digests, s.num_registered, s.waits_for = -1, [], [], 0, None
-            s.max_output = min(s.request.max_tokens, self.context_limit - s.num_prompt)
+            if s.request.max_tokens:
+                s.max_output = min(s.request.max_tokens, self.context_limit - s.num_prompt)
             self._admission.push(s)
             if s.num_output >= s.max_output:
                 text = f"{s.num_tokens} tokens no longer fit: after the restart the context holds {self.context_limit}"
@@ -224,9 +225,11 @@ class Scheduler:
             raise EngineError(f"got step {output.step} with {len(tokens)} tokens, expected {wanted}")
         self._collected = self._flights.popleft()
         generation = self._rows.generation
-        for part in flight.parts:
+        scores = dict(output.prompt_logprobs)  # chunks come in order, so theirs follow those known
+        for index, part in enumerate(flight.parts):
             if generation[part.slot] == part.generation:
                 self._admission.settle(part.sequence, part.end)
+                part.sequence.prompt_scores += scores.get(index, ())
         live = generation[flight.rows.slots] == flight.generations
         deltas = [self._end_bad(flight.rows.sequences[i]) for i in output.bad_rows if live[i]]
         live[list(output.bad_rows)] = False
@@ -367,7 +370,8 @@ class Scheduler:
         start = int(rows.computed[slot])
         end = min(start + budget, sequence.num_prefill)
         sample = end == sequence.num_prefill
-        draft.chunks.append(Chunk(slot, start, sequence.tokens[start:end].tobytes(), sample))
+        ids, targets = sequence.tokens[start:end].tobytes(), sequence.targets(start, end)
+        draft.chunks.append(Chunk(slot, start, ids, sample, targets))
         draft.parts.append(Part(sequence, slot, int(rows.generation[slot]), end))
         rows.computed[slot] = end
         if sample:
@@ -415,13 +419,17 @@ class Scheduler:
             Delta(id=name, index=i, token_ids=[token])
             for name, i, token in zip(rows.ids, index.tolist(), values, strict=True)
         ]
-        if output.logprobs:
+        if output.logprobs or output.pooled:
             place = (np.cumsum(live) - 1).tolist()
             for row, logprob in output.logprobs:
                 if live[row]:
                     deltas[place[row]].logprobs = [logprob]
+            for row, pooled in output.pooled:
+                if live[row]:
+                    deltas[place[row]].pooled = pooled
         for sequence, delta in zip(rows.sequences[num_decode:], deltas[num_decode:], strict=True):
             sequence.describe(delta)
+            self._tally.output_tokens -= not delta.token_ids
         self._end_rows(rows, tokens, index, deltas)
         return deltas + self._close_thinking(rows, values) if self._watched else deltas
 

@@ -6,7 +6,7 @@ from array import array
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from tpqwen.request import Delta, FinishReason, GenerateRequest
+from tpqwen.request import Delta, FinishReason, GenerateRequest, TokenLogprob
 from tpqwen.scheduler.thinking import ThinkingWatch
 from tpqwen.step import Admit, RowParams
 
@@ -31,7 +31,7 @@ class Sequence:
     request: GenerateRequest
     order: tuple[int, int]  # (priority, arrival): lower goes first, kept over preemptions
     arrived_at: float
-    max_output: int  # tokens: max_tokens or what the context leaves
+    max_output: int  # tokens: max_tokens or what the context leaves; 1 that is dropped where the prompt is all
     row_params: RowParams
     tokens: array[int] = field(init=False)  # array("i"): its bytes are the wire's int32 on every machine we run on
     state: State = State.WAITING
@@ -47,6 +47,7 @@ class Sequence:
     queue_s: float | None = None  # None until first scheduled
     announced: bool = False  # the first delta has gone out
     waits_for: bytes | None = None  # digest of a block that an older sequence is computing
+    prompt_scores: list[TokenLogprob] = field(default_factory=list)  # of tokens 1, 2, ... as far as they have come in
     watch: ThinkingWatch | None = None  # of its reasoning, where there is a budget
 
     def __post_init__(self) -> None:
@@ -68,6 +69,15 @@ class Sequence:
         return len(self.tokens) - len(self.request.prompt_ids)
 
     @property
+    def wants_scores(self) -> bool:
+        """Whether log-probabilities of prompt tokens are still to come: then no position may be skipped."""
+        return self.row_params.prompt_logprobs >= 0 and len(self.prompt_scores) < self.num_prompt - 1
+
+    def targets(self, start: int, end: int) -> bytes:
+        """Prompt tokens that follow positions start .. end-1, as int32 bytes; empty unless they are wanted."""
+        return self.tokens[start + 1 : min(end + 1, self.num_prompt)].tobytes() if self.wants_scores else b""
+
+    @property
     def settled(self) -> int:
         """Positions whose KV was written by collected steps. A sampled token proves all before it computed."""
         return self.num_chunked if self.num_chunked < self.num_prefill else len(self.tokens) - 1
@@ -75,10 +85,13 @@ class Sequence:
     def describe(self, delta: Delta) -> None:
         """Add what only the first delta after an admission carries."""
         delta.resumed = self.resumed
+        if not self.request.max_tokens:
+            delta.token_ids = []
         if not self.announced:
             self.announced = True
             delta.cached_tokens = self.cached_tokens
             delta.queue_s = self.queue_s
+            delta.prompt_logprobs = self.prompt_scores or None
 
     def ended_before(self) -> Delta | None:
         """The terminal delta of a resubmitted request whose output was already complete."""
@@ -142,5 +155,7 @@ def row_params(request: GenerateRequest) -> RowParams:
         min_tokens=request.min_tokens,
         end_ids=request.end_ids if request.min_tokens else (),
         logprobs=-1 if p.logprobs is None else p.logprobs,
+        prompt_logprobs=-1 if p.prompt_logprobs is None or request.choice else p.prompt_logprobs,
+        pooling=request.pooling,
         guided=request.guide is not None,
     )

@@ -6,8 +6,8 @@ that a step may be packed while earlier ones still have to run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,16 @@ from tpqwen.kernels import ops
 from tpqwen.kernels.context import PrefillRows
 from tpqwen.step import Chunk, Ints, StepInput, ints
 from tpqwen.worker.slots import SlotState, admit_row
+
+
+@dataclass(frozen=True)
+class ScoredChunk:
+    """A chunk whose prompt log-probabilities are wanted. first: its first token among the prefill tokens."""
+
+    index: int  # among the step's chunks
+    first: int
+    num_targets: int
+    wanted: int  # how many of the likeliest
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,8 @@ class ChunkBatch:
     sampled: torch.Tensor  # int64, index of each sampling chunk's last token among the prefill tokens
     sampled_slots: torch.Tensor  # int32
     sampled_slots_host: tuple[int, ...]
+    targets: torch.Tensor | None = None  # int32, of all chunks that carry some, one after another
+    scored: tuple[ScoredChunk, ...] = ()
 
 
 class Stager:
@@ -147,8 +159,29 @@ def chunk_batch(
     )
 
 
-def eager_chunks(chunks: tuple[Chunk, ...], parts: list[torch.Tensor], state: SlotState, block_size: int) -> ChunkBatch:
-    """The chunks of a pass that is launched kernel by kernel."""
+def eager_chunks(
+    chunks: tuple[Chunk, ...],
+    parts: list[torch.Tensor],
+    state: SlotState,
+    block_size: int,
+    targets: torch.Tensor | None = None,
+) -> ChunkBatch:
+    """The chunks of a pass that is launched kernel by kernel. targets: `target_part` on the device."""
     counts = tuple(c.num_tokens for c in chunks)
     lengths = (counts, tuple(c.start + c.num_tokens for c in chunks))
-    return chunk_batch(parts, lengths, tuple(c.slot for c in chunks if c.sample), state, block_size)
+    batch = chunk_batch(parts, lengths, tuple(c.slot for c in chunks if c.sample), state, block_size)
+    return batch if targets is None else replace(batch, targets=targets, scored=tuple(_scored(chunks, state)))
+
+
+def target_part(chunks: tuple[Chunk, ...]) -> Ints:
+    """Targets of all chunks, one after another."""
+    return np.concatenate([ints(c.targets) for c in chunks])
+
+
+def _scored(chunks: tuple[Chunk, ...], state: SlotState) -> Iterator[ScoredChunk]:
+    first = 0
+    for index, chunk in enumerate(chunks):
+        if chunk.targets:
+            wanted = state.params[chunk.slot].prompt_logprobs
+            yield ScoredChunk(index, first, len(chunk.targets) // 4, wanted)
+        first += chunk.num_tokens

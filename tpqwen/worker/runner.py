@@ -6,7 +6,7 @@ can be captured as a CUDA graph and the next pass can be launched before this on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,6 +16,7 @@ from tpqwen.model.qwen3 import Qwen3
 from tpqwen.step import RowParams
 from tpqwen.worker.batch import ChunkBatch
 from tpqwen.worker.kv_cache import KVCache
+from tpqwen.worker.prompt import Pooled, PromptScores, pool, score_prompts
 from tpqwen.worker.sampler import LogitEdits, LogprobTensors, SampleKind, Sampler
 from tpqwen.worker.slots import SlotState
 
@@ -26,6 +27,8 @@ class Sampled:
 
     tokens: torch.Tensor  # int32 [R], -1 where the logits were bad
     logprobs: LogprobTensors | None = None
+    prompt_scores: tuple[PromptScores, ...] = ()
+    pooled: Pooled | None = None
 
 
 class Runner:
@@ -56,16 +59,19 @@ class Runner:
         self, rows_B: torch.Tensor, chunks: ChunkBatch, kind: SampleKind, params: tuple[RowParams, ...]
     ) -> Sampled | None:
         """Decode rows (slots int32, possibly none) and prefill chunks in one pass; the chunks that sample come after
-        the decode rows. None when nothing samples."""
+        the decode rows. None when nothing samples and no prompt is scored."""
         decode = ops.begin_step(self.state.tensors, rows_B, self.cache.block_size)
         hidden = self.model(torch.cat([decode.ids_B, chunks.ids]), self._mixed_context(decode, rows_B, chunks))
         self.state.tensors.length[chunks.slots_C] = chunks.rows.lengths_C
         count = len(rows_B)
         where = torch.cat([torch.arange(count, device=hidden.device), chunks.sampled + count])
+        scores = score_prompts(self.model, self.sampler, hidden[count:], chunks)
         if not len(where):
-            return None
-        slots = torch.cat([rows_B, chunks.sampled_slots])
-        return self.sample(self.model.logits(hidden[where]), slots, kind, params)
+            return Sampled(where.int(), prompt_scores=scores) if scores else None
+        slots, hidden = torch.cat([rows_B, chunks.sampled_slots]), hidden[where]
+        logits = self.model.logits(hidden)
+        pooled = pool(self.model, self.sampler, hidden, logits, params)
+        return replace(self.sample(logits, slots, kind, params), prompt_scores=scores, pooled=pooled)
 
     def sample(
         self, logits_RV: torch.Tensor, slots_R: torch.Tensor, kind: SampleKind, params: tuple[RowParams, ...]

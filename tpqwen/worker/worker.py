@@ -23,11 +23,12 @@ from tpqwen.model.sizing import Sizes, derive
 from tpqwen.parallel.group import TPGroup
 from tpqwen.request import TokenLogprob
 from tpqwen.step import Capacity, Ints, RankStats, RowParams, StepInput, StepOutput, ints
-from tpqwen.worker.batch import Stager, chunk_parts, eager_chunks, stage
+from tpqwen.worker.batch import Stager, chunk_parts, eager_chunks, stage, target_part
 from tpqwen.worker.graphs import DecodeGraphs
 from tpqwen.worker.guides import GuideRows
 from tpqwen.worker.load import Loaded, load
 from tpqwen.worker.mixed import MixedGraphs
+from tpqwen.worker.prompt import Pooled, PromptScores
 from tpqwen.worker.sampler import LogprobTensors, SampleKind, kind_of
 
 COPIES = 3  # buffers that one step may take from the stager: edits and rows, admissions, chunks
@@ -40,6 +41,8 @@ class Run:
 
     params: tuple[RowParams, ...] = ()
     logprobs: LogprobTensors | None = None
+    prompt_scores: tuple[PromptScores, ...] = ()
+    pooled: Pooled | None = None
     chunks_at: int | None = None
 
 
@@ -153,8 +156,16 @@ class Worker:
         logprobs: tuple[tuple[int, TokenLogprob], ...] = ()
         if p.run.logprobs is not None:
             logprobs = tuple(p.run.logprobs.rows([r.logprobs for r in p.run.params]))
-        bad = tuple(np.flatnonzero(tokens < 0).tolist())
-        return StepOutput(p.step.epoch, p.step.step, tokens.tobytes(), bad, logprobs, busy)
+        return StepOutput(
+            p.step.epoch,
+            p.step.step,
+            tokens.tobytes(),
+            tuple(np.flatnonzero(tokens < 0).tolist()),
+            logprobs,
+            busy,
+            prompt_logprobs=tuple((s.chunk, s.tokens()) for s in p.run.prompt_scores),
+            pooled=p.run.pooled.rows(p.run.params) if p.run.pooled is not None else (),
+        )
 
     def stats(self) -> RankStats:
         """Slow numbers: memory and NVML."""
@@ -187,14 +198,19 @@ class Worker:
         if not step.chunks:
             return self._decode(sampled_slots)
         self._turn += 1
-        kind = self._kind | kind_of(self._params(sampled_slots[len(self._rows) :]))
+        new = self._params(sampled_slots[len(self._rows) :])
+        kind = self._kind | kind_of(new)
         parts = chunk_parts(step.chunks)
-        if self.mixed.fits(parts[0].size, len(step.chunks), kind):
+        plain = not any(c.targets for c in step.chunks) and all(p.pooling is None for p in new)
+        if plain and self.mixed.fits(parts[0].size, len(step.chunks), kind):
             return Run(chunks_at=self.mixed.run(parts, kind, self._stager))
         runner, params = self.runner, self._params(sampled_slots)
-        chunks = eager_chunks(step.chunks, self._stager.send(parts), runner.state, self.sizes.block_size)
+        *sent, targets = self._stager.send([*parts, target_part(step.chunks)])
+        chunks = eager_chunks(step.chunks, sent, runner.state, self.sizes.block_size, targets)
         sampled = runner.mixed(self.graphs.rows, chunks, kind, params)
-        return Run(params, sampled.logprobs if sampled is not None else None)
+        if sampled is None:
+            return Run(params)
+        return Run(params, sampled.logprobs, sampled.prompt_scores, sampled.pooled)
 
     def _decode(self, slots: tuple[int, ...]) -> Run:
         if not slots:
