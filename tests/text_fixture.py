@@ -18,6 +18,7 @@ _WORDS = (
     "user assistant system "
     "日本語の文字 한국어 文字 naïve café Ünïcödé 👩‍👩‍👧‍👦 🇩🇪 "
     "tool response think 12345 stop END of line\n\nnew paragraph\n"
+    "yes\nyes\nyes\nno\nno\nno\n"
 )
 _SPLIT = (
     r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ from tpqwen.errors import ConfigError
 
 DEFAULT_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Task(StrEnum):
+    """What a checkpoint is for."""
+
+    GENERATE = "generate"
+    EMBED = "embed"
+    RERANK = "rerank"
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,8 @@ class ModelConfig:
             **{k: _number(raw, k, int) for k in _INT_FIELDS},
             rms_norm_eps=_number(raw, "rms_norm_eps", float),
             rope_theta=_rope_theta(raw),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            # an embedding checkpoint may come without a head; its logits are never looked at
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)) or pools_last_token(Path(folder)),
             dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch."),
             eos_token_ids=tuple(dict.fromkeys(ends)),
             generation_defaults={k: generation[k] for k in DEFAULT_KEYS if generation.get(k) is not None},
@@ -106,6 +116,27 @@ def check_parallel(config: ModelConfig, tp: int) -> None:
         raise ConfigError(f"tp {tp} and {kv} key/value heads: neither divides the other")
     if inner % tp:
         raise ConfigError(f"tp {tp} does not divide intermediate_size {inner}")
+
+
+def detect_task(folder: str | Path, name: str, given: str = "auto") -> Task:
+    """The given task, or what the files of sentence-transformers and the model's name say. Raises ConfigError."""
+    words = name.lower()
+    if given != "auto":
+        return Task(given)
+    if "reranker" in words:
+        return Task.RERANK
+    return Task.EMBED if "embedding" in words or pools_last_token(Path(folder)) else Task.GENERATE
+
+
+def pools_last_token(folder: Path) -> bool:
+    """Whether sentence-transformers' files say that this is an embedding checkpoint. Raises ConfigError for one that
+    pools in another way."""
+    path = folder / "1_Pooling" / "config.json"
+    if not (folder / "modules.json").is_file() or not path.is_file():
+        return False
+    if not _read(path).get("pooling_mode_lasttoken"):
+        raise ConfigError(f"{path}: only pooling_mode_lasttoken is supported, which is what Qwen3-Embedding has")
+    return True
 
 
 def count_token_ids(folder: str | Path, vocab_size: int) -> int:

@@ -116,12 +116,19 @@ class ChatFormat:
         self._special = re.compile("|".join(map(re.escape, sorted(special)))) if special else None
 
     def prompt(
-        self, messages: object, thinking: Thinking | bool | None = None, tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        messages: object,
+        thinking: Thinking | bool | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> ChatPrompt:
         """Ids of the conversation with the generation prompt at its end.
 
         messages and tools as an OpenAI client sends them, the tools checked already. thinking None: the model's own
-        way. Costs about as long as tokenizing: run it off the event loop. Raises RequestError naming the field.
+        way. continue_final_message: instead of a generation prompt, the assistant's last message stays open. Costs
+        about as long as tokenizing: run it off the event loop. Raises RequestError naming the field.
         """
         if self.variant is Variant.BASE:
             raise RequestError(
@@ -135,7 +142,16 @@ class ChatFormat:
                 param=asked.field,
                 code="unsupported_value",
             )
-        ids = self._render(normalise(messages), True if asked.on is None else asked.on, list(tools))
+        checked = normalise(messages)
+        if continue_final_message:
+            _check_continued(checked)
+        ids = self._render(
+            checked,
+            list(tools),
+            enable_thinking=True if asked.on is None else asked.on,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
         start = start_state(self.vocabulary, ids)
         thinks = start is not State.CONTENT if fixed is None else fixed
         return ChatPrompt(ids, start, thinks, self._budget(asked.budget, start, thinks))
@@ -161,9 +177,10 @@ class ChatFormat:
             return self._generation.over(_WHEN_THINKING)
         return _WHEN_ANSWERING if self.variant is Variant.HYBRID else self._generation.over(_WHEN_ANSWERING)
 
-    def _render(self, messages: list[dict[str, Any]], thinking: bool, tools: list[Mapping[str, Any]]) -> list[int]:
+    def _render(self, messages: list[dict[str, Any]], tools: list[Mapping[str, Any]], **options: Any) -> list[int]:
         fence = self._fence_for([messages, tools])
-        options: dict[str, Any] = {"enable_thinking": thinking, **({"tools": tools} if tools else {})}
+        if tools:
+            options["tools"] = tools
         if fence is None:
             return self.model.encode(self.model.render(messages, **options))
         fenced = [{k: _fenced(v, self._typed(m, k), fence) for k, v in m.items()} for m in messages]
@@ -211,6 +228,16 @@ class ChatFormat:
 
     def _plain(self, text: str, fence: tuple[str, str]) -> list[int]:
         return self.model.encode_plain(text.replace(fence[0], "").replace(fence[1], "")) if text else []
+
+
+def _check_continued(messages: list[dict[str, Any]]) -> None:
+    last = messages[-1]
+    if last["role"] != "assistant" or not last["content"] or last.get("tool_calls"):
+        raise RequestError(
+            "continue_final_message needs an assistant message with content, and without tool calls, at the end",
+            param="continue_final_message",
+            code="invalid_value",
+        )
 
 
 def _fenced(value: Any, typed: re.Pattern[str] | None, fence: tuple[str, str]) -> Any:

@@ -1,4 +1,4 @@
-"""The checkpoint's own tokenizer and chat template. The only file that imports transformers or tokenizers."""
+"""The checkpoint's own tokenizer and chat template. The only file that imports tokenizers."""
 
 from __future__ import annotations
 
@@ -8,31 +8,33 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from tokenizers import Tokenizer as Backend
-from transformers import AutoTokenizer
 
 from tpqwen.errors import ConfigError, RequestError
+from tpqwen.text.template import ChatTemplate
 from tpqwen.text.vocabulary import Vocabulary, bytes_of_token
-
-_REFUSED_BY_TEMPLATE = (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError)
 
 
 class Tokenizer:
     """A fast byte-level tokenizer read from a checkpoint folder. Safe to use from several threads."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Reads only files of `folder`, never the network, and runs no code from it. Raises ConfigError."""
-        try:
-            self._hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise ConfigError(f"no usable tokenizer in {folder}: {error}") from None
-        backend = getattr(self._hf, "backend_tokenizer", None)
-        if not isinstance(backend, Backend):
+        """Reads tokenizer.json, tokenizer_config.json and chat_template.jinja of `folder`, and runs no code from it.
+
+        Raises ConfigError.
+        """
+        folder = Path(folder)
+        if not (folder / "tokenizer.json").is_file():
             raise ConfigError(f"the tokenizer in {folder} has no tokenizer.json (a fast tokenizer is needed)")
-        self._backend = backend
-        if "ByteLevel" not in str(backend.decoder):
+        try:
+            self._backend = Backend.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises plain Exception, whatever is wrong
+            raise ConfigError(f"no usable tokenizer in {folder}: {error}") from None
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        if "ByteLevel" not in str(self._backend.decoder):
             raise ConfigError(f"the tokenizer in {folder} is not byte-level BPE, so it is not a Qwen3 tokenizer")
+        self._template = ChatTemplate.from_folder(folder, _config(folder))
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -50,8 +52,7 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        template = self._hf.chat_template
-        return template if isinstance(template, str) else None
+        return None if self._template is None else self._template.source
 
     def encode(self, text: str) -> list[int]:
         return list(self._backend.encode(text, add_special_tokens=False).ids)
@@ -63,14 +64,9 @@ class Tokenizer:
         return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
     def render(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        try:
-            return str(self._hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options))
-        except _REFUSED_BY_TEMPLATE as error:
-            raise RequestError(
-                f"the model's chat template refuses these messages: {str(error)[:200]}",
-                param="messages",
-                code="invalid_value",
-            ) from None
+        if self._template is None:
+            raise RequestError("this model has no chat template", param="messages", code="unsupported_parameter")
+        return self._template.render(messages, **options)
 
     @cached_property
     def _plain_backend(self) -> Backend:
@@ -79,3 +75,14 @@ class Tokenizer:
         description = json.loads(self._backend.to_str())
         description["added_tokens"] = []
         return Backend.from_str(json.dumps(description))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} is not a JSON object")
+    return config
