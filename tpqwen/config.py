@@ -32,6 +32,7 @@ class ModelOptions:
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
     max_model_len: int | None = None  # None: what the checkpoint allows
     random_weights: bool = False
+    task: str = "auto"  # auto | generate | embed | rerank; auto: by the folder's files and the model's name
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ class Config:
         _one_of("tp", self.parallel.tp, TP_DEGREES)
         _one_of("device", self.parallel.device, ("auto", "cpu", "cuda"))
         _one_of("dtype", self.model.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _one_of("task", self.model.task, ("auto", "generate", "embed", "rerank"))
         _one_of("log", self.server.log, ("debug", "info", "warning", "error"))
         _one_of("depth", self.schedule.depth, (1, 2, 3, 4))
         for name in ("max_model_len", "block_size", "num_kv_blocks", "max_num_seqs", "max_batched_tokens", "threads"):

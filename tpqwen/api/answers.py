@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,8 +9,10 @@ from typing import Any, Protocol
 import msgspec
 
 from tpqwen.api.calls import Call
+from tpqwen.api.failures import Failure
 from tpqwen.api.info import ModelInfo
-from tpqwen.request import FinishReason
+from tpqwen.api.prompts import EchoedPrompt, finite, legacy_logprobs, prompt_logprobs
+from tpqwen.request import FinishReason, SamplingParams
 from tpqwen.text.calls import ToolCallDelta, merged
 from tpqwen.text.pipeline import TextDelta, TokenScore
 from tpqwen.text.vocabulary import Vocabulary
@@ -19,7 +20,6 @@ from tpqwen.text.vocabulary import Vocabulary
 _json = msgspec.json.encode
 DONE = b"data: [DONE]\n\n"
 COMMENT = b": waiting\n\n"
-_LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have
 
 
 @dataclass(frozen=True)
@@ -52,25 +52,39 @@ class Frame:
     info: ModelInfo
     vocabulary: Vocabulary
     created: int
-    num_logprobs: int | None
+    params: SamplingParams
     prompt_ids: list[list[int]]
-    n: int
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.params.logprobs
+
+    @property
+    def n(self) -> int:
+        return self.params.n
 
 
-class Answer(Protocol):
-    """Writes one kind of answer. Indexes are those of the choices."""
+class WholeAnswer(Protocol):
+    """Writes one kind of answer in one piece."""
 
-    def opening(self, index: int) -> bytes:
-        """Event before a choice's first text; may be empty."""
+    def body(self, deltas: Sequence[TextDelta], usage: Usage) -> bytes:
+        """The whole answer from one complete delta for each choice."""
+
+
+class Answer(WholeAnswer, Protocol):
+    """Writes one kind of answer, whole or as a stream. Indexes are those of the choices."""
+
+    def opening(self, index: int, first: TextDelta, usage: Usage) -> bytes:
+        """Events before a choice's first delta; may be empty. usage: so far."""
 
     def events(self, index: int, delta: TextDelta, usage: Usage | None) -> bytes:
         """Events for a delta, several or none. usage: shown in each when given."""
 
-    def usage_event(self, usage: Usage) -> bytes:
-        """The event without choices that closes a stream with include_usage."""
+    def ending(self, usage: Usage) -> bytes:
+        """Events that end a stream in which every choice has ended."""
 
-    def body(self, deltas: Sequence[TextDelta], usage: Usage) -> bytes:
-        """The whole answer from one complete delta for each choice."""
+    def failed(self, failed: Failure) -> bytes:
+        """The event that ends a stream that cannot go on."""
 
 
 class _Writer:
@@ -107,8 +121,11 @@ class _Writer:
             envelope.setdefault("usage", None)
         return b"data: " + _json(envelope) + b"\n\n"
 
-    def usage_event(self, usage: Usage) -> bytes:
-        return self.event([], usage)
+    def ending(self, usage: Usage) -> bytes:
+        return (self.event([], usage) if self.frame.call.include_usage else b"") + DONE
+
+    def failed(self, failed: Failure) -> bytes:
+        return failed.event
 
     def plain(self, index: int, key: str, text: str, opening: bytes) -> bytes:
         """An event with one text. opening: the choice from its index up to the text's key, as JSON."""
@@ -135,7 +152,7 @@ class ChatAnswer(_Writer):
     kind = "chat.completion"
     event_kind = "chat.completion.chunk"
 
-    def opening(self, index: int) -> bytes:
+    def opening(self, index: int, first: TextDelta, usage: Usage) -> bytes:
         choice = {
             "index": index,
             "delta": {"role": "assistant", "content": ""},
@@ -183,6 +200,10 @@ class ChatAnswer(_Writer):
         envelope = self.envelope(self.kind, choices, usage)
         if self.frame.call.return_token_ids:
             envelope["prompt_token_ids"] = self.frame.prompt_ids[0]
+        count = self.frame.params.prompt_logprobs
+        if count is not None:
+            ids, scores = self.frame.prompt_ids[0], deltas[0].prompt_scores
+            envelope["prompt_logprobs"] = prompt_logprobs(self.frame.vocabulary, ids, scores, count)
         return _json(envelope)
 
     def _full_event(self, index: int, delta: TextDelta, usage: Usage | None) -> bytes:
@@ -207,16 +228,8 @@ class ChatAnswer(_Writer):
     def _logprobs(self, delta: TextDelta) -> dict[str, Any] | None:
         if self.frame.num_logprobs is None or not (delta.scores or delta.finish_reason):
             return None
-        return {"content": [self._token(score) for score in delta.scores], "refusal": None}
-
-    def _token(self, score: TokenScore) -> dict[str, Any]:
-        top = zip(score.scores.top_ids[: self.frame.num_logprobs], score.scores.top_logprobs, strict=False)
-        best = [self._entry(token_id, logprob) for token_id, logprob in top]
-        return self._entry(score.token_id, score.scores.logprob) | {"top_logprobs": best}
-
-    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
-        raw = self.frame.vocabulary.bytes_of(token_id)
-        return {"token": raw.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(raw)}
+        frame, count = self.frame, self.frame.num_logprobs
+        return {"content": [chat_logprob(frame.vocabulary, score, count) for score in delta.scores], "refusal": None}
 
 
 class CompletionAnswer(_Writer):
@@ -229,9 +242,15 @@ class CompletionAnswer(_Writer):
         super().__init__(frame)
         self._plain_tail = self._plain_tail[1:]  # no delta object to close
         self._opened: set[int] = set()
+        echo = frame.call.options.get("echo", False)
+        self._echoed = [EchoedPrompt.of(frame.vocabulary, ids) for ids in frame.prompt_ids] if echo else None
 
-    def opening(self, index: int) -> bytes:
-        return b""
+    def opening(self, index: int, first: TextDelta, usage: Usage) -> bytes:
+        if self._echoed is None:
+            return b""
+        text, logprobs = self._prompt(index, first)
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
+        return self.event([choice], None)
 
     def events(self, index: int, delta: TextDelta, usage: Usage | None) -> bytes:
         out = b""
@@ -245,14 +264,36 @@ class CompletionAnswer(_Writer):
         return out
 
     def body(self, deltas: Sequence[TextDelta], usage: Usage) -> bytes:
-        choices = [self._choice(i, d, d.finish_reason) | self._prompt_once(i) for i, d in enumerate(deltas)]
+        choices = [self._whole(i, d) | self._prompt_once(i) for i, d in enumerate(deltas)]
         return _json(self.envelope(self.kind, choices, usage))
+
+    def _whole(self, index: int, delta: TextDelta) -> dict[str, Any]:
+        choice = self._choice(index, delta, delta.finish_reason)
+        if self._echoed is not None:
+            text, logprobs = self._prompt(index, delta)
+            choice["text"] = text + choice["text"]
+            if logprobs is not None:
+                choice["logprobs"] = {k: v + choice["logprobs"][k] for k, v in logprobs.items()}
+        count = self.frame.call.options.get("prompt_logprobs")
+        if count is not None:
+            ids = self.frame.prompt_ids[index // self.frame.n]
+            choice["prompt_logprobs"] = prompt_logprobs(self.frame.vocabulary, ids, delta.prompt_scores, count)
+        return choice
+
+    def _prompt(self, index: int, first: TextDelta) -> tuple[str, dict[str, Any] | None]:
+        """The prompt's text and, where asked for, its logprobs object."""
+        assert self._echoed is not None
+        prompt, count = self._echoed[index // self.frame.n], self.frame.num_logprobs
+        if count is None:
+            return prompt.text, None
+        scores = first.prompt_scores or []
+        return prompt.text, legacy_logprobs(self.frame.vocabulary, prompt.ids, scores, prompt.offsets, count)
 
     def _choice(self, index: int, delta: TextDelta, finish_reason: FinishReason | None) -> dict[str, Any]:
         return {
             "index": index,
             "text": delta.content,
-            "logprobs": self._logprobs(delta),
+            "logprobs": self._logprobs(index, delta),
             "finish_reason": finish_reason,
             **self.ids(delta),
         }
@@ -264,33 +305,34 @@ class CompletionAnswer(_Writer):
         self._opened.add(index)
         return {"prompt_token_ids": self.frame.prompt_ids[index // self.frame.n]}
 
-    def _logprobs(self, delta: TextDelta) -> dict[str, Any] | None:
+    def _logprobs(self, index: int, delta: TextDelta) -> dict[str, Any] | None:
         count = self.frame.num_logprobs
         if count is None or not (delta.scores or delta.finish_reason):
             return None
-        tops = []
-        for score in delta.scores:
-            top = zip(score.scores.top_ids[:count], score.scores.top_logprobs, strict=False)
-            tops.append({self._name(i): finite(p) for i, p in [*top, (score.token_id, score.scores.logprob)]})
-        return {
-            "tokens": [self._name(s.token_id) for s in delta.scores],
-            "token_logprobs": [finite(s.scores.logprob) for s in delta.scores],
-            "top_logprobs": tops,
-            "text_offset": [s.offset for s in delta.scores],
-        }
+        before = len(self._echoed[index // self.frame.n].text) if self._echoed is not None else 0
+        return legacy_logprobs(
+            self.frame.vocabulary,
+            [s.token_id for s in delta.scores],
+            [s.scores for s in delta.scores],
+            [before + s.offset for s in delta.scores],
+            count,
+        )
 
-    def _name(self, token_id: int) -> str:
-        """A token as text, or as its bytes when it is no whole character: different tokens have different names."""
-        raw = self.frame.vocabulary.bytes_of(token_id)
-        try:
-            return raw.decode("utf-8")
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{b:02x}" for b in raw)
+
+def chat_logprob(vocabulary: Vocabulary, score: TokenScore, count: int) -> dict[str, Any]:
+    """A token with its log-probability and the `count` likeliest ones, as chat completions and responses show it."""
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        raw = vocabulary.bytes_of(token_id)
+        return {"token": raw.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(raw)}
+
+    top = zip(score.scores.top_ids[:count], score.scores.top_logprobs, strict=False)
+    return entry(score.token_id, score.scores.logprob) | {"top_logprobs": [entry(*best) for best in top]}
 
 
 def joined(deltas: Sequence[TextDelta]) -> TextDelta:
     """All deltas of one choice as one."""
-    last = deltas[-1]
+    first, last = deltas[0], deltas[-1]
     return TextDelta(
         content="".join(d.content for d in deltas),
         reasoning="".join(d.reasoning for d in deltas),
@@ -299,6 +341,8 @@ def joined(deltas: Sequence[TextDelta]) -> TextDelta:
         scores=[s for d in deltas for s in d.scores],
         finish_reason=last.finish_reason,
         stop=last.stop,
+        prompt_scores=first.prompt_scores,
+        pooled=last.pooled,
     )
 
 
@@ -307,8 +351,3 @@ def _call(call: ToolCallDelta) -> dict[str, Any]:
     if call.id is None:
         return {"function": {"arguments": call.arguments}}
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-
-
-def finite(logprob: float) -> float:
-    """A log-probability that JSON can hold."""
-    return max(logprob, _LEAST_LOGPROB) if math.isfinite(logprob) else _LEAST_LOGPROB

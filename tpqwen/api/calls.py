@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from tpqwen.api.fields import CHAT, COMPLETIONS, EFFORTS, sampling_values, validate
 from tpqwen.api.formats import Answer, answer_of
 from tpqwen.api.info import ModelInfo
 from tpqwen.api.tool_shapes import tools_of
 from tpqwen.errors import RequestError
-from tpqwen.request import GenerateRequest, SamplingParams, ThinkingBudget
+from tpqwen.request import GenerateRequest, Pooling, SamplingParams
 from tpqwen.structure import Structure
 from tpqwen.text.chat import ChatFormat, Thinking
-from tpqwen.text.sequences import expand
+from tpqwen.text.sequences import checked_max_tokens, expand
 from tpqwen.text.structures import call_structure
 from tpqwen.text.thinking import State
 from tpqwen.text.tools import CallSyntax, Tools, call_syntax
+from tpqwen.text.work import ChatWork, PromptWork, Rendered, Work
 
 _log = logging.getLogger(__name__)
 
@@ -27,14 +31,14 @@ _log = logging.getLogger(__name__)
 class Call:
     """One valid HTTP request, free of the endpoint's spelling.
 
-    Either messages (chat) or prompts are set. sampling holds the attributes of SamplingParams that the client named;
-    the others get their defaults when the mode is known, that is after rendering.
+    work is what must be rendered; param is the name that errors give to it. sampling holds the attributes of
+    SamplingParams that the client named; the others get their defaults when the mode is known, that is after rendering.
+    options: what only the endpoint's own answer needs.
     """
 
-    messages: list[Any] | None
-    prompts: list[str | list[int]]
+    work: Work
     sampling: dict[str, Any]
-    thinking: Thinking = field(default_factory=Thinking)
+    param: str = "messages"
     tools: Tools = field(default_factory=Tools)
     answer: Answer | None = None  # the form of the content, where it is bound to one
     stream: bool = False
@@ -45,11 +49,9 @@ class Call:
     priority: int = 0
     cache_salt: str = ""
     timeout_s: float | None = None
-
-    @property
-    def prompt_size(self) -> int:
-        """Characters or ids to be read, roughly; decides whether a thread is worth its while."""
-        return sum(map(len, self.prompts))
+    pooling: Pooling | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)  # what the client calls fields that errors name
 
 
 @dataclass(frozen=True)
@@ -73,22 +75,16 @@ def read_chat(body: dict[str, Any], info: ModelInfo) -> Call:
     """A chat completion. Raises RequestError."""
     values = validate(CHAT, body)
     if "top_logprobs" in values and not values.get("logprobs"):
-        raise _clash("top_logprobs", "top_logprobs needs logprobs: true")
+        raise clash("top_logprobs", "top_logprobs needs logprobs: true")
     limit, other = values.get("max_completion_tokens"), values.get("max_tokens")
     if limit is not None and other is not None and limit != other:
-        raise _clash("max_completion_tokens", "max_tokens and max_completion_tokens are given and differ")
+        raise clash("max_completion_tokens", "max_tokens and max_completion_tokens are given and differ")
     sampling = _sampling(values, sampling_values(CHAT, values))
     sampling["max_tokens"] = other if limit is None else limit
     if values.get("logprobs"):
         sampling["logprobs"] = values.get("top_logprobs", 0)
-    return Call(
-        messages=values["messages"],
-        prompts=[],
-        sampling=sampling,
-        thinking=_thinking(values),
-        tools=tools_of(values),
-        **_common(values, info),
-    )
+    tools = tools_of(values)
+    return Call(work=chat_work(values, tools), sampling=sampling, tools=tools, **_common(values, info))
 
 
 def _thinking(values: dict[str, Any]) -> Thinking:
@@ -100,10 +96,10 @@ def _thinking(values: dict[str, Any]) -> Thinking:
         asked = Thinking(switch, budget)
     else:
         if switch is not None and switch != (effort != "none"):
-            raise _clash("reasoning_effort", f"reasoning_effort {effort} and enable_thinking contradict each other")
+            raise clash("reasoning_effort", f"reasoning_effort {effort} and enable_thinking contradict each other")
         asked = Thinking(effort != "none", EFFORTS[effort] or None if budget is None else budget, "reasoning_effort")
     if asked.on is False and budget is not None:
-        raise _clash("thinking_token_budget", "thinking_token_budget needs thinking, which is switched off")
+        raise clash("thinking_token_budget", "thinking_token_budget needs thinking, which is switched off")
     return asked
 
 
@@ -111,41 +107,82 @@ def read_completion(body: dict[str, Any], info: ModelInfo) -> Call:
     """A text completion. Raises RequestError."""
     values = validate(COMPLETIONS, body)
     sampling = _sampling(values, sampling_values(COMPLETIONS, values))
-    sampling["max_tokens"] = values.get("max_tokens")
-    sampling["logprobs"] = values.get("logprobs")
-    return Call(messages=None, prompts=values["prompt"], sampling=sampling, **_common(values, info))
+    limit, echo, logprobs = values.get("max_tokens"), values.get("echo", False), values.get("logprobs")
+    if limit == 0 and not echo:
+        raise RequestError("max_tokens: must be at least 1 without echo", param="max_tokens", code="out_of_range")
+    choices, best_of = values.get("n", 1), values.get("best_of")
+    if best_of is not None and best_of != choices:
+        code = "unsupported_parameter" if best_of > choices else "invalid_value"
+        raise RequestError(f"best_of: only the value of n, {choices}, is supported", param="best_of", code=code)
+    sampling["max_tokens"] = limit
+    sampling["logprobs"] = logprobs
+    if echo and logprobs is not None:
+        sampling["prompt_logprobs"] = max(logprobs, sampling.get("prompt_logprobs", 0))
+    return Call(
+        work=PromptWork(prompts=values["prompt"]),
+        param="prompt",
+        sampling=sampling,
+        options={"echo": echo, "prompt_logprobs": values.get("prompt_logprobs")},
+        **_common(values, info),
+    )
 
 
-def prepare(call: Call, chat: ChatFormat, info: ModelInfo) -> Prepared:
-    """Render, tokenize, resolve defaults and check against the context. Blocks: run it in a thread if long."""
-    start: State | None = None
-    thinking: bool | None = None
-    calls: CallSyntax | None = None
-    budget: ThinkingBudget | None = None
-    if call.messages is not None:
-        calls = call_syntax(chat.vocabulary, chat.call_format, call.tools)
-        prompt = chat.prompt(call.messages, call.thinking, call.tools.shown)
-        calls = calls.after(chat.vocabulary, prompt.ids) if calls is not None else None
-        all_ids, start, thinking, budget = [prompt.ids], prompt.start, prompt.thinking, prompt.budget
-    else:
-        all_ids = [chat.model.encode(p) if isinstance(p, str) else p for p in call.prompts]
-    params = SamplingParams(**{**vars(chat.defaults(thinking)), **call.sampling})
-    if thinking and params.greedy:
+def chat_work(values: dict[str, Any], tools: Tools) -> ChatWork:
+    """The conversation and how it is to be rendered. Raises RequestError."""
+    continues, opens = values.get("continue_final_message", False), values.get("add_generation_prompt")
+    if continues and opens:
+        raise clash("continue_final_message", "continue_final_message and add_generation_prompt exclude each other")
+    return ChatWork(
+        messages=values["messages"],
+        thinking=_thinking(values),
+        tools=tools.shown,
+        add_generation_prompt=not continues and opens is not False,
+        continue_final_message=continues,
+    )
+
+
+def check_tools(call: Call, chat: ChatFormat) -> None:
+    """Raises RequestError when the model cannot call the tools: told before anything is rendered."""
+    call_syntax(chat.vocabulary, chat.call_format, call.tools)
+
+
+def prepare(call: Call, rendered: Rendered, chat: ChatFormat, info: ModelInfo) -> Prepared:
+    """Resolve defaults by the mode of the rendered prompt and check against the model. Raises RequestError."""
+    params = SamplingParams(**{**vars(chat.defaults(rendered.thinking)), **call.sampling})
+    if rendered.thinking and params.greedy:
         _log.warning("temperature 0 in thinking mode tends to repeat itself endlessly (Qwen's advice: 0.6)")
+    if rendered.longest > info.limits.max_model_len:
+        checked_max_tokens(rendered.longest, params, info.limits, call.param)
+    all_ids = rendered.prompts
     _check_ids(all_ids, params, info)
-    if call.truncate is not None:
-        all_ids = [ids[-call.truncate :] for ids in all_ids]
     # The client's request id is no key: two requests may carry the same one.
     key = secrets.token_hex(8)
     common: dict[str, Any] = {
         "priority": call.priority,
         "cache_salt": call.cache_salt,
-        "thinking": budget,
-        "field": "prompt" if call.messages is None else "messages",
+        "thinking": rendered.budget,
+        "field": call.param,
     }
     sequences = [s for i, ids in enumerate(all_ids) for s in expand(f"{key}-{i}", ids, params, info.limits, **common)]
+    if call.pooling is not None:
+        sequences = [msgspec.structs.replace(s, pooling=call.pooling) for s in sequences]
+    calls = call_syntax(chat.vocabulary, chat.call_format, call.tools)
+    calls = calls.after(chat.vocabulary, all_ids[0]) if calls is not None else None
     body = call_structure(call.tools, calls.format) if calls is not None else None
-    return Prepared(sequences, all_ids, params, start, calls, bool(thinking), body)
+    return Prepared(sequences, all_ids, params, rendered.start, calls, bool(rendered.thinking), body)
+
+
+def check_model(values: dict[str, Any], info: ModelInfo) -> None:
+    """Raises RequestError 404 when another model is asked for."""
+    model = values.get("model", info.name)
+    if model not in info.names:
+        message = f"the model {model[:64]!r} is not served here; {info.name!r} is"
+        raise RequestError(message, param="model", code="model_not_found", status=404)
+
+
+def clash(param: str, message: str) -> RequestError:
+    """Fields that do not go together."""
+    return RequestError(message, param=param, code="invalid_value")
 
 
 def _sampling(values: dict[str, Any], sampling: dict[str, Any]) -> dict[str, Any]:
@@ -158,14 +195,13 @@ def _sampling(values: dict[str, Any], sampling: dict[str, Any]) -> dict[str, Any
 
 
 def _common(values: dict[str, Any], info: ModelInfo) -> dict[str, Any]:
-    """Arguments of Call that both endpoints share."""
-    model = values.get("model", info.name)
-    if model not in info.names:
-        message = f"the model {model[:64]!r} is not served here; {info.name!r} is"
-        raise RequestError(message, param="model", code="model_not_found", status=404)
+    """Arguments of Call that chat and completions share."""
+    check_model(values, info)
     stream = values.get("stream", False)
     if "stream_options" in values and not stream:
-        raise _clash("stream_options", "stream_options needs stream: true")
+        raise clash("stream_options", "stream_options needs stream: true")
+    if "prompt_logprobs" in values and stream:
+        raise clash("prompt_logprobs", "prompt_logprobs are not given in a stream")
     options = values.get("stream_options", {})
     return {
         "stream": stream,
@@ -192,7 +228,3 @@ def _check_ids(prompts: list[list[int]], params: SamplingParams, info: ModelInfo
         if ids and max(ids) >= size:
             message = f"{name} names token {max(ids)}; the vocabulary has {size}"
             raise RequestError(message, param=name, code="invalid_value")
-
-
-def _clash(param: str, message: str) -> RequestError:
-    return RequestError(message, param=param, code="invalid_value")

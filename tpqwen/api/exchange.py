@@ -6,13 +6,13 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
-from tpqwen.api.failures import Failure
+from tpqwen.api.failures import Failure, openai_body
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 JSON = "application/json"
@@ -40,6 +40,7 @@ class Exchange:
         self.complete = False  # the last byte has been sent
         self.counted_status: int | None = None
         self.code: str | None = None  # of an error, for the log
+        self.error_body: Callable[[Failure], bytes] = openai_body  # in the shape that the endpoint's clients know
         self.numbers: dict[str, Any] = {}  # for the log: token counts, finish reasons
         self._send = send
         self._send_request_id = send_request_id
@@ -71,7 +72,7 @@ class Exchange:
             headers = {k.replace("-", "_"): v for k, v in failed.headers.items()}
             if failed.status == 413:
                 headers["connection"] = "close"  # the rest of the body is not read
-            await self.reply(failed.body, failed.status, **headers)
+            await self.reply(self.error_body(failed), failed.status, **headers)
 
     async def client_left(self) -> None:
         """Returns when the client's connection has ended; to be awaited after the body was read."""

@@ -57,6 +57,11 @@ class Failure:
         return _REJECT_REASONS.get(self.code or "", "invalid" if self.status < 500 else "unavailable")
 
 
+def openai_body(failed: Failure) -> bytes:
+    """The error body of all endpoints but Anthropic's."""
+    return failed.body
+
+
 def failure(error: BaseException, request_id: str) -> Failure:
     """What to answer to an exception. Anything that is not ours is a bug: logged with its trace, told without it."""
     if isinstance(error, Overloaded):

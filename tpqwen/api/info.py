@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tpqwen.model.config import Task
 from tpqwen.text.sequences import Limits
 
 
@@ -20,6 +21,9 @@ class ModelInfo:
     tp: int = 1
     versions: Mapping[str, str] = field(default_factory=dict)  # of tpqwen, torch, ray, cuda, nccl
     fingerprint: str | None = None  # system_fingerprint of every answer
+    task: Task = Task.GENERATE
+    hidden_size: int = 0  # numbers in an embedding
+    yes_no: tuple[int, int] = (0, 0)  # a reranker's answers, token ids
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -30,7 +34,8 @@ class ModelInfo:
 class ApiSettings:
     """send_request_id: whether answers carry x-request-id (off behind a proxy that adds its own).
 
-    thread_above_bytes: longer prompts and bodies are parsed and tokenized in a thread.
+    thread_above_bytes: longer bodies are parsed in a thread. inline_below: prompts of completions with at most so many
+    characters are tokenized on the event loop, which takes under a millisecond for each thousand.
     """
 
     max_body_bytes: int = 4 * 1024 * 1024
@@ -38,3 +43,4 @@ class ApiSettings:
     comment_every_s: float = 10.0
     drop_client_after_s: float = 30.0  # a client that takes nothing for so long is taken for gone
     thread_above_bytes: int = 64 * 1024
+    inline_below: int = 8 * 1024

@@ -16,7 +16,7 @@ from tpqwen.api.failures import raise_if_failed
 from tpqwen.api.hooks import FinishedSequence, RequestHooks
 from tpqwen.engine.protocol import Engine
 from tpqwen.errors import EngineError, RequestError
-from tpqwen.request import Delta, FinishReason, GenerateRequest
+from tpqwen.request import Delta, FinishReason, GenerateRequest, TokenLogprob
 from tpqwen.text.pipeline import OutputText, TextDelta
 
 Output = tuple[int, TextDelta]
@@ -34,6 +34,8 @@ class RunningSequence:
         self.last_token_at = arrived
         self.queue_s: float | None = None
         self.resumed = 0
+        self.prompt_scores: list[TokenLogprob] | None = None
+        self.begun = asyncio.Event()  # the first delta has come, and prompt_scores with it
         self._hooks = hooks
         self._arrived = arrived
         self._accepted = False
@@ -53,6 +55,9 @@ class RunningSequence:
                 raise EngineError(f"token {delta.index} came where token {self.text.num_tokens} was due")
             self._observe_tokens(len(delta.token_ids))
         out = self.text.feed(delta)
+        if not self.begun.is_set():
+            self.prompt_scores = delta.prompt_logprobs
+            self.begun.set()
         if out.finish_reason is not None:
             self.end(out.finish_reason)
         return out
@@ -152,7 +157,10 @@ class Running:
         reason = FinishReason.ABORT
         try:
             async for delta in deltas:
+                first = not sequence.begun.is_set()
                 out = sequence.take(delta)
+                if first:
+                    await self._share_scores(index, out)
                 if out.finish_reason is not None:
                     # Before the last text goes out: a stop string's request must not run on while a client is slow.
                     await _close(deltas)
@@ -170,6 +178,14 @@ class Running:
         finally:
             sequence.end(reason)
             await _close(deltas)
+
+    async def _share_scores(self, index: int, out: TextDelta) -> None:
+        """The prompt is scored once, for its first choice; the others get the scores with their first text."""
+        params = self._prepared.params
+        leader = self.sequences[index - index % params.n]
+        if params.prompt_logprobs is not None and leader is not self.sequences[index]:
+            await leader.begun.wait()
+            out.prompt_scores = leader.prompt_scores
 
     async def _merged(self) -> AsyncGenerator[Output]:
         queue: asyncio.Queue[Output | BaseException] = asyncio.Queue(_QUEUE_SIZE)

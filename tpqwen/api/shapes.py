@@ -13,6 +13,7 @@ from typing import Any, NoReturn, Protocol
 from tpqwen.errors import RequestError
 
 Schema = dict[str, Any]
+_AT_ONCE = 1 << 14
 
 
 def refuse(where: str, message: str, code: str) -> NoReturn:
@@ -141,6 +142,55 @@ class OneOf:
 
     def schema(self) -> Schema:
         return {"enum": list(self.words)}
+
+
+@dataclass(frozen=True)
+class Either:
+    """A string, or the other shape."""
+
+    other: Shape
+
+    def check(self, value: Any, where: str) -> Any:
+        return value if isinstance(value, str) else self.other.check(value, where)
+
+    def schema(self) -> Schema:
+        return {"anyOf": [{"type": "string"}, self.other.schema()]}
+
+
+@dataclass(frozen=True)
+class Objects:
+    """A list of objects that are checked where they are translated. kinds: what their `type` may be."""
+
+    max_items: int
+    kinds: tuple[str, ...] = ()
+    min_items: int = 0
+
+    def check(self, value: Any, where: str) -> list[Any]:
+        if not isinstance(value, list):
+            refuse(where, f"must be a list, not {clipped(value)}", "invalid_type")
+        if len(value) > self.max_items:
+            refuse(where, f"must have at most {self.max_items} entries, not {len(value)}", "too_many_items")
+        if len(value) < self.min_items:
+            refuse(where, "must not be empty", "invalid_value")
+        return value
+
+    def schema(self) -> Schema:
+        kinds = {"properties": {"type": {"enum": list(self.kinds)}}} if self.kinds else {}
+        low = {"minItems": self.min_items} if self.min_items else {}
+        return {"type": "array", "items": {"type": "object", **kinds}, **low, "maxItems": self.max_items}
+
+
+@dataclass(frozen=True)
+class AnyObject:
+    """An object that is checked where it is used."""
+
+    def check(self, value: Any, where: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            refuse(where, f"must be an object, not {clipped(value)}", "invalid_type")
+        return value
+
+    def schema(self) -> Schema:
+        return {"type": "object"}
 
 
 @dataclass(frozen=True)
@@ -273,18 +323,21 @@ class Prompts:
         return value if kind is str else [_token_ids(ids, f"{where}[{i}]") for i, ids in enumerate(value)]
 
     def schema(self) -> Schema:
-        ids = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+        token_id = {"type": "integer", "minimum": 0, "maximum": (1 << 31) - 1}
+        ids = {"type": "array", "items": token_id, "minItems": 1}
         many = {"minItems": 1, "maxItems": self.max_prompts}
         texts = {"type": "array", "items": {"type": "string"}, **many}
         return {"oneOf": [{"type": "string"}, texts, ids, {"type": "array", "items": ids, **many}]}
 
 
 def _token_ids(value: Sequence[Any], where: str) -> list[int]:
-    """Checked by whole-list passes: a prompt may hold hundreds of thousands of ids."""
+    """Checked by passes over long slices: a prompt may hold a million ids, and no other thread runs within a pass."""
     if not value:
         refuse(where, "must not be empty", "invalid_value")
-    if set(map(type, value)) != {int} or min(value) < 0:
-        refuse(where, "token ids must be integers of at least 0", "invalid_value")
+    for start in range(0, len(value), _AT_ONCE):
+        some = value[start : start + _AT_ONCE]
+        if set(map(type, some)) != {int} or min(some) < 0 or max(some) >= 1 << 31:
+            refuse(where, "token ids must be integers of at least 0, below 2**31", "invalid_value")
     return list(value)
 
 

@@ -9,7 +9,7 @@ from contextlib import aclosing
 
 from starlette.types import Send
 
-from tpqwen.api.answers import COMMENT, DONE, Answer, joined
+from tpqwen.api.answers import COMMENT, Answer, joined
 from tpqwen.api.calls import Call
 from tpqwen.api.failures import deadline_exceeded, failure
 from tpqwen.api.info import ApiSettings
@@ -86,7 +86,7 @@ async def send_events(
         if not stream.begun:
             raise
         failed = failure(error, request_id)
-        await stream.write(failed.event, last=True)
+        await stream.write(answer.failed(failed), last=True)
         return failed.status
     finally:
         watcher.cancel()
@@ -111,15 +111,14 @@ async def _write_events(running: Running, answer: Answer, call: Call, stream: Ev
     try:
         async with asyncio.timeout(_time_left(call, arrived)), aclosing(running.outputs()) as outputs:
             async for index, delta in outputs:
-                data = answer.events(index, delta, running.usage if call.continuous_usage else None)
-                if index not in opened:
-                    opened.add(index)
-                    data = answer.opening(index) + data
+                data = b"" if index in opened else answer.opening(index, delta, running.usage)
+                opened.add(index)
+                data += answer.events(index, delta, running.usage if call.continuous_usage else None)
                 if data:
                     await stream.write(data)
     except TimeoutError:
         raise deadline_exceeded(call.timeout_s or 0.0) from None
-    await stream.write((answer.usage_event(running.usage) if call.include_usage else b"") + DONE, last=True)
+    await stream.write(answer.ending(running.usage), last=True)
 
 
 def _time_left(call: Call, arrived: float) -> float | None:

@@ -16,6 +16,7 @@ HELP = {
     "dtype": "auto, float32, bfloat16 or float16",
     "max_model_len": "longest prompt plus output, tokens (default: what the checkpoint allows)",
     "random_weights": "draw weights from the model's config instead of loading them",
+    "task": "auto, generate, embed or rerank (default: told from the checkpoint)",
     "tp": "tensor-parallel ranks: 1, 2, 4 or 8",
     "device": "auto, cpu or cuda",
     "gpus_per_rank": "share of a GPU for each rank, below 1 to test several ranks on one (default 1)",

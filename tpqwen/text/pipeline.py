@@ -41,6 +41,8 @@ class TextDelta:
     scores: list[TokenScore] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop: str | int | None = None
+    prompt_scores: list[TokenLogprob] | None = None  # of prompt tokens 1, 2, ...; on the first one
+    pooled: bytes | None = None
 
 
 class OutputText:
@@ -81,7 +83,7 @@ class OutputText:
 
     def feed(self, delta: Delta) -> TextDelta:
         """Take one Delta. Nothing may follow a terminal one or one after which finish_reason is set."""
-        out = TextDelta()
+        out = TextDelta(prompt_scores=delta.prompt_logprobs, pooled=delta.pooled)
         if self._resumed:
             self._tell(self._resumed, out)
             self._resumed = []

@@ -39,7 +39,7 @@ def expand(
     """
     max_tokens = checked_max_tokens(len(prompt_ids), params, limits, field)
     seed = secrets.randbits(63) if params.seed is None else params.seed & _MASK64
-    end_ids = params.stop_token_ids if params.ignore_eos else (*limits.end_ids, *params.stop_token_ids)
+    end_ids: tuple[int, ...] = params.stop_token_ids if params.ignore_eos else (*limits.end_ids, *params.stop_token_ids)
     return [
         GenerateRequest(
             id=f"{request_id}-{choice}",
@@ -48,7 +48,7 @@ def expand(
             max_tokens=max_tokens,
             seed=seed,
             choice=choice,
-            end_ids=tuple(dict.fromkeys(end_ids)),
+            end_ids=tuple(dict.fromkeys(end_ids)) if max_tokens else (),
             priority=priority,
             cache_salt=cache_salt,
             thinking=thinking,
@@ -63,7 +63,7 @@ def checked_max_tokens(num_prompt: int, params: SamplingParams, limits: Limits, 
         raise RequestError("the prompt is empty; at least one token is needed", param=field, code="invalid_value")
     room = limits.max_model_len - num_prompt
     wanted = params.max_tokens
-    if room < 1 or (wanted is not None and wanted > room):
+    if room < (wanted != 0) or (wanted is not None and wanted > room):
         asked = f" and {wanted} tokens are asked for, {num_prompt + wanted} together" if wanted is not None else ""
         raise RequestError(
             f"the prompt has {num_prompt} tokens{asked}; the context holds {limits.max_model_len}",
