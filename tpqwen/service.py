@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import time
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from starlette.types import ASGIApp
 
 from tpqwen import __version__, logs
+from tpqwen.api.app import Elsewhere
 from tpqwen.api.app import build_app as build_api
 from tpqwen.api.info import ApiSettings, ModelInfo
 from tpqwen.compiler import GrammarService
@@ -36,7 +38,7 @@ from tpqwen.executor.ray import RankGroup
 from tpqwen.executor.titles import keep_title
 from tpqwen.exporter import Exporter
 from tpqwen.metrics import ServerMetrics
-from tpqwen.model.config import ModelConfig, check_parallel
+from tpqwen.model.config import ModelConfig, Task, check_parallel, detect_task
 from tpqwen.model.hub import resolve_model
 from tpqwen.model.qwen3 import Qwen3
 from tpqwen.model.sizing import derive
@@ -44,6 +46,8 @@ from tpqwen.model.weights import check_folder
 from tpqwen.parallel.group import TPGroup
 from tpqwen.step import Capacity
 from tpqwen.text.chat import ChatFormat, GenerationDefaults
+from tpqwen.text.pooling import RerankPrompts
+from tpqwen.text.processes import TextProcesses
 from tpqwen.text.sequences import Limits
 from tpqwen.text.tokenizer import Tokenizer
 from tpqwen.transport.channel import from_plain, open_channel, to_plain
@@ -98,6 +102,7 @@ class Qwen3Server:
         self._engine_actor: Any = None
         self._client: EngineClient | None = None
         self._exporter: Exporter | None = None
+        self._text: TextProcesses | None = None
         self._grammars = GrammarService(self._folder, self._model.vocab_size)
         self._tasks: list[asyncio.Task[None]] = []
         logs.configure(self._config.server.log, "replica")
@@ -130,13 +135,14 @@ class Qwen3Server:
             self._exporter = Exporter(self._metrics.metrics_text, self._config.server.metrics_port + local)
         _log.info("ready kv_blocks=%d stages=%s", capacity.num_blocks, json.dumps(capacity.load_seconds))
         chat = await text
+        assert self._text is not None
         return build_api(
             self._client,
             chat,
-            self._info(capacity, chat.vocabulary.size),
+            self._info(capacity, chat),
             self._metrics,
             ApiSettings(max_body_bytes=self._config.server.max_body_bytes, send_request_id=False),
-            compiler=self._grammars,
+            elsewhere=Elsewhere(self._text, self._grammars),
         )
 
     def check_health(self) -> None:
@@ -175,6 +181,8 @@ class Qwen3Server:
             task.cancel()
         if self._exporter is not None:
             self._exporter.close()
+        if self._text is not None:
+            self._text.close()
         await self._grammars.close()
         if self._client is not None:
             await self._client.close()
@@ -186,6 +194,11 @@ class Qwen3Server:
     def _load_text(self) -> ChatFormat:
         text = ChatFormat(Tokenizer(self._folder), GenerationDefaults(**self._model.generation_defaults))
         assert text.vocabulary.size  # built now, not in the first request
+        self._text = TextProcesses(self._folder, derive(self._config, self._model).max_model_len)
+        self._text.start()
+        source = text.model.chat_template
+        if source is not None:
+            _log.info("chat template variant=%s sha256=%s", text.variant, sha256(source.encode()).hexdigest())
         return text
 
     def _start_ranks(self) -> Capacity:
@@ -243,16 +256,21 @@ class Qwen3Server:
             self._metrics.observe_ranks(stats, self._config.parallel.tp)
             await asyncio.sleep(RANK_STATS_EVERY_S)
 
-    def _info(self, capacity: Capacity, vocabulary_size: int) -> ModelInfo:
-        ids = min(self._model.vocab_size, vocabulary_size)
+    def _info(self, capacity: Capacity, chat: ChatFormat) -> ModelInfo:
+        ids = min(self._model.vocab_size, chat.vocabulary.size)
         limits = Limits(capacity.max_model_len, ids, self._model.eos_token_ids)
         versions = {"tpqwen": __version__, "torch": torch.__version__, "ray": ray.__version__}
         versions["transformers"] = version("transformers")
         if torch.version.cuda:
             versions["cuda"] = torch.version.cuda
+        m = self._config.model
+        task = detect_task(self._folder, m.model, m.task)
         return ModelInfo(
             name=self.served_name,
             limits=limits,
+            task=task,
+            hidden_size=self._model.hidden_size,
+            yes_no=RerankPrompts(chat.model).yes_no if task is Task.RERANK else (0, 0),
             created=int(time.time()),
             tp=self._config.parallel.tp,
             versions=versions,

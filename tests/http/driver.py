@@ -96,7 +96,7 @@ class Connection:
 
 def events(text: str) -> list[Any]:
     """Data events of an SSE body."""
-    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line.startswith("data: ")]
+    lines = [line.removeprefix("data: ") for line in text.split("\n") if line.startswith("data: ")]
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
 

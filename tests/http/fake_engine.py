@@ -7,16 +7,20 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from tests.text_fixture import tokenizer
-from tpqwen.api.app import build_app
+from tpqwen.api.app import Elsewhere, build_app
 from tpqwen.api.hooks import FinishedSequence
 from tpqwen.api.info import ApiSettings, ModelInfo
 from tpqwen.engine.protocol import EngineState
+from tpqwen.model.config import Task
 from tpqwen.request import Delta, FinishReason, GenerateRequest, TokenLogprob
 from tpqwen.step import Capacity
 from tpqwen.structure import Compiler
 from tpqwen.text.chat import ChatFormat, GenerationDefaults
 from tpqwen.text.sequences import Limits
+from tpqwen.text.work import TextService, ThreadText
 
 MAX_MODEL_LEN = 512
 CAPACITY = Capacity(num_blocks=64, block_size=16, max_num_seqs=8, max_model_len=MAX_MODEL_LEN, max_batched_tokens=64)
@@ -53,6 +57,9 @@ class FakeEngine:
         self.live.add(request.id)
         try:
             index = 0
+            if not request.max_tokens:
+                yield self._prompt_only(request)
+                return
             for item in [*self.script(request), self.end_id]:
                 await asyncio.sleep(item if isinstance(item, float) else 0)
                 if isinstance(item, BaseException):
@@ -68,13 +75,33 @@ class FakeEngine:
                 yield delta
                 if delta.finish_reason is not None:
                     return
+            yield Delta(id=request.id, index=index, token_ids=[], finish_reason=FinishReason.LENGTH)  # with ignore_eos
         finally:
             self.live.discard(request.id)
+
+    def _prompt_only(self, request: GenerateRequest) -> Delta:
+        """Hidden state [length of the prompt, last id, 1, 1]; log-probabilities -1, -2, ..."""
+        pooled = None
+        if request.pooling is not None:
+            ids, prompt = request.pooling.ids, request.prompt_ids
+            values = [-1.0 - i for i in range(len(ids))] if ids else [len(prompt), prompt[-1], 1, 1]
+            pooled = np.array(values, "<f4").tobytes()
+        return Delta(
+            id=request.id,
+            index=0,
+            token_ids=[],
+            finish_reason=FinishReason.LENGTH,
+            prompt_logprobs=prompt_scores(request),
+            pooled=pooled,
+            cached_tokens=3,
+            queue_s=0.001,
+        )
 
     def _delta(self, request: GenerateRequest, index: int, tokens: list[int]) -> Delta:
         delta = Delta(id=request.id, index=index, token_ids=tokens)
         if index == 0:
             delta.cached_tokens, delta.queue_s = 3, 0.001
+            delta.prompt_logprobs = prompt_scores(request)
         if request.params.logprobs is not None:
             best = list(range(request.params.logprobs))
             scores = [-0.5 - i for i in best]
@@ -84,6 +111,14 @@ class FakeEngine:
         elif index + len(tokens) >= request.max_tokens:
             delta.finish_reason = FinishReason.LENGTH
         return delta
+
+
+def prompt_scores(request: GenerateRequest) -> list[TokenLogprob] | None:
+    """The token at place i of the prompt has -i; so have the likeliest, ids 0, 1, ..."""
+    count = request.params.prompt_logprobs
+    if count is None or request.choice:
+        return None
+    return [TokenLogprob(-float(i), list(range(count)), [-float(i)] * count) for i in range(1, len(request.prompt_ids))]
 
 
 @dataclass
@@ -131,6 +166,8 @@ class Server:
 def make_server(
     script: Callable[[GenerateRequest], list[Any]] | None = None,
     variant: str = "hybrid",
+    text_service: TextService | None = None,
+    task: Task = Task.GENERATE,
     compiler: Compiler | None = None,
     **settings: Any,
 ) -> Server:
@@ -139,7 +176,23 @@ def make_server(
     model = tokenizer(variant)
     chat = ChatFormat(model, GenerationDefaults(temperature=0.6, top_k=20, top_p=0.95))
     limits = Limits(max_model_len=MAX_MODEL_LEN, vocab_size=model.vocabulary.size, end_ids=(engine.end_id,))
-    info = ModelInfo("qwen3-test", limits, created=1, aliases=("qwen",), versions={"tpqwen": "0.1.0"})
+    info = ModelInfo(
+        "qwen3-test",
+        limits,
+        created=1,
+        aliases=("qwen",),
+        versions={"tpqwen": "0.1.0"},
+        task=task,
+        hidden_size=4,
+        yes_no=(7, 8),
+    )
     hooks = RecordingHooks()
-    app = build_app(engine, chat, info, hooks, ApiSettings(**settings), compiler=compiler)
+    app = build_app(
+        engine,
+        chat,
+        info,
+        hooks,
+        ApiSettings(**settings),
+        elsewhere=Elsewhere(text_service or ThreadText(chat, MAX_MODEL_LEN), compiler),
+    )
     return Server(engine, hooks, app, chat)

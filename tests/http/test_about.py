@@ -18,13 +18,8 @@ def test_models_are_listed_and_found_by_every_name() -> None:
     for name in ("qwen3-test", "qwen"):
         model = exchange(server.app, "GET", f"/v1/models/{name}").json()
         assert (model["id"], model["object"], model["max_model_len"]) == (name, "model", 512)
-        assert model["capabilities"] == {
-            "completion": True,
-            "chat": True,
-            "thinking": True,
-            "tools": True,
-            "structured_output": False,
-        }
+        able = {name for name, value in model["capabilities"].items() if value}
+        assert able == {"completion", "chat", "thinking", "tools"}
     missing = exchange(server.app, "GET", "/v1/models/org/other")
     assert missing.status_code == 404
     assert missing.json()["error"]["code"] == "model_not_found"

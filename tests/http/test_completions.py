@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.http.driver import COMPLETIONS, post, stream
+from tests.http.driver import CHAT, COMPLETIONS, HELLO, post, stream
 from tests.http.fake_engine import ids, make_server
 
 
@@ -106,3 +106,53 @@ def test_token_ids_are_returned_on_request() -> None:
     choices = [c for e in events[:-1] for c in e["choices"]]
     assert [c["prompt_token_ids"] for c in choices if "prompt_token_ids" in c] == [ids("a")]
     assert [t for c in choices for t in c.get("token_ids", [])] == answer["choices"][0]["token_ids"]
+
+
+def test_echo_begins_with_the_prompt_whole_and_streamed() -> None:
+    body = post(make_server().app, COMPLETIONS, prompt=["hi <|im_end|>日", "two"], n=2, echo=True).json()
+    assert [c["text"] for c in body["choices"]] == ["hi <|im_end|>日Hello world"] * 2 + ["twoHello world"] * 2
+    events = stream(make_server().app, COMPLETIONS, prompt=["hi <|im_end|>日", "two"], n=2, echo=True)
+    assert [texts(events, i) for i in range(4)] == [c["text"] for c in body["choices"]]
+
+
+def test_echo_without_output_is_the_prompt_with_its_scores() -> None:
+    server = make_server()
+    body = post(server.app, COMPLETIONS, prompt="one two", echo=True, max_tokens=0, logprobs=2).json()
+    prompt = ids("one two")
+    assert server.engine.requests[0].max_tokens == 0
+    assert body["usage"]["completion_tokens"] == 0
+    (choice,) = body["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("one two", "length")
+    scores = choice["logprobs"]
+    assert scores["token_logprobs"] == [None, *(-float(i) for i in range(1, len(prompt)))]
+    assert scores["top_logprobs"][0] is None and len(scores["top_logprobs"]) == len(prompt)
+    assert "".join(scores["tokens"]) == "one two"
+    assert [scores["text_offset"][0], len(scores["text_offset"])] == [0, len(prompt)]
+
+
+def test_echo_joins_the_scores_of_prompt_and_output() -> None:
+    whole = post(make_server().app, COMPLETIONS, prompt="one", echo=True, logprobs=1, n=2).json()
+    events = stream(make_server().app, COMPLETIONS, prompt="one", echo=True, logprobs=1, n=2)
+    for choice in whole["choices"]:
+        scores = choice["logprobs"]
+        tokens = [*ids("one"), *ids("Hello world")]
+        assert len(scores["tokens"]) == len(tokens)
+        for offset, token in zip(scores["text_offset"], scores["tokens"], strict=True):
+            assert choice["text"][offset:].startswith(token)
+        parts = [c["logprobs"] for e in events[:-1] for c in e["choices"] if c["index"] == choice["index"]]
+        for key, values in scores.items():
+            assert [v for p in parts if p for v in p[key]] == values
+
+
+def test_prompt_logprobs_in_vllms_shape_for_every_choice() -> None:
+    server = make_server()
+    body = post(server.app, COMPLETIONS, prompt="one two", prompt_logprobs=1, n=2).json()
+    prompt = ids("one two")
+    for choice in body["choices"]:
+        first, *rest = choice["prompt_logprobs"]
+        assert first is None and len(rest) == len(prompt) - 1
+        assert rest[0]["0"] == {"logprob": -1.0, "rank": 1, "decoded_token": server.chat.model.decode([0])}
+        assert rest[0][str(prompt[1])]["rank"] is None
+    chat = post(server.app, CHAT, messages=HELLO, prompt_logprobs=0).json()
+    assert len(chat["prompt_logprobs"]) == chat["usage"]["prompt_tokens"]
+    assert all(len(entry) == 1 for entry in chat["prompt_logprobs"][1:])

@@ -199,8 +199,11 @@ COMPLETION_ROWS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "x", "logprobs": 6}, "out_of_range", "logprobs"),
     ({"prompt": "x", "logprobs": True}, "invalid_type", "logprobs"),
     ({"prompt": "x", "suffix": "y"}, "unsupported_parameter", "suffix"),
-    ({"prompt": "x", "echo": True}, "unsupported_parameter", "echo"),
+    ({"prompt": "x", "echo": 1}, "invalid_type", "echo"),
     ({"prompt": "x", "best_of": 2}, "unsupported_parameter", "best_of"),
+    ({"prompt": "x", "best_of": 1, "n": 2}, "invalid_value", "best_of"),
+    ({"prompt": "x", "prompt_logprobs": 21}, "out_of_range", "prompt_logprobs"),
+    ({"prompt": "x", "prompt_logprobs": 1, "stream": True}, "invalid_value", "prompt_logprobs"),
     ({"prompt": "x", "messages": []}, "unknown_parameter", "messages"),
     ({"prompt": "x", "top_logprobs": 1}, "unsupported_parameter", "top_logprobs"),
 ]

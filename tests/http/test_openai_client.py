@@ -3,49 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import openai
 import pydantic
 import pytest
-import uvicorn
 
 from tests.http.driver import HELLO
-from tests.http.fake_engine import Server, ids, make_server
+from tests.http.fake_engine import ids, make_server
+from tests.http.serving import serving
 from tpqwen.errors import EngineError, Overloaded
 
 TEXT = "<think>\nI think\n</think>\n\nHello 日本 world"
 
 
-@contextmanager
-def serving(server: Server) -> Iterator[str]:
-    """The base URL of the app on a free port of 127.0.0.1."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(server.app, log_level="error", timeout_graceful_shutdown=1)
-    runner = uvicorn.Server(config)
-    thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-    finally:
-        runner.should_exit = True
-        thread.join(10)
-        listener.close()
-        assert not thread.is_alive()
-
-
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with serving(make_server(lambda request: ids(TEXT))) as base_url:
+    with serving(make_server(lambda request: ids(TEXT)).app) as base_url:
         yield base_url
 
 
 def client(url: str, retries: int = 0) -> openai.OpenAI:
-    return openai.OpenAI(base_url=url, api_key="none", max_retries=retries, timeout=10)
+    return openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=retries, timeout=10)
 
 
 def test_chat_whole_and_streamed(url: str) -> None:
@@ -80,7 +61,7 @@ def test_tool_calls_come_through_the_clients_own_stream_helper() -> None:
         async def compile(self, structure: Any, param: str) -> bytes:
             return b"compiled"
 
-    with serving(make_server(lambda request: ids(text), compiler=Compiler())) as url, client(url) as api:
+    with serving(make_server(lambda request: ids(text), compiler=Compiler()).app) as url, client(url) as api:
         whole = api.chat.completions.create(model="qwen", messages=HELLO, tools=[tool]).choices[0]
         with api.chat.completions.stream(model="qwen", messages=HELLO, tools=[tool]) as stream:
             kinds = [event.type for event in stream]
@@ -102,7 +83,7 @@ def test_parse_gives_a_typed_object() -> None:
             assert param == "response_format.json_schema.schema"
             return b"compiled"
 
-    with serving(make_server(lambda request: ids('{"x": 5}'), compiler=Compiler())) as url, client(url) as api:
+    with serving(make_server(lambda request: ids('{"x": 5}'), compiler=Compiler()).app) as url, client(url) as api:
         answer = api.chat.completions.parse(model="qwen", messages=HELLO, response_format=Point)
         assert answer.choices[0].message.parsed == Point(x=5)
 
@@ -119,7 +100,7 @@ def test_completions_and_models(url: str) -> None:
 
 def test_async_client_streams(url: str) -> None:
     async def work() -> str:
-        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=10) as api:
+        async with openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=10) as api:
             whole = await api.chat.completions.create(model="qwen", messages=HELLO)
             stream = await api.chat.completions.create(model="qwen", messages=HELLO, stream=True)
             text = "".join([c.choices[0].delta.content or "" async for c in stream])
@@ -147,12 +128,29 @@ def test_broken_stream_raises_and_overload_is_retried() -> None:
             return [Overloaded("full", code="queue_full", retry_after_s=0.1)]
         return [*ids("Hello"), EngineError("rank 1 died", code="rank_dead", status=503)]
 
-    with serving(make_server(script)) as url, client(url, retries=1) as api:
+    with serving(make_server(script).app) as url, client(url, retries=1) as api:
         stream = api.chat.completions.create(model="qwen", messages=HELLO, stream=True)
         assert len(attempts) == 2
         with pytest.raises(openai.APIError) as broken:
             list(stream)
         assert broken.value.code == "rank_dead"
+
+
+def test_responses_whole_and_streamed(url: str) -> None:
+    with client(url) as api:
+        whole = api.responses.create(model="qwen", input="hi", instructions="Be brief", max_output_tokens=50)
+        assert whole.output_text == "Hello 日本 world"
+        assert [item.type for item in whole.output] == ["reasoning", "message"]
+        with api.responses.stream(model="qwen", input="hi") as stream:
+            text = "".join(e.delta for e in stream if e.type == "response.output_text.delta")
+            final = stream.get_final_response()
+        assert text == final.output_text == whole.output_text
+        turns: Any = [{"role": "user", "content": "hi"}, *[i.model_dump() for i in whole.output]]
+        again = api.responses.create(model="qwen", input=[*turns, {"role": "user", "content": "and?"}])
+        assert again.status == "completed"
+        with pytest.raises(openai.BadRequestError) as bad:
+            api.responses.create(model="qwen", input="hi", previous_response_id="x")
+        assert bad.value.param == "previous_response_id"
 
 
 def test_closed_stream_stops_the_request() -> None:
@@ -165,7 +163,7 @@ def test_closed_stream_stops_the_request() -> None:
         done.set()
 
     server.hooks.on_finished = on_finished  # type: ignore[method-assign]
-    with serving(server) as url, client(url) as api:
+    with serving(server.app) as url, client(url) as api:
         stream = api.chat.completions.create(model="qwen", messages=HELLO, stream=True)
         next(iter(stream))
         stream.close()

@@ -7,25 +7,33 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tpqwen.api.answers import Answer, ChatAnswer, CompletionAnswer, Frame
-from tpqwen.api.body import read_json
-from tpqwen.api.calls import Call, Prepared, prepare, read_chat, read_completion
+from tpqwen.api import messages, pooled, responses
+from tpqwen.api.answers import Answer, ChatAnswer, CompletionAnswer, Frame, WholeAnswer
+from tpqwen.api.body import LongBodies, read_json
+from tpqwen.api.calls import Call, Prepared, check_tools, prepare, read_chat, read_completion
 from tpqwen.api.exchange import Exchange
 from tpqwen.api.failures import ClientLeft, failure
 from tpqwen.api.guiding import guided
 from tpqwen.api.hooks import RequestHooks
 from tpqwen.api.info import ApiSettings, ModelInfo
+from tpqwen.api.messages_answer import MessagesAnswer, error_body
+from tpqwen.api.openapi import document, page
+from tpqwen.api.responses_answer import ResponsesAnswer
 from tpqwen.api.running import Running
 from tpqwen.api.stream import EventStream, collect, send_events
+from tpqwen.api.tokens import TokenRoutes
+from tpqwen.api.translation import client_names
 from tpqwen.engine.protocol import Engine
 from tpqwen.errors import EngineError, Overloaded, RequestError
+from tpqwen.model.config import Task
 from tpqwen.structure import Compiler
 from tpqwen.text.chat import ChatFormat, Variant
 from tpqwen.text.pipeline import OutputText
+from tpqwen.text.work import PromptWork, Renderer, TextService, ThreadText
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +43,14 @@ _FORBIDDEN_HEADERS = ("x-request-timeout-seconds", "x-request-disconnect-disable
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 Handler = Callable[[Exchange], Awaitable[None]]
-Reader = Callable[[dict[str, Any], ModelInfo], Call]
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """What is done in other processes: prompts rendered, grammars compiled."""
+
+    text: TextService
+    compiler: Compiler | None = None
 
 
 def build_app(
@@ -45,26 +60,32 @@ def build_app(
     hooks: RequestHooks,
     settings: ApiSettings | None = None,
     all_metrics: Callable[[], Awaitable[str]] | None = None,
-    compiler: Compiler | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> ASGIApp:
     """The application over one engine.
 
-    compiler: of grammars; without it a request for a form is refused.
     all_metrics: the metrics of all replicas, for /metrics; without it, or with ?scope=local: hooks.metrics_text().
+    elsewhere: without it prompts are rendered in threads of this process, and requests for a form are refused.
     """
-    return _Api(engine, text, info, hooks, settings or ApiSettings(), all_metrics, compiler)
+    elsewhere = elsewhere or Elsewhere(ThreadText(text, info.limits.max_model_len))
+    return _Api(engine, text, info, hooks, settings or ApiSettings(), all_metrics, elsewhere)
 
 
 @dataclass(frozen=True)
 class _Endpoint:
-    """A generation endpoint: how its body is read, how its answer is written."""
+    """An endpoint that runs the model: how its body is read, how its answer is written, which models have it."""
 
-    read: Reader
-    answer: Callable[[Frame], Answer]
+    read: Callable[[dict[str, Any], ModelInfo], Call]
+    answer: Callable[[Frame], WholeAnswer]  # an Answer where the table has `stream`
+    task: Task = Task.GENERATE
 
 
 _CHAT = _Endpoint(read_chat, ChatAnswer)
 _COMPLETION = _Endpoint(read_completion, CompletionAnswer)
+_RESPONSE = _Endpoint(responses.read_responses, ResponsesAnswer)
+_MESSAGE = _Endpoint(messages.read_message, MessagesAnswer)
+_EMBEDDINGS = _Endpoint(pooled.read_embeddings, pooled.EmbeddingsAnswer, Task.EMBED)
+_RERANK = _Endpoint(pooled.read_rerank, pooled.RerankAnswer, Task.RERANK)
 
 
 class _Api:
@@ -78,7 +99,7 @@ class _Api:
         hooks: RequestHooks,
         settings: ApiSettings,
         all_metrics: Callable[[], Awaitable[str]] | None,
-        compiler: Compiler | None,
+        elsewhere: Elsewhere,
     ) -> None:
         self._engine = engine
         self._text = text
@@ -86,17 +107,34 @@ class _Api:
         self._hooks = hooks
         self._settings = settings
         self._all_metrics = all_metrics
-        self._compiler = compiler
+        self._renderer = Renderer(text, info.limits.max_model_len)
+        self._elsewhere = elsewhere
+        self._long = LongBodies(settings.thread_above_bytes)
+        tokens = TokenRoutes(text, elsewhere.text, info, settings, self._long)
         self._routes: dict[str, dict[str, Handler]] = {
             "/v1/chat/completions": {"POST": lambda exchange: self._generate(exchange, _CHAT)},
             "/v1/completions": {"POST": lambda exchange: self._generate(exchange, _COMPLETION)},
+            "/v1/responses": {"POST": lambda exchange: self._generate(exchange, _RESPONSE)},
+            "/v1/messages": {"POST": lambda exchange: self._generate(exchange, _MESSAGE)},
+            "/v1/messages/count_tokens": {"POST": tokens.count_tokens},
+            "/v1/embeddings": {"POST": lambda exchange: self._generate(exchange, _EMBEDDINGS)},
+            "/v1/rerank": {"POST": lambda exchange: self._generate(exchange, _RERANK)},
+            "/tokenize": {"POST": tokens.tokenize},
+            "/detokenize": {"POST": tokens.detokenize},
             "/v1/models": {"GET": self._models},
             "/v1/models/{id}": {"GET": self._model},
             "/health": {"GET": self._health},
             "/ready": {"GET": self._ready},
             "/metrics": {"GET": self._metrics},
             "/version": {"GET": self._version},
+            "/openapi.json": {"GET": self._openapi},
+            "/docs": {"GET": self._docs},
         }
+
+    @property
+    def routes(self) -> list[tuple[str, str]]:
+        """Every (method, path) that is answered; a path may hold {id}."""
+        return [(method, path) for path, handlers in self._routes.items() for method in handlers]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -109,6 +147,8 @@ class _Api:
     async def _http(self, exchange: Exchange) -> None:
         route = "/v1/models/{id}" if exchange.path.startswith("/v1/models/") else exchange.path
         handlers = self._routes.get(route)
+        if route.startswith("/v1/messages"):
+            exchange.error_body = error_body
         status = CLIENT_LEFT
         try:
             await self._handler(exchange, handlers)(exchange)
@@ -138,7 +178,7 @@ class _Api:
         error = RequestError(f"this path takes {allowed}", code="method_not_allowed", status=405)
         failed = failure(error, exchange.request_id)
         exchange.code = failed.code
-        await exchange.reply(failed.body, 405, allow=allowed)
+        await exchange.reply(exchange.error_body(failed), 405, allow=allowed)
 
     # Generation
 
@@ -146,8 +186,10 @@ class _Api:
         limits = self._settings
         running: list[Running] = []
         try:
-            body = await read_json(exchange.headers, exchange.receive, limits.max_body_bytes, limits.thread_above_bytes)
-            call = endpoint.read(body, self._info)
+            self._check_task(endpoint)
+            read: Callable[[dict[str, Any]], Call] = lambda body: endpoint.read(body, self._info)  # noqa: E731
+            most = limits.max_body_bytes
+            call = await read_json(exchange.headers, exchange.receive, most, read=read, long=self._long)
             work = asyncio.create_task(self._answer(exchange, endpoint, call, running))
             if not await exchange.until_client_leaves(work):
                 exchange.counted_status = CLIENT_LEFT
@@ -163,7 +205,8 @@ class _Api:
     async def _answer(self, exchange: Exchange, endpoint: _Endpoint, call: Call, running: list[Running]) -> None:
         """Run one call. `running` receives the sequences once they exist."""
         self._check_state()
-        prepared = await self._prepared(call)
+        with client_names(call.names):
+            prepared = await self._prepared(call)
         vocabulary = self._text.vocabulary
         texts = [OutputText(vocabulary, prepared.params, prepared.start, prepared.calls) for _ in prepared.sequences]
         run = Running(self._engine, prepared, texts, self._hooks, exchange.arrived)
@@ -174,26 +217,42 @@ class _Api:
             info=self._info,
             vocabulary=vocabulary,
             created=int(time.time()),
-            num_logprobs=prepared.params.logprobs,
+            params=prepared.params,
             prompt_ids=prepared.prompt_ids,
-            n=prepared.params.n,
         )
         answer = endpoint.answer(frame)
         if call.stream:
             stream = EventStream(exchange.send, self._settings, lambda: run.timing)
-            status = await send_events(run, answer, call, stream, exchange.arrived, exchange.request_id)
+            status = await send_events(run, cast(Answer, answer), call, stream, exchange.arrived, exchange.request_id)
             exchange.counted_status = status
         else:
             deltas = await collect(run, call, exchange.arrived)
             await exchange.reply(answer.body(deltas, run.usage), server_timing=run.timing)
 
     async def _prepared(self, call: Call) -> Prepared:
-        """Templates are rendered and long prompts tokenized off the event loop, grammars compiled in their process."""
-        if call.messages is None and call.prompt_size <= self._settings.thread_above_bytes:
-            prepared = prepare(call, self._text, self._info)
+        """Templates are rendered, long texts tokenized and grammars compiled elsewhere; ids and short prompts take
+        microseconds here."""
+        check_tools(call, self._text)
+        work = call.work
+        if isinstance(work, PromptWork) and self._is_light(work):
+            rendered = self._renderer.run(work, call.truncate)
         else:
-            prepared = await asyncio.to_thread(prepare, call, self._text, self._info)
-        return await guided(call, prepared, self._info, self._text.vocabulary, self._compiler)
+            rendered = await self._elsewhere.text.render(work, call.truncate)
+        if call.tools.definitions:  # their schemas may be long
+            prepared = await asyncio.to_thread(prepare, call, rendered, self._text, self._info)
+        else:
+            prepared = prepare(call, rendered, self._text, self._info)
+        return await guided(call, prepared, self._info, self._text.vocabulary, self._elsewhere.compiler)
+
+    def _is_light(self, work: PromptWork) -> bool:
+        return sum(len(p) for p in work.prompts if isinstance(p, str)) <= self._settings.inline_below
+
+    def _check_task(self, endpoint: _Endpoint) -> None:
+        """Raises RequestError 404 when the served checkpoint is not made for this."""
+        task = self._info.task
+        if task is not endpoint.task:
+            text = f"{self._info.name!r} is a model for: {task}; this endpoint needs one for: {endpoint.task}"
+            raise RequestError(text, code="not_found", status=404)
 
     def _check_state(self) -> None:
         """Refuse early what the engine would refuse anyway. Raises Overloaded, EngineError."""
@@ -218,7 +277,7 @@ class _Api:
         await exchange.reply_json(self._described(name))
 
     def _described(self, name: str) -> dict[str, Any]:
-        variant = self._text.variant
+        variant, generates = self._text.variant, self._info.task is Task.GENERATE
         return {
             "id": name,
             "object": "model",
@@ -226,11 +285,13 @@ class _Api:
             "owned_by": self._info.owned_by,
             "max_model_len": self._info.limits.max_model_len,
             "capabilities": {
-                "completion": True,
-                "chat": variant is not Variant.BASE,
-                "thinking": variant in (Variant.HYBRID, Variant.THINKING),
-                "tools": self._text.call_format is not None,
-                "structured_output": self._compiler is not None,
+                "completion": generates,
+                "chat": generates and variant is not Variant.BASE,
+                "thinking": generates and variant in (Variant.HYBRID, Variant.THINKING),
+                "tools": generates and self._text.call_format is not None,
+                "structured_output": generates and self._elsewhere.compiler is not None,
+                "embeddings": self._info.task is Task.EMBED,
+                "rerank": self._info.task is Task.RERANK,
             },
         }
 
@@ -253,6 +314,12 @@ class _Api:
 
     async def _version(self, exchange: Exchange) -> None:
         await exchange.reply_json({**self._info.versions, "model": self._info.name, "tp": self._info.tp})
+
+    async def _openapi(self, exchange: Exchange) -> None:
+        await exchange.reply_json(document(self._info.versions.get("tpqwen", ""), self._info.names))
+
+    async def _docs(self, exchange: Exchange) -> None:
+        await exchange.reply(page().encode(), kind="text/html; charset=utf-8")
 
     def _record(self, exchange: Exchange, route: str, status: int) -> None:
         seconds = time.monotonic() - exchange.arrived
