@@ -10,7 +10,9 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
+import anthropic
 import httpx
+import openai
 import pytest
 
 from tests.cluster.processes import children_of, title, until
@@ -105,6 +107,28 @@ def test_every_process_shows_what_it_is_all_the_time(server):
     for _ in range(50):  # probes and calls go on meanwhile
         httpx.get(f"{server}/ready", timeout=5)
         assert sorted(ours().values()) == TITLES
+
+
+def test_the_other_apis_answer_through_serve_to_their_own_clients(server):
+    question = [{"role": "user", "content": "What is 17 + 25?"}]
+    with openai.OpenAI(base_url=f"{server}/v1", api_key="none", timeout=60) as api:
+        ask = {"model": "tpqwen-demo", "input": question, "temperature": 0, "max_output_tokens": 60}
+        ask["reasoning"] = {"effort": "none"}
+        whole = api.responses.create(**ask)
+        with api.responses.stream(**ask) as events:
+            assert events.until_done().get_final_response().output_text == whole.output_text
+        assert "42" in whole.output_text
+        scored = api.completions.create(model="tpqwen-demo", prompt="one two", max_tokens=0, echo=True, logprobs=1)
+        assert scored.choices[0].text == "one two"
+        assert scored.choices[0].logprobs.token_logprobs[0] is None
+    with anthropic.Anthropic(base_url=server, api_key="none", timeout=60) as api:
+        ask = {"model": "tpqwen-demo", "max_tokens": 60, "messages": question, "thinking": {"type": "disabled"}}
+        with api.messages.stream(**ask, extra_body={"temperature": 0}) as events:
+            assert "".join(events.text_stream) == whole.output_text
+        count = api.messages.count_tokens(model="tpqwen-demo", messages=question).input_tokens
+    ids = httpx.post(f"{server}/tokenize", json={"messages": question}, timeout=60).json()["tokens"]
+    assert len(ids) == count
+    assert "/v1/messages" in httpx.get(f"{server}/openapi.json", timeout=60).json()["paths"]
 
 
 def ask(server: str, **changes: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from tests.http.driver import events
 from tests.http.fake_engine import RecordingHooks
 from tests.http.test_tools import accumulated
 from tests.ranks_in_threads import ThreadedExecutor
-from tpqwen.api.app import build_app
+from tpqwen.api.app import Elsewhere, build_app
 from tpqwen.api.info import ModelInfo
 from tpqwen.compiler import CompileLimits, GrammarService
 from tpqwen.config import EMBEDDED_MODEL, Config
@@ -25,6 +25,7 @@ from tpqwen.model.config import ModelConfig
 from tpqwen.text.chat import ChatFormat, GenerationDefaults
 from tpqwen.text.sequences import Limits
 from tpqwen.text.tokenizer import Tokenizer
+from tpqwen.text.work import ThreadText
 
 SCHEMA = {
     "type": "object",
@@ -51,7 +52,8 @@ def with_server(work: Callable[[httpx.AsyncClient], Awaitable[None]]) -> None:
     async def run() -> None:
         engine = start_local_engine(core, config.schedule)
         grammars = GrammarService(folder, model.vocab_size, CompileLimits(timeout_s=60.0))
-        app = build_app(engine, chat, info, RecordingHooks(), compiler=grammars)
+        elsewhere = Elsewhere(ThreadText(chat, info.limits.max_model_len), grammars)
+        app = build_app(engine, chat, info, RecordingHooks(), elsewhere=elsewhere)
         try:
             async with httpx.AsyncClient(
                 transport=httpx.ASGITransport(app=app), base_url="http://test", timeout=120

@@ -1,0 +1,25 @@
+"""An answer that must be JSON of a schema. Usage: python examples/openai_json_schema.py [URL]"""
+
+import sys
+
+from openai import OpenAI
+from pydantic import BaseModel
+
+
+class Person(BaseModel):
+    name: str
+    age: int
+
+
+url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
+client = OpenAI(base_url=f"{url}/v1", api_key="none")
+answer = client.chat.completions.parse(
+    model=client.models.list().data[0].id,
+    messages=[{"role": "user", "content": "Give me JSON with the name Ada and the age 36."}],
+    response_format=Person,
+    temperature=0,
+    max_completion_tokens=100,
+    extra_body={"chat_template_kwargs": {"enable_thinking": False}},
+)
+person = answer.choices[0].message.parsed
+print(type(person).__name__, person.name, person.age)
