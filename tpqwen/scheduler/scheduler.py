@@ -9,8 +9,6 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections import deque
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 
@@ -19,56 +17,13 @@ from tpqwen.cache.prefix import PrefixCache
 from tpqwen.errors import EngineError, RequestError
 from tpqwen.request import Delta, FinishReason, GenerateRequest
 from tpqwen.scheduler.admission import Admission, Verdict
+from tpqwen.scheduler.flight import Draft, Flight, Part, Tally
 from tpqwen.scheduler.pace import OUTNUMBER, tokens_within, work_of
 from tpqwen.scheduler.rows import Longs, Mask, Rows, RowSet
 from tpqwen.scheduler.sequence import Sequence, State, admission, by_order, row_params
-from tpqwen.step import Admit, Capacity, Chunk, Ints, StepInput, StepOutput, StepStats, ints, packed
+from tpqwen.step import Capacity, Chunk, Ints, StepInput, StepOutput, StepStats, ints, packed
 
 AHEAD = 4  # blocks given to a decode row at once while there are plenty
-
-
-class Part(NamedTuple):
-    """A chunk in flight: it counts while its slot is still of that generation."""
-
-    sequence: Sequence
-    slot: int
-    generation: int
-    end: int  # position after its last token
-
-
-@dataclass(slots=True)
-class Draft:
-    """A step being put together."""
-
-    admits: list[Admit] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)  # (slot, index, block) flat
-    chunks: list[Chunk] = field(default_factory=list)
-    parts: list[Part] = field(default_factory=list)
-    sampled: list[Sequence] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class Flight:
-    """A step whose result is still to come. rows: the first num_decode decode, the others are sampling chunks."""
-
-    step: int
-    rows: RowSet
-    generations: Longs
-    num_decode: int
-    parts: list[Part]
-    num_chunk_tokens: int
-
-
-@dataclass(slots=True)
-class Tally:
-    """Events since the last StepStats."""
-
-    preemptions: int = 0
-    prefix_queried: int = 0
-    prefix_hit: int = 0
-    output_tokens: int = 0
-
-
 _NO_ROWS = RowSet.of([])
 
 
