@@ -78,8 +78,12 @@ class ServerOptions:
     host: str = "127.0.0.1"
     port: int = 8000
     metrics_port: int = 0  # 0: no port of its own, /metrics only
+    metrics_host: str = "127.0.0.1"  # where that port listens; "node": this node's (the pod's) own address
     log: str = "info"
     max_body_bytes: int = 4 * 1024 * 1024
+    api_keys_file: str | None = None  # see tpqwen.api.keys; without it the list in TPQWEN_API_KEYS, if any
+    open_metrics: bool = False  # /metrics without a key where keys are in force
+    insecure: bool = False  # take requests from other hosts without keys
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,11 @@ SECTIONS: dict[str, Any] = {
 def option_fields() -> dict[str, tuple[str, Any]]:
     """Option name -> (section, type)."""
     return {k: (s, t) for s, cls in SECTIONS.items() for k, t in typing.get_type_hints(cls).items()}
+
+
+def api_keys_text(env: Mapping[str, str] | None = None) -> str:
+    """The list of API keys in TPQWEN_API_KEYS. No option: options are passed on and shown, keys are not."""
+    return (os.environ if env is None else env).get("TPQWEN_API_KEYS", "")
 
 
 def resolve_device(device: str) -> str:

@@ -23,10 +23,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from starlette.types import ASGIApp
 
 from tpqwen import __version__, logs
+from tpqwen.api.access import Access
 from tpqwen.api.app import build_app as build_api
 from tpqwen.api.info import ApiSettings, ModelInfo
 from tpqwen.compiler import GrammarService
-from tpqwen.config import Config, resolve_device
+from tpqwen.config import Config, api_keys_text, resolve_device
 from tpqwen.engine.client import EngineClient
 from tpqwen.engine.messages import RanksLost
 from tpqwen.engine.process import EngineProcess
@@ -35,6 +36,8 @@ from tpqwen.errors import EngineError
 from tpqwen.executor.ray import RankGroup
 from tpqwen.executor.titles import keep_title
 from tpqwen.exporter import Exporter
+from tpqwen.keyfile import find_keys
+from tpqwen.ledger import share_limits
 from tpqwen.metrics import ServerMetrics
 from tpqwen.model.config import ModelConfig, check_parallel
 from tpqwen.model.hub import resolve_model
@@ -92,6 +95,7 @@ class Qwen3Server:
     def __init__(self, options: dict[str, Any]) -> None:
         self._config = Config.load(options, {})
         self._folder, self._model = check(self._config)
+        self._keys = find_keys(self._config.server.api_keys_file, api_keys_text())
         self._options = options
         self._metrics = ServerMetrics(self.served_name, str(serve.get_replica_context().rank.rank))
         self._group: RankGroup | None = None
@@ -125,9 +129,7 @@ class Qwen3Server:
         self._metrics.capacity(capacity)
         self._metrics.build_info(__version__, ray.__version__, torch.__version__, torch.version.cuda or "")
         self._metrics.engine_state("ready")
-        if self._config.server.metrics_port:
-            local = serve.get_replica_context().rank.local_rank
-            self._exporter = Exporter(self._metrics.metrics_text, self._config.server.metrics_port + local)
+        self._export_metrics()
         _log.info("ready kv_blocks=%d stages=%s", capacity.num_blocks, json.dumps(capacity.load_seconds))
         chat = await text
         return build_api(
@@ -137,6 +139,7 @@ class Qwen3Server:
             self._metrics,
             ApiSettings(max_body_bytes=self._config.server.max_body_bytes, send_request_id=False),
             compiler=self._grammars,
+            access=self._access(),
         )
 
     def check_health(self) -> None:
@@ -156,6 +159,7 @@ class Qwen3Server:
             "kv_tokens": (capacity.num_blocks - 1) * capacity.block_size,
             "max_model_len": capacity.max_model_len,
             "load_seconds": capacity.load_seconds,
+            "closed": self._keys[0] is not None,
         }
 
     async def drain(self) -> None:
@@ -182,6 +186,26 @@ class Qwen3Server:
             ray.kill(self._engine_actor, no_restart=True)
         if self._group is not None:
             self._group.stop()
+
+    def _access(self) -> Access:
+        """Keys and limits, both kept up to date."""
+        keys, file = self._keys
+        if keys is None:
+            return Access()
+        access = Access(keys, open_metrics=self._config.server.open_metrics)
+        context = serve.get_replica_context()
+        self._tasks.append(asyncio.create_task(share_limits(access.limiter, context.replica_tag, context.app_name)))
+        if file is not None:
+            self._tasks.append(asyncio.create_task(file.follow(keys)))
+        _log.info("API keys in force ids=%s", ",".join(keys.ids))
+        return access
+
+    def _export_metrics(self) -> None:
+        options = self._config.server
+        if options.metrics_port:
+            port = options.metrics_port + serve.get_replica_context().rank.local_rank
+            host = ray.util.get_node_ip_address() if options.metrics_host == "node" else options.metrics_host
+            self._exporter = Exporter(self._metrics.metrics_text, port, host)
 
     def _load_text(self) -> ChatFormat:
         text = ChatFormat(Tokenizer(self._folder), GenerationDefaults(**self._model.generation_defaults))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.text_fixture import tokenizer
+from tpqwen.api.access import Access
 from tpqwen.api.app import build_app
 from tpqwen.api.hooks import FinishedSequence
 from tpqwen.api.info import ApiSettings, ModelInfo
@@ -132,6 +133,7 @@ def make_server(
     script: Callable[[GenerateRequest], list[Any]] | None = None,
     variant: str = "hybrid",
     compiler: Compiler | None = None,
+    access: Access | None = None,
     **settings: Any,
 ) -> Server:
     """An app with the fixture's tokenizer, over a fake engine."""
@@ -141,5 +143,5 @@ def make_server(
     limits = Limits(max_model_len=MAX_MODEL_LEN, vocab_size=model.vocabulary.size, end_ids=(engine.end_id,))
     info = ModelInfo("qwen3-test", limits, created=1, aliases=("qwen",), versions={"tpqwen": "0.1.0"})
     hooks = RecordingHooks()
-    app = build_app(engine, chat, info, hooks, ApiSettings(**settings), compiler=compiler)
+    app = build_app(engine, chat, info, hooks, ApiSettings(**settings), compiler=compiler, access=access)
     return Server(engine, hooks, app, chat)

@@ -200,6 +200,24 @@ def test_the_banner_has_a_curl_that_a_shell_takes():
 def test_the_banner_warns_where_strangers_can_connect():
     assert "Anyone" in banner(FACTS, "0.0.0.0", 80)
     assert "Anyone" not in banner(FACTS, "localhost", 80)
+    closed = banner(FACTS | {"closed": True}, "0.0.0.0", 80)
+    assert "Anyone" not in closed and "Bearer KEY" in closed
+
+
+def test_serve_refuses_to_listen_beyond_loopback_without_keys(monkeypatch, tmp_path):
+    from tpqwen.console import serve
+
+    monkeypatch.delenv("TPQWEN_API_KEYS", raising=False)
+    with pytest.raises(ConfigError, match=r"needs API keys .*--insecure"):
+        serve.check_access(Config.load({"host": "0.0.0.0"}, {}))
+    serve.check_access(Config.load({"host": "0.0.0.0", "insecure": True}, {}))
+    serve.check_access(Config.load({"host": "127.0.0.1"}, {}))
+    keys = tmp_path / "keys"
+    keys.write_text("alice tpq_0123456789abcdefghij\n")
+    serve.check_access(Config.load({"host": "0.0.0.0", "api_keys_file": str(keys)}, {}))
+    monkeypatch.setenv("TPQWEN_API_KEYS", "alice short")
+    with pytest.raises(ConfigError, match="random characters"):
+        serve.check_access(Config.load({"host": "127.0.0.1"}, {}))
 
 
 def test_nobody_listening_is_not_ready():

@@ -11,6 +11,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from tpqwen.api.access import Access
 from tpqwen.api.answers import Answer, ChatAnswer, CompletionAnswer, Frame
 from tpqwen.api.body import read_json
 from tpqwen.api.calls import Call, Prepared, prepare, read_chat, read_completion
@@ -46,13 +47,16 @@ def build_app(
     settings: ApiSettings | None = None,
     all_metrics: Callable[[], Awaitable[str]] | None = None,
     compiler: Compiler | None = None,
+    access: Access | None = None,
 ) -> ASGIApp:
     """The application over one engine.
 
     compiler: of grammars; without it a request for a form is refused.
     all_metrics: the metrics of all replicas, for /metrics; without it, or with ?scope=local: hooks.metrics_text().
+    access: who may ask; without it, everyone.
     """
-    return _Api(engine, text, info, hooks, settings or ApiSettings(), all_metrics, compiler)
+    settings, access = settings or ApiSettings(), access or Access()
+    return _Api(engine, text, info, hooks, settings, all_metrics, compiler, access)
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class _Api:
         settings: ApiSettings,
         all_metrics: Callable[[], Awaitable[str]] | None,
         compiler: Compiler | None,
+        access: Access,
     ) -> None:
         self._engine = engine
         self._text = text
@@ -87,6 +92,7 @@ class _Api:
         self._settings = settings
         self._all_metrics = all_metrics
         self._compiler = compiler
+        self._access = access
         self._routes: dict[str, dict[str, Handler]] = {
             "/v1/chat/completions": {"POST": lambda exchange: self._generate(exchange, _CHAT)},
             "/v1/completions": {"POST": lambda exchange: self._generate(exchange, _COMPLETION)},
@@ -97,6 +103,11 @@ class _Api:
             "/metrics": {"GET": self._metrics},
             "/version": {"GET": self._version},
         }
+
+    @property
+    def routes(self) -> list[tuple[str, str]]:
+        """Every (method, path) that is answered; a path may hold {id}."""
+        return [(method, path) for path, handlers in self._routes.items() for method in handlers]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -126,6 +137,7 @@ class _Api:
         for name in _FORBIDDEN_HEADERS:
             if name in exchange.headers:
                 raise RequestError(f"the header {name} is not taken from clients", param=name, code="forbidden_header")
+        self._access.admit(exchange)
         if handlers is None:
             raise RequestError("there is nothing at this path", code="not_found", status=404)
         method = "GET" if exchange.method == "HEAD" else exchange.method
@@ -146,11 +158,12 @@ class _Api:
         limits = self._settings
         running: list[Running] = []
         try:
-            body = await read_json(exchange.headers, exchange.receive, limits.max_body_bytes, limits.thread_above_bytes)
-            call = endpoint.read(body, self._info)
-            work = asyncio.create_task(self._answer(exchange, endpoint, call, running))
-            if not await exchange.until_client_leaves(work):
-                exchange.counted_status = CLIENT_LEFT
+            with self._access.counted(exchange):
+                most, long = limits.max_body_bytes, limits.thread_above_bytes
+                call = endpoint.read(await read_json(exchange.headers, exchange.receive, most, long), self._info)
+                work = asyncio.create_task(self._answer(exchange, endpoint, call, running))
+                if not await exchange.until_client_leaves(work):
+                    exchange.counted_status = CLIENT_LEFT
         except (RequestError, EngineError) as error:
             if not running or isinstance(error, RequestError):
                 self._hooks.on_rejected(failure(error, exchange.request_id).reject_reason)
@@ -163,11 +176,12 @@ class _Api:
     async def _answer(self, exchange: Exchange, endpoint: _Endpoint, call: Call, running: list[Running]) -> None:
         """Run one call. `running` receives the sequences once they exist."""
         self._check_state()
-        prepared = await self._prepared(call)
+        prepared = self._access.marked(exchange, await self._prepared(call))
         vocabulary = self._text.vocabulary
         texts = [OutputText(vocabulary, prepared.params, prepared.start, prepared.calls) for _ in prepared.sequences]
         run = Running(self._engine, prepared, texts, self._hooks, exchange.arrived)
         running.append(run)
+        self._access.watch(exchange, run)
         frame = Frame(
             request_id=exchange.request_id,
             call=call,

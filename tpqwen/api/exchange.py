@@ -13,6 +13,8 @@ import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
 from tpqwen.api.failures import Failure
+from tpqwen.api.keys import ApiKey
+from tpqwen.api.limits import Lease
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 JSON = "application/json"
@@ -40,7 +42,9 @@ class Exchange:
         self.complete = False  # the last byte has been sent
         self.counted_status: int | None = None
         self.code: str | None = None  # of an error, for the log
-        self.numbers: dict[str, Any] = {}  # for the log: token counts, finish reasons
+        self.numbers: dict[str, Any] = {}  # for the log: whose key, token counts, finish reasons
+        self.key: ApiKey | None = None  # whose request it is, where keys are in force
+        self.lease: Lease | None = None  # what it counts as
         self._send = send
         self._send_request_id = send_request_id
 
@@ -48,8 +52,11 @@ class Exchange:
         """The ASGI send of this exchange."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            if self._send_request_id:
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", self.request_id.encode())]
+            own = [(b"x-request-id", self.request_id.encode())] if self._send_request_id else []
+            if self.lease is not None:
+                own += self.lease.headers()
+            if own:
+                message["headers"] = [*message.get("headers", ()), *own]
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self.complete = True

@@ -33,8 +33,12 @@ HELP = {
     "host": f"address to listen on (default {ServerOptions.host})",
     "port": f"port to listen on (default {ServerOptions.port})",
     "metrics_port": "a second port for /metrics alone (default: none)",
+    "metrics_host": "address it listens on, or node for this node's own (default 127.0.0.1)",
     "log": "debug, info, warning or error; also TPQWEN_LOG (default info)",
     "max_body_bytes": f"longest request body (default {ServerOptions.max_body_bytes})",
+    "api_keys_file": "list of API keys, one a line, reloaded when it changes (default: TPQWEN_API_KEYS, else no keys)",
+    "open_metrics": "answer /metrics without a key",
+    "insecure": "listen on other addresses than loopback without keys",
 }
 
 

@@ -23,10 +23,11 @@ from ray import serve
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from rich.console import Console
 
-from tpqwen.config import Config, resolve_device
-from tpqwen.console.startup import Watch, banner, is_ready, server_url
+from tpqwen.config import Config, api_keys_text, resolve_device
+from tpqwen.console.startup import LOOPBACK, Watch, banner, is_ready, server_url
 from tpqwen.errors import ConfigError, EngineError
 from tpqwen.gpu import count_gpus
+from tpqwen.keyfile import find_keys
 from tpqwen.service import build_app
 
 APP = "tpqwen"
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     watch = Watch(console, verbose=config.server.log == "debug")
     host, port = config.server.host, config.server.port
+    check_access(config)
     if "RAY_ADDRESS" not in os.environ:
         check_host(config)
     app = build_app(config)  # fetches and checks the model
@@ -65,6 +67,15 @@ def run(args: argparse.Namespace, config: Config) -> int:
     finally:
         stop(console)
     return 0
+
+
+def check_access(config: Config) -> None:
+    """Keys that can be meant, and no open door by oversight. Raises ConfigError."""
+    server = config.server
+    keys, _ = find_keys(server.api_keys_file, api_keys_text())
+    if keys is None and not server.insecure and server.host not in LOOPBACK:
+        text = f"listening on {server.host} needs API keys (--api-keys-file or TPQWEN_API_KEYS), so that not everyone"
+        raise ConfigError(f"{text} who reaches this host can use it; --insecure goes without")
 
 
 def check_host(config: Config) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 STAGES = {"weights": "weights", "kv_alloc": "KV cache", "warmup": "warm-up", "graphs": "graphs"}
 LOADED = re.compile(r'process="rank 0/\d+" .* stage=(\w+) seconds=([\d.]+)')
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TROUBLE = re.compile(r" level=(warning|error|critical) process=")
 
 
@@ -91,10 +92,12 @@ def banner(facts: Mapping[str, Any], host: str, port: int) -> str:
     message = {"role": "user", "content": "Hello!"}
     body = json.dumps({"model": facts["model"], "messages": [message], "stream": True})
     lines = ["", *(f"  {key:<10}{value}" for key, value in rows.items()), ""]
-    if host not in ("127.0.0.1", "localhost", "::1"):
+    closed = facts.get("closed", False)
+    if host not in LOOPBACK and not closed:
         lines += [f"  Anyone who reaches {host}:{port} can use this server.", ""]
     lines += [
         f"  curl -N {url}/v1/chat/completions \\",
+        *(["    -H 'authorization: Bearer KEY' \\"] if closed else []),
         "    -H 'content-type: application/json' \\",
         f"    -d '{body}'",
     ]
