@@ -123,7 +123,14 @@ class Qwen3Server:
         found = from_plain(address)
         assert found is not None
         reports = open_channel(found, CONNECT_TIMEOUT_S)
-        self._client = EngineClient(commands, reports, capacity, self._config.schedule, self._metrics.observe)
+        self._client = EngineClient(
+            commands,
+            reports,
+            capacity,
+            self._config.schedule,
+            self._metrics.observe,
+            queue_timeout_s=self._config.server.queue_timeout,
+        )
         self._watch(asyncio.get_running_loop())
         self._tasks.append(asyncio.create_task(self._read_ranks()))
         self._metrics.capacity(capacity)
@@ -137,7 +144,7 @@ class Qwen3Server:
             chat,
             self._info(capacity, chat.vocabulary.size),
             self._metrics,
-            ApiSettings(max_body_bytes=self._config.server.max_body_bytes, send_request_id=False),
+            self._settings(),
             compiler=self._grammars,
             access=self._access(),
         )
@@ -186,6 +193,15 @@ class Qwen3Server:
             ray.kill(self._engine_actor, no_restart=True)
         if self._group is not None:
             self._group.stop()
+
+    def _settings(self) -> ApiSettings:
+        options = self._config.server
+        return ApiSettings(
+            max_body_bytes=options.max_body_bytes,
+            send_request_id=False,
+            first_token_timeout_s=options.first_token_timeout,
+            total_timeout_s=options.total_timeout,
+        )
 
     def _access(self) -> Access:
         """Keys and limits, both kept up to date."""

@@ -88,7 +88,8 @@ class Access:
 
     def _marked(self, key: ApiKey, request: GenerateRequest) -> GenerateRequest:
         named = f"{key.id}\0{request.cache_salt}".encode()
-        return msgspec.structs.replace(request, cache_salt=digest(self._secret, named, "sha256").hex())
+        salt = digest(self._secret, named, "sha256").hex()
+        return msgspec.structs.replace(request, cache_salt=salt, tenant=key.id)
 
 
 def _token(headers: Mapping[str, str]) -> str | None:

@@ -15,6 +15,7 @@ from tpqwen.api.access import Access
 from tpqwen.api.answers import Answer, ChatAnswer, CompletionAnswer, Frame
 from tpqwen.api.body import read_json
 from tpqwen.api.calls import Call, Prepared, prepare, read_chat, read_completion
+from tpqwen.api.deadline import Deadline
 from tpqwen.api.exchange import Exchange
 from tpqwen.api.failures import ClientLeft, failure
 from tpqwen.api.guiding import guided
@@ -193,12 +194,13 @@ class _Api:
             n=prepared.params.n,
         )
         answer = endpoint.answer(frame)
+        deadline = Deadline(exchange.arrived, call.timeout_s, self._settings)
         if call.stream:
             stream = EventStream(exchange.send, self._settings, lambda: run.timing)
-            status = await send_events(run, answer, call, stream, exchange.arrived, exchange.request_id)
+            status = await send_events(run, answer, call, stream, deadline, exchange.request_id)
             exchange.counted_status = status
         else:
-            deltas = await collect(run, call, exchange.arrived)
+            deltas = await collect(run, deadline)
             await exchange.reply(answer.body(deltas, run.usage), server_timing=run.timing)
 
     async def _prepared(self, call: Call) -> Prepared:

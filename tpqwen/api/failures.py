@@ -84,11 +84,6 @@ def failure(error: BaseException, request_id: str) -> Failure:
     return Failure(500, "server_error", f"internal error; the request id is {request_id}", None, "internal")
 
 
-def deadline_exceeded(timeout_s: float) -> EngineError:
-    """The request's own `timeout` passed."""
-    return EngineError(f"the request's timeout of {timeout_s:g} s passed", code="deadline_exceeded", status=504)
-
-
 def raise_if_failed(delta: Delta) -> None:
     """EngineError when the delta says that the request was not finished properly."""
     if delta.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):

@@ -38,3 +38,5 @@ class ApiSettings:
     comment_every_s: float = 10.0
     drop_client_after_s: float = 30.0  # a client that takes nothing for so long is taken for gone
     thread_above_bytes: int = 64 * 1024
+    first_token_timeout_s: float = 0.0  # from the request's arrival; 0: no such deadline
+    total_timeout_s: float = 0.0

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from tpqwen.config import ScheduleOptions
+from tpqwen.engine.gate import Gate, Place
 from tpqwen.engine.messages import Abort, Add, Batch, Command, Dead, Refused, Report, Stop, decode_report, encode
 from tpqwen.engine.protocol import EngineState
 from tpqwen.errors import EngineError, Overloaded, RequestError
@@ -25,11 +26,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class OpenRequest:
-    """One request on its way; waiting until its first delta."""
+    """One request on its way; its place in the queue is given up with its first delta."""
 
     request: GenerateRequest
+    place: Place
     queue: asyncio.Queue[Delta | Exception] = field(default_factory=asyncio.Queue)
-    waiting: bool = True
     received: int = 0  # output tokens, those it brought along included
 
 
@@ -47,16 +48,16 @@ class EngineClient:
         capacity: Capacity,
         options: ScheduleOptions,
         on_stats: Callable[[StepStats], None] | None = None,
+        *,
+        queue_timeout_s: float = 0.0,
     ) -> None:
         self._commands = commands
         self._reports = reports
         self._capacity = capacity
-        self._options = options
         self._on_stats = on_stats
         self._state = EngineState("ready")
         self._open: dict[str, OpenRequest] = {}
-        self._num_waiting = 0
-        self._waiting_tokens = 0
+        self._gate = Gate(options, capacity, queue_timeout_s)
         self._unsent: deque[bytes] = deque()
         self._loop = asyncio.get_running_loop()
         self._closed = False
@@ -142,25 +143,13 @@ class EngineClient:
             if code is None:
                 raise EngineError(self._state.reason or "the engine is dead", code="engine_dead", status=503)
             raise Overloaded(self._state.reason or code, code=code, status=503)
-        tokens = len(request.prompt_ids)
-        full = self._num_waiting >= self._options.max_waiting
-        if full or (self._waiting_tokens and self._waiting_tokens + tokens > self._options.max_waiting_tokens):
-            what = f"{self._num_waiting} requests with {self._waiting_tokens} tokens are waiting already"
-            raise Overloaded(f"the queue is full: {what}", code="queue_full")
-        opened = OpenRequest(request, received=len(request.output_ids))
+        place = self._gate.enter(request.tenant, len(request.prompt_ids))
+        opened = OpenRequest(request, place, received=len(request.output_ids))
         self._open[request.id] = opened
-        self._num_waiting += 1
-        self._waiting_tokens += tokens
         return opened
 
-    def _started(self, opened: OpenRequest) -> None:
-        if opened.waiting:
-            opened.waiting = False
-            self._num_waiting -= 1
-            self._waiting_tokens -= len(opened.request.prompt_ids)
-
     def _forget(self, opened: OpenRequest) -> None:
-        self._started(opened)
+        self._gate.start(opened.place, served=False)
         self._open.pop(opened.request.id, None)
 
     def _flush(self) -> None:
@@ -195,11 +184,13 @@ class EngineClient:
         if isinstance(report, Batch):
             for delta in report.deltas:
                 if opened := self._open.get(delta.id):
-                    self._started(opened)
+                    self._gate.start(opened.place, served=bool(delta.token_ids))
                     opened.received = delta.index + len(delta.token_ids)
                     opened.queue.put_nowait(delta)
-            if report.stats is not None and self._on_stats is not None:
-                self._on_stats(report.stats)
+            if report.stats is not None:
+                self._gate.observe(report.stats)
+                if self._on_stats is not None:
+                    self._on_stats(report.stats)
         elif isinstance(report, Refused):
             if opened := self._open.get(report.id):
                 opened.queue.put_nowait(RequestError(report.message, param=report.param, code=report.code))

@@ -9,8 +9,6 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections import deque
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 
@@ -19,64 +17,35 @@ from tpqwen.cache.prefix import PrefixCache
 from tpqwen.errors import EngineError, RequestError
 from tpqwen.request import Delta, FinishReason, GenerateRequest
 from tpqwen.scheduler.admission import Admission, Verdict
+from tpqwen.scheduler.flight import Draft, Flight, Part, Tally
 from tpqwen.scheduler.pace import OUTNUMBER, tokens_within, work_of
+from tpqwen.scheduler.patience import Patience
 from tpqwen.scheduler.rows import Longs, Mask, Rows, RowSet
 from tpqwen.scheduler.sequence import Sequence, State, admission, by_order, row_params
-from tpqwen.step import Admit, Capacity, Chunk, Ints, StepInput, StepOutput, StepStats, ints, packed
+from tpqwen.scheduler.shares import Shares
+from tpqwen.step import Capacity, Chunk, Ints, StepInput, StepOutput, StepStats, ints, packed
 
 AHEAD = 4  # blocks given to a decode row at once while there are plenty
-
-
-class Part(NamedTuple):
-    """A chunk in flight: it counts while its slot is still of that generation."""
-
-    sequence: Sequence
-    slot: int
-    generation: int
-    end: int  # position after its last token
-
-
-@dataclass(slots=True)
-class Draft:
-    """A step being put together."""
-
-    admits: list[Admit] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)  # (slot, index, block) flat
-    chunks: list[Chunk] = field(default_factory=list)
-    parts: list[Part] = field(default_factory=list)
-    sampled: list[Sequence] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class Flight:
-    """A step whose result is still to come. rows: the first num_decode decode, the others are sampling chunks."""
-
-    step: int
-    rows: RowSet
-    generations: Longs
-    num_decode: int
-    parts: list[Part]
-    num_chunk_tokens: int
-
-
-@dataclass(slots=True)
-class Tally:
-    """Events since the last StepStats."""
-
-    preemptions: int = 0
-    prefix_queried: int = 0
-    prefix_hit: int = 0
-    output_tokens: int = 0
-
-
 _NO_ROWS = RowSet.of([])
 
 
 class Scheduler:
-    """Owns every Sequence, the block tables and the prefix cache of one group of ranks."""
+    """Owns every Sequence, the block tables and the prefix cache of one group of ranks.
 
-    def __init__(self, capacity: Capacity, *, prefix_cache: bool = True, epoch: int = 0) -> None:
+    queue_timeout_s: who waits longer for a first step is given up; 0: nobody.
+    """
+
+    def __init__(
+        self,
+        capacity: Capacity,
+        *,
+        prefix_cache: bool = True,
+        epoch: int = 0,
+        queue_timeout_s: float = 0.0,
+    ) -> None:
         self._prefix_cache = prefix_cache
+        self._shares = Shares()
+        self._patience = Patience(queue_timeout_s)
         self._sequences: dict[str, Sequence] = {}
         self._watched: set[str] = set()  # ids of those with a thinking budget
         self._arrivals = 0
@@ -150,7 +119,7 @@ class Scheduler:
         self._arrivals += 1
         sequence = Sequence(
             request=request,
-            order=(request.priority, self._arrivals),
+            order=(request.priority, self._shares.tag(request), self._arrivals),
             arrived_at=now,
             max_output=min(request.max_tokens, limit - length),
             row_params=row_params(request),
@@ -164,7 +133,13 @@ class Scheduler:
             closing = self._closed(sequence) if sequence.watch.due else None
         if closing is None or closing.finish_reason is None:
             self._admission.push(sequence)
+            self._patience.watch(sequence)
         return closing
+
+    def expire(self, now: float) -> list[Delta]:
+        """End those that have waited too long for a first step; their error deltas."""
+        text = f"no step was free for this request within {self._patience.timeout_s:g} s"
+        return [self._end(s, FinishReason.ERROR, text, "queue_timeout") for s in self._patience.lost(now)]
 
     def abort(self, request_id: str) -> Delta | None:
         """End a request in whatever state it is; its terminal delta, or None if there is no such request (any more)."""
@@ -355,6 +330,7 @@ class Scheduler:
         for index, block in enumerate(sequence.blocks):
             draft.blocks += (sequence.slot, index, block)
         insort(self._prefilling, sequence, key=by_order)
+        self._shares.entered(sequence.order[1])
         if sequence.queue_s is None:
             sequence.queue_s = now - sequence.arrived_at
             sequence.cached_tokens = min(sequence.num_chunked, sequence.num_prompt)
@@ -488,7 +464,9 @@ class Scheduler:
         return sequence.finish(reason, error=error, code=code)
 
     def _forget(self, sequence: Sequence) -> None:
+        """It has ended: its tenant's share is charged what it took instead of what was expected."""
         del self._sequences[sequence.request.id]
+        self._shares.ended(sequence.request, 0 if sequence.queue_s is None else sequence.num_tokens)
         self._watched.discard(sequence.request.id)
 
     def _leave(self, sequence: Sequence, *, trusted: bool = True) -> None:
