@@ -33,6 +33,7 @@ _log = logging.getLogger(__name__)
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 CLIENT_LEFT = 499
+MAX_HEADER_BYTES = 16 * 1024
 _FORBIDDEN_HEADERS = ("x-request-timeout-seconds", "x-request-disconnect-disabled")
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
@@ -116,7 +117,8 @@ class _Api:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1000})
         else:
-            await self._http(Exchange(scope, receive, send, self._settings.send_request_id))
+            settings = self._settings
+            await self._http(Exchange(scope, receive, send, settings.send_request_id, settings.body_timeout_s))
 
     async def _http(self, exchange: Exchange) -> None:
         route = "/v1/models/{id}" if exchange.path.startswith("/v1/models/") else exchange.path
@@ -135,9 +137,7 @@ class _Api:
             self._record(exchange, route if handlers else "other", exchange.counted_status or status)
 
     def _handler(self, exchange: Exchange, handlers: dict[str, Handler] | None) -> Handler:
-        for name in _FORBIDDEN_HEADERS:
-            if name in exchange.headers:
-                raise RequestError(f"the header {name} is not taken from clients", param=name, code="forbidden_header")
+        _check_headers(exchange)
         self._access.admit(exchange)
         if handlers is None:
             raise RequestError("there is nothing at this path", code="not_found", status=404)
@@ -279,6 +279,18 @@ class _Api:
             numbers = "".join(f" {k}={v}" for k, v in exchange.numbers.items())
             text = "request=%s route=%s method=%s status=%d code=%s ms=%.1f%s"
             _log.log(level, text, exchange.request_id, route, method, status, exchange.code, seconds * 1e3, numbers)
+
+
+def _check_headers(exchange: Exchange) -> None:
+    """What a proxy in front should have refused. Raises RequestError."""
+    for name in _FORBIDDEN_HEADERS:
+        if name in exchange.headers:
+            raise RequestError(f"the header {name} is not taken from clients", param=name, code="forbidden_header")
+    if exchange.header_bytes > MAX_HEADER_BYTES:
+        text = f"the headers are larger than {MAX_HEADER_BYTES} bytes"
+        raise RequestError(text, code="headers_too_large", status=431)
+    if "content-length" in exchange.headers and "transfer-encoding" in exchange.headers:
+        raise RequestError("a body has a length or comes in chunks, not both", code="invalid_header")
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

@@ -21,6 +21,7 @@ _STATUS = {
     "rank_dead": 503,
     "engine_dead": 503,
     "deadline_exceeded": 504,
+    "client_too_slow": 499,
 }
 _REJECT_REASONS = {
     "queue_full": "queue_full",

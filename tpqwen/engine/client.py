@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from tpqwen.config import ScheduleOptions
 from tpqwen.engine.gate import Gate, Place
+from tpqwen.engine.inbox import Inbox
 from tpqwen.engine.messages import Abort, Add, Batch, Command, Dead, Refused, Report, Stop, decode_report, encode
+from tpqwen.engine.cadence import Cadence
 from tpqwen.engine.protocol import EngineState
 from tpqwen.errors import EngineError, Overloaded, RequestError
 from tpqwen.request import Delta, FinishReason, GenerateRequest
 from tpqwen.step import Capacity, StepStats
 from tpqwen.transport.channel import Receiver, Sender
 
+MAX_UNREAD = 4096  # tokens; a client that is so far behind will not catch up
 POLL_S = 0.5
 RETRY_S = 0.005  # while the engine is too busy to read its commands
 
@@ -30,7 +34,7 @@ class OpenRequest:
 
     request: GenerateRequest
     place: Place
-    queue: asyncio.Queue[Delta | Exception] = field(default_factory=asyncio.Queue)
+    queue: Inbox = field(default_factory=Inbox)
     received: int = 0  # output tokens, those it brought along included
 
 
@@ -58,6 +62,7 @@ class EngineClient:
         self._state = EngineState("ready")
         self._open: dict[str, OpenRequest] = {}
         self._gate = Gate(options, capacity, queue_timeout_s)
+        self._cadence = Cadence()
         self._unsent: deque[bytes] = deque()
         self._loop = asyncio.get_running_loop()
         self._closed = False
@@ -78,18 +83,23 @@ class EngineClient:
         return len(self._open)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
-        """The request's deltas. Raises Overloaded, RequestError or EngineError before the first one."""
+        """The request's deltas. Raises Overloaded, RequestError or EngineError before the first one.
+
+        Under load a delta after the first holds all tokens of an interval (`Cadence`).
+        """
         opened = self._admit(request)
-        finished = False
+        finished, pause_s = False, 0.0
         try:
             self.send(Add(request))
             while not finished:
-                item = await opened.queue.get()
-                if isinstance(item, Exception):
+                try:
+                    delta = await opened.queue.get(pause_s)
+                except Exception:
                     finished = True
-                    raise item
-                finished = item.finish_reason is not None
-                yield item
+                    raise
+                finished = delta.finish_reason is not None
+                yield delta
+                pause_s = self._cadence.interval_s(len(self._open))
         finally:
             self._forget(opened)
             if not finished:
@@ -152,6 +162,21 @@ class EngineClient:
         self._gate.start(opened.place, served=False)
         self._open.pop(opened.request.id, None)
 
+    def _give_up(self, opened: OpenRequest) -> None:
+        """Its reader does not keep up: end it, so that neither its pages nor its text are held any longer."""
+        self.send(Abort(opened.request.id))
+        del self._open[opened.request.id]
+        text = f"the client is {MAX_UNREAD} tokens behind"
+        done = Delta(
+            id=opened.request.id,
+            index=opened.received,
+            token_ids=[],
+            finish_reason=FinishReason.ERROR,
+            error=text,
+            error_code="client_too_slow",
+        )
+        opened.queue.put_nowait(done)
+
     def _flush(self) -> None:
         try:
             while self._unsent:
@@ -182,11 +207,14 @@ class EngineClient:
 
     def _take(self, report: Report) -> None:
         if isinstance(report, Batch):
+            self._cadence.observe(len(report.deltas), time.monotonic())
             for delta in report.deltas:
                 if opened := self._open.get(delta.id):
                     self._gate.start(opened.place, served=bool(delta.token_ids))
                     opened.received = delta.index + len(delta.token_ids)
                     opened.queue.put_nowait(delta)
+                    if opened.queue.unread > MAX_UNREAD:
+                        self._give_up(opened)
             if report.stats is not None:
                 self._gate.observe(report.stats)
                 if self._on_stats is not None:
