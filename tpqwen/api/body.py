@@ -60,19 +60,16 @@ def _check_type(headers: Mapping[str, str]) -> None:
 
 
 async def _read(receive: Receive, max_bytes: int) -> bytes:
-    chunks: list[bytes] = []
-    size = 0
+    body = bytearray()  # however small the chunks are, it is as large as they are together
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientLeft
-        chunk = message.get("body", b"")
-        size += len(chunk)
-        if size > max_bytes:
+        body += message.get("body", b"")
+        if len(body) > max_bytes:
             raise _too_large(max_bytes)
-        chunks.append(chunk)
         if not message.get("more_body", False):
-            return b"".join(chunks)
+            return bytes(body)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
