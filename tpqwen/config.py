@@ -20,6 +20,7 @@ from tpqwen.errors import ConfigError
 
 EMBEDDED_MODEL = str(Path(__file__).with_name("embedded") / "model")
 TP_DEGREES = (1, 2, 4, 8)
+INGRESSES = ("serve", "haproxy")
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,11 @@ class ScheduleOptions:
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """The HTTP surface."""
+    """The HTTP surface. console/ray_settings.py reads `ingress` once more, before Ray is imported."""
 
     host: str = "127.0.0.1"
     port: int = 8000
+    ingress: str = "serve"  # serve: Serve's own proxy; haproxy: HAProxy and Serve's throughput settings
     metrics_port: int = 0  # 0: no port of its own, /metrics only
     metrics_host: str = "127.0.0.1"  # where that port listens; "node": this node's (the pod's) own address
     log: str = "info"
@@ -126,6 +128,7 @@ class Config:
         _one_of("device", self.parallel.device, ("auto", "cpu", "cuda"))
         _one_of("dtype", self.model.dtype, ("auto", "float32", "bfloat16", "float16"))
         _one_of("log", self.server.log, ("debug", "info", "warning", "error"))
+        _one_of("ingress", self.server.ingress, INGRESSES)
         _one_of("depth", self.schedule.depth, (1, 2, 3, 4))
         for name in (
             "max_model_len",
@@ -170,6 +173,11 @@ def option_fields() -> dict[str, tuple[str, Any]]:
 def api_keys_text(env: Mapping[str, str] | None = None) -> str:
     """The list of API keys in TPQWEN_API_KEYS. No option: options are passed on and shown, keys are not."""
     return (os.environ if env is None else env).get("TPQWEN_API_KEYS", "")
+
+
+def client_api_key(env: Mapping[str, str] | None = None) -> str:
+    """The key with which our own clients call a server; OpenAI's variable."""
+    return (os.environ if env is None else env).get("OPENAI_API_KEY", "")
 
 
 def resolve_device(device: str) -> str:

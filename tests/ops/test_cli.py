@@ -34,7 +34,7 @@ EXTRA_FLAGS = {
 @pytest.fixture(autouse=True)
 def same_environment_and_loggers(monkeypatch):
     """Commands complete os.environ for Ray and configure loggers; both are put back."""
-    monkeypatch.setattr(cli, "set_ray_defaults", lambda environ: None)
+    monkeypatch.setattr(cli, "set_ray_defaults", lambda environ, words: None)
     log = logging.getLogger("tpqwen")
     before = log.handlers[:], log.level, log.propagate
     yield
@@ -147,6 +147,43 @@ def test_settings_of_the_user_win():
     set_ray_defaults(own)
     assert own["RAY_AUTH_MODE"] == "disabled"
     assert "RAY_AUTH_TOKEN" not in own
+
+
+def test_haproxy_is_turned_on_before_ray_is_imported_and_keeps_its_files_to_itself():
+    def settings(*words, **environ):
+        set_ray_defaults(environ, words)
+        return environ
+
+    for found in (settings("serve", "--ingress", "haproxy"), settings("serve", "--ingress=haproxy"),
+                  settings("serve", TPQWEN_INGRESS="haproxy")):  # fmt: skip
+        assert (found["RAY_SERVE_ENABLE_HA_PROXY"], found["RAY_SERVE_THROUGHPUT_OPTIMIZED"]) == ("1", "1")
+        folder = Path(found["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent
+        assert folder.stat().st_mode & 0o077 == 0
+        assert Path(found["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"]).parent == folder
+        folder.rmdir()
+    for found in (settings("serve"), settings("serve", "--ingress", "serve", TPQWEN_INGRESS="haproxy"),
+                  settings("serve", "--ingress", "haproxy", RAY_ADDRESS="auto")):  # fmt: skip
+        assert "RAY_SERVE_ENABLE_HA_PROXY" not in found
+
+
+def test_haproxy_on_a_running_cluster_is_refused_with_what_would_work(monkeypatch):
+    from tpqwen.console import serve
+
+    config = Config.load({"ingress": "haproxy"}, {})
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    with pytest.raises(ConfigError, match="RAY_SERVE_ENABLE_HA_PROXY=1"):
+        serve.check_ingress(config)
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.delenv("RAY_SERVE_ENABLE_HA_PROXY", raising=False)
+    with pytest.raises(ConfigError, match="RAY_SERVE_ENABLE_HA_PROXY"):
+        serve.check_ingress(config)  # somebody imported Ray before the setting was made
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    serve.check_ingress(config)
+
+
+def test_the_banner_names_every_port_that_haproxy_opens():
+    text = banner(FACTS, "127.0.0.1", 80, {8404: "HAProxy's statistics"})
+    assert "8404 (HAProxy's statistics)" in text
 
 
 def watching(**options):

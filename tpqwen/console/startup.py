@@ -77,8 +77,11 @@ def is_ready(url: str) -> bool:
         return False
 
 
-def banner(facts: Mapping[str, Any], host: str, port: int) -> str:
-    """What runs, where it answers, and a request to paste. facts: what the deployment's `describe` says."""
+def banner(facts: Mapping[str, Any], host: str, port: int, others: Mapping[int, str] | None = None) -> str:
+    """What runs, where it answers, and a request to paste.
+
+    facts: what the deployment's `describe` says. others: ports that are open besides, and what for.
+    """
     url = server_url(host, port)
     rows = {
         "model": facts["model"],
@@ -89,6 +92,8 @@ def banner(facts: Mapping[str, Any], host: str, port: int) -> str:
         "health": f"{url}/health, {url}/ready",
         "metrics": f"{url}/metrics",
     }
+    if others:
+        rows["also open"] = ", ".join(f"{number} ({use})" for number, use in others.items())
     message = {"role": "user", "content": "Hello!"}
     body = json.dumps({"model": facts["model"], "messages": [message], "stream": True})
     lines = ["", *(f"  {key:<10}{value}" for key, value in rows.items()), ""]
