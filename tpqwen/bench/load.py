@@ -7,6 +7,7 @@ one line of JSON out. Imports no torch, so that many of them start at once and l
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import sys
 import time
@@ -134,7 +135,7 @@ async def run(job: Job) -> Done:
     records: list[Record] = []
     connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=TIMEOUT_S)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-        print("ready", flush=True)
+        say(b"ready")
         await asyncio.to_thread(sys.stdin.readline)
         begin = time.perf_counter()
 
@@ -152,6 +153,13 @@ async def run(job: Job) -> Done:
     return Done(time.perf_counter() - begin, records)
 
 
+def say(line: bytes) -> None:
+    """A whole line to standard output. With PYTHONUNBUFFERED print leaves out what a pipe does not take at once."""
+    rest = memoryview(line + b"\n")
+    while rest:
+        rest = rest[os.write(sys.stdout.fileno(), rest) :]
+
+
 if __name__ == "__main__":
     given = msgspec.json.decode(sys.stdin.readline(), type=Job)
-    print(msgspec.json.encode(uvloop.run(run(given))).decode(), flush=True)
+    say(msgspec.json.encode(uvloop.run(run(given))))
