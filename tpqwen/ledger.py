@@ -69,17 +69,18 @@ async def share_limits(limiter: Limiter, replica: str, app: str) -> None:
     """Runs until cancelled: one round of the ledger of this application every ROUND_S."""
     reader = Reader()
     working = True
+    ledger: Any = None  # held all the time: an actor that nobody of its maker's process holds is ended by Ray
     while True:
         await asyncio.sleep(ROUND_S)
         totals = {key: (u.requests, u.tokens, u.running) for key, u in limiter.usage().items()}
         try:
-            ledger = await asyncio.to_thread(_ledger, app)
-            answer: Any = ledger.exchange.remote(replica, totals)
-            pages = await asyncio.wait_for(answer, TIMEOUT_S)
+            if ledger is None:
+                ledger = await asyncio.to_thread(_ledger, app)
+            pages = await asyncio.wait_for(ledger.exchange.remote(replica, totals), TIMEOUT_S)
         except (RayError, ValueError, TimeoutError) as error:
             if working:
                 _log.warning("limits count on this replica alone until the ledger answers again error=%s", error)
-            working = False
+            working, ledger = False, None
             limiter.others_took({})
             continue
         working = True
