@@ -286,7 +286,7 @@ class Qwen3Server:
     def _info(self, capacity: Capacity, vocabulary_size: int) -> ModelInfo:
         ids = min(self._model.vocab_size, vocabulary_size)
         limits = Limits(capacity.max_model_len, ids, self._model.eos_token_ids)
-        versions = {"tpqwen": __version__, "torch": torch.__version__, "ray": ray.__version__}
+        versions = {"tpqwen": __version__, "torch": str(torch.__version__), "ray": ray.__version__}
         versions["transformers"] = version("transformers")
         if torch.version.cuda:
             versions["cuda"] = torch.version.cuda

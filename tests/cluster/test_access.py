@@ -74,6 +74,8 @@ def test_every_path_but_health_is_closed_through_serves_proxy(server: Server) ->
     assert httpx.get(f"{server.url}/health", timeout=20).status_code == 200
     assert httpx.get(f"{server.url}/ready", timeout=20).status_code == 200
     assert ask(server, "tpq_wrong_0123456789abcdef").status_code == 401
+    answer = httpx.get(f"{server.url}/version", headers={"x-api-key": ALICE}, timeout=20)
+    assert answer.status_code == 200 and answer.json()["model"] == "tpqwen-demo"
 
 
 def test_a_limit_holds_for_both_replicas_together(server: Server) -> None:

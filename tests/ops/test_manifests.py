@@ -219,3 +219,12 @@ def test_keys_are_mounted_where_the_option_says():
         mounts = {m["mountPath"]: m for m in ray_container(worker(service(name)))["volumeMounts"]}
         volume = next(v for v in spec["volumes"] if v["name"] == mounts[path.rpartition("/")[0]]["name"])
         assert volume["secret"] == {"secretName": "tpqwen-api-keys", "defaultMode": 0o440}
+
+
+def test_head_and_workers_agree_on_the_ingress():
+    for name in SERVICES:
+        spec = service(name)["spec"]["rayClusterConfig"]
+        groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+        found = [{e["name"]: e.get("value") for e in ray_container(group)["env"]} for group in groups]
+        for setting in ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED"):
+            assert [env.get(setting) for env in found] == ["1"] * len(groups)

@@ -7,7 +7,6 @@ not wait for them.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
 import os
 import shutil
@@ -148,12 +147,7 @@ def deploy(app: serve.Application, host: str, port: int, watch: Watch) -> dict[s
             raise failure("\n".join([status.message, *(d.message for d in status.deployments.values())]))
         watch.tick()
         time.sleep(POLL_S)
-    return asyncio.run(describe())
-
-
-async def describe() -> dict[str, Any]:
-    """What the replica says of itself. On an event loop, since Serve's throughput settings allow handles only there."""
-    facts: dict[str, Any] = await asyncio.wait_for(serve.get_app_handle(APP).describe.remote(), CALL_TIMEOUT_S)
+    facts: dict[str, Any] = serve.get_app_handle(APP).describe.remote().result(timeout_s=CALL_TIMEOUT_S)
     return facts
 
 
