@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import secrets
+import shutil
 import tempfile
 from collections.abc import Mapping, MutableMapping, Sequence
 
@@ -22,7 +24,6 @@ HAPROXY = {
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",  # else handles want an event loop; requests use none
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # HAProxy looks 4 times a second; the default waits 30 s
 }
-FOLDER_PREFIX = "tpqwen-haproxy-"
 HAPROXY_FILES = {
     "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
     "RAY_SERVE_HAPROXY_SOCKET_PATH": "admin.sock",
@@ -54,7 +55,8 @@ def set_ray_defaults(environ: MutableMapping[str, str], words: Sequence[str] = (
             settings["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         if wants_haproxy(environ, words):
             # Its admin socket may be written by everyone who reaches it: it lies where nobody else does.
-            folder = tempfile.mkdtemp(prefix=FOLDER_PREFIX)
+            folder = tempfile.mkdtemp(prefix="tpqwen-haproxy-")
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
             settings |= HAPROXY | {name: f"{folder}/{file}".rstrip("/") for name, file in HAPROXY_FILES.items()}
     for name, value in settings.items():
         environ.setdefault(name, value)
@@ -76,9 +78,3 @@ def haproxy_ports(environ: Mapping[str, str]) -> dict[int, str]:
     if environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
         return {}
     return {int(environ.get(name, default)): use for name, (default, use) in HAPROXY_PORTS.items()}
-
-
-def haproxy_folder(environ: Mapping[str, str]) -> str | None:
-    """The folder that set_ray_defaults made for HAProxy's files; to be removed at the end."""
-    folder = environ.get("RAY_SERVE_HAPROXY_SERVER_STATE_BASE", "")
-    return folder if folder.startswith(f"{tempfile.gettempdir()}/{FOLDER_PREFIX}") else None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shutil
 import signal
 import socket
 import threading
@@ -26,7 +25,7 @@ from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from rich.console import Console
 
 from tpqwen.config import Config, api_keys_text, resolve_device
-from tpqwen.console.ray_settings import haproxy_folder, haproxy_ports
+from tpqwen.console.ray_settings import haproxy_ports
 from tpqwen.console.startup import LOOPBACK, Watch, banner, is_ready, server_url
 from tpqwen.errors import ConfigError, EngineError
 from tpqwen.gpu import count_gpus
@@ -172,8 +171,6 @@ def stop(console: Console) -> None:
         with suppress(Exception):
             serve.delete(APP)
     ray.shutdown()
-    if folder := haproxy_folder(os.environ):
-        shutil.rmtree(folder, ignore_errors=True)
     console.print("stopped")
 
 
