@@ -56,8 +56,8 @@ def test_the_number_of_those_who_wait_is_bounded_and_a_start_makes_room() -> Non
     places = enter_all(one)
     assert len(places) == 3
     assert "3 requests with 3 tokens" in str(refusal(one))
-    one.start(places[0])
-    one.start(places[0])
+    one.leave(places[0])
+    one.leave(places[0])
     assert len(enter_all(one)) == 1
 
 
@@ -70,7 +70,7 @@ def test_tokens_may_queue_beyond_what_free_pages_hold_and_a_lone_prompt_always_m
     one.observe(stats(free=0))
     place = one.enter("", 1000)
     refusal(one)
-    one.start(place)
+    one.leave(place)
     one.observe(stats(free=5, cached=5))
     assert len(enter_all(one, tokens=30)) == 3  # 40 + 50
 
@@ -80,12 +80,12 @@ def test_who_would_wait_too_long_at_the_present_pace_is_refused_with_a_time() ->
     places = [one.enter("", 1) for _ in range(200)]  # nothing is known of the pace yet
     for place in places[:100]:
         clock.now += 0.1
-        one.start(place)
+        one.leave(place)
     error = refusal(one)  # 100 wait, 10 a second start
     assert error.retry_after_s == pytest.approx(10, rel=0.1)
     for place in places[100:130]:
         clock.now += 0.1
-        one.start(place)
+        one.leave(place)
     assert len(enter_all(one)) == pytest.approx(10, abs=3)  # 8 s of waiting at most
     for _ in range(50):
         clock.now += 0.1  # nothing starts any more: the pace falls
@@ -96,7 +96,7 @@ def test_a_busy_period_that_is_over_says_nothing_about_the_next() -> None:
     one, clock = gate(queue_timeout_s=1.0, max_waiting=100)
     for place in enter_all(one):
         clock.now += 5.0
-        one.start(place)
+        one.leave(place)
     clock.now += 3600
     assert len(enter_all(one)) == 100
 
@@ -104,7 +104,7 @@ def test_a_busy_period_that_is_over_says_nothing_about_the_next() -> None:
 def test_requests_that_leave_unserved_do_not_count_for_the_pace() -> None:
     one, _ = gate(queue_timeout_s=10.0, max_waiting=200)
     for place in enter_all(one)[:150]:
-        one.start(place, served=False)
+        one.leave(place, served=False)
     assert len(enter_all(one)) == 150
 
 
@@ -131,6 +131,6 @@ def test_a_quiet_tenant_is_not_refused_for_a_queue_that_it_does_not_wait_behind(
     places = enter_all(one, "noisy")
     for place in places[:100]:
         clock.now += 0.1
-        one.start(place)
+        one.leave(place)
     refusal(one, "noisy")
     assert len(enter_all(one, "quiet")) > 20

@@ -159,7 +159,7 @@ class EngineClient:
         return opened
 
     def _forget(self, opened: OpenRequest) -> None:
-        self._gate.start(opened.place, served=False)
+        self._gate.leave(opened.place, served=False)
         self._open.pop(opened.request.id, None)
 
     def _give_up(self, opened: OpenRequest) -> None:
@@ -210,7 +210,7 @@ class EngineClient:
             self._cadence.observe(len(report.deltas), time.monotonic())
             for delta in report.deltas:
                 if opened := self._open.get(delta.id):
-                    self._gate.start(opened.place, served=bool(delta.token_ids))
+                    self._gate.leave(opened.place, served=bool(delta.token_ids))
                     opened.received = delta.index + len(delta.token_ids)
                     opened.queue.put_nowait(delta)
                     if opened.queue.unread > MAX_UNREAD:

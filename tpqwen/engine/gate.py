@@ -73,18 +73,19 @@ class Gate:
         """A request with a prompt of so many tokens arrives. Raises Overloaded: queue_full."""
         own = self._tenants.get(tenant) or Queued()
         wait_s = self._expected_wait_s(own)
-        what = f"{self._all.requests} requests with {self._all.tokens} tokens are waiting already"
+        text = ""
         if self._is_full(tokens) or (self._patience_s and wait_s > self._patience_s):
-            retry_s = min(max(wait_s, 1.0), LONGEST_RETRY_S)
-            raise Overloaded(f"the queue is full: {what}", code="queue_full", retry_after_s=retry_s)
-        if tenant and own.requests and self._is_greedy(own, tokens):
+            what = f"{self._all.requests} requests with {self._all.tokens} tokens are waiting already"
+            text = f"the queue is full: {what}"
+        elif tenant and own.requests and self._is_greedy(own, tokens):
             text = f"this key's share of the queue is full: {own.requests} of its requests are waiting already"
+        if text:
             raise Overloaded(text, code="queue_full", retry_after_s=min(max(wait_s, 1.0), LONGEST_RETRY_S))
         self._tenants.setdefault(tenant, own).add(1, tokens)
         self._all.add(1, tokens)
         return Place(tenant, tokens)
 
-    def start(self, place: Place, *, served: bool = True) -> None:
+    def leave(self, place: Place, *, served: bool = True) -> None:
         """It waits no longer. served: it got its first token, so it counts for the pace. Idempotent."""
         if not place.waiting:
             return
