@@ -66,6 +66,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     port, *others = free_ports(1 + len(HAPROXY_PORTS))
     env = {k: v for k, v in os.environ.items() if k not in ("RAY_AUTH_MODE", "RAY_ADDRESS")}
     env |= {name: str(number) for name, number in zip(HAPROXY_PORTS, others, strict=True)}
+    env["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"] = str(others[-1] + 100)
     env |= {"TPQWEN_API_KEYS": f"alice {KEY}", "PYTHONPATH": str(ROOT)}
     log = tmp_path_factory.mktemp("serve") / "log"
     options = ["--device", "cpu", "--threads", "1", "--port", str(port), "--max-model-len", "512"]
