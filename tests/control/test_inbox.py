@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tpqwen.engine.inbox import Inbox
 from tpqwen.engine.cadence import LONGEST_S, WRITES_PER_S, Cadence
+from tpqwen.engine.inbox import Inbox
 from tpqwen.request import Delta, FinishReason, TokenLogprob
 
 

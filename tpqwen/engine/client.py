@@ -11,10 +11,10 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from tpqwen.config import ScheduleOptions
+from tpqwen.engine.cadence import Cadence
 from tpqwen.engine.gate import Gate, Place
 from tpqwen.engine.inbox import Inbox
 from tpqwen.engine.messages import Abort, Add, Batch, Command, Dead, Refused, Report, Stop, decode_report, encode
-from tpqwen.engine.cadence import Cadence
 from tpqwen.engine.protocol import EngineState
 from tpqwen.errors import EngineError, Overloaded, RequestError
 from tpqwen.request import Delta, FinishReason, GenerateRequest
