@@ -38,7 +38,7 @@ COMMANDS = {
     "generate": Command("continue prompts and print the results", "tpqwen.console.generate"),
     "chat": Command("talk to a model in the terminal", "tpqwen.console.chat"),
     "compare": Command("measure naive, cached and batched generation", "tpqwen.bench.compare"),
-    "bench": Command("measure the engine", kinds={"offline": "tpqwen.bench.offline"}),
+    "bench": Command("measure", kinds={"offline": "tpqwen.bench.offline", "serve": "tpqwen.bench.serve"}),
 }
 
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if chosen[:1] == ["version"] or words[:1] == ["--version"]:
         print(_versions())
         return 0
-    set_ray_defaults(os.environ)
+    set_ray_defaults(os.environ, words)
     module = _module(chosen)
     args = _parser(module, chosen).parse_args(words)
     if module is None:
@@ -85,8 +85,9 @@ def _parser(module: ModuleType | None, chosen: list[str]) -> argparse.ArgumentPa
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.help, description=command.help)
         if command.kinds:
-            sub.add_argument("kind", choices=list(command.kinds), help="what to measure")
-        add_options(sub, command.sections)
+            sub.add_argument("kind", choices=list(command.kinds), help="the engine alone, or a server by its URL")
+        if [name] != chosen[:1] or getattr(module, "TAKES_CONFIG", True):
+            add_options(sub, command.sections)
         if module is not None and name == chosen[0]:
             module.add_arguments(sub)
     commands.add_parser("version", help="print versions")

@@ -20,6 +20,7 @@ from tpqwen.errors import ConfigError
 
 EMBEDDED_MODEL = str(Path(__file__).with_name("embedded") / "model")
 TP_DEGREES = (1, 2, 4, 8)
+INGRESSES = ("serve", "haproxy")
 
 
 @dataclass(frozen=True)
@@ -69,18 +70,26 @@ class ScheduleOptions:
     max_batched_tokens: int | None = None
     depth: int = 2
     max_waiting: int = 512
-    max_waiting_tokens: int = 256 * 1024
+    max_waiting_tokens: int = 256 * 1024  # beyond what the free pages hold
 
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """The HTTP surface."""
+    """The HTTP surface. console/ray_settings.py reads `ingress` once more, before Ray is imported."""
 
     host: str = "127.0.0.1"
     port: int = 8000
+    ingress: str = "serve"  # serve: Serve's own proxy; haproxy: HAProxy and Serve's throughput settings
     metrics_port: int = 0  # 0: no port of its own, /metrics only
+    metrics_host: str = "127.0.0.1"  # where that port listens; "node": this node's (the pod's) own address
     log: str = "info"
     max_body_bytes: int = 4 * 1024 * 1024
+    api_keys_file: str | None = None  # see tpqwen.api.keys; without it the list in TPQWEN_API_KEYS, if any
+    open_metrics: bool = False  # /metrics without a key where keys are in force
+    insecure: bool = False  # take requests from other hosts without keys
+    queue_timeout: float = 60.0  # seconds until the first step; 0, here and below: no such deadline
+    first_token_timeout: float = 120.0
+    total_timeout: float = 1800.0
 
 
 @dataclass(frozen=True)
@@ -121,8 +130,16 @@ class Config:
         _one_of("dtype", self.model.dtype, ("auto", "float32", "bfloat16", "float16"))
         _one_of("task", self.model.task, ("auto", "generate", "embed", "rerank"))
         _one_of("log", self.server.log, ("debug", "info", "warning", "error"))
+        _one_of("ingress", self.server.ingress, INGRESSES)
         _one_of("depth", self.schedule.depth, (1, 2, 3, 4))
-        for name in ("max_model_len", "block_size", "num_kv_blocks", "max_num_seqs", "max_batched_tokens", "threads"):
+        for name in (
+            "max_model_len",
+            "block_size",
+            "num_kv_blocks",
+            "max_num_seqs",
+            "max_batched_tokens",
+            "threads",
+        ):
             value = self.flat()[name]
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
@@ -130,6 +147,9 @@ class Config:
             raise ConfigError(f"gpus_per_rank must be above 0 and at most 1, not {self.parallel.gpus_per_rank}")
         if not 0.05 <= self.cache.memory_fraction <= 0.98:
             raise ConfigError(f"memory_fraction must lie in 0.05..0.98, not {self.cache.memory_fraction}")
+        for name in ("queue_timeout", "first_token_timeout", "total_timeout"):
+            if not 0 <= self.flat()[name] <= 86400:
+                raise ConfigError(f"{name} must lie in 0..86400 seconds, not {self.flat()[name]}")
         if self.cache.block_size is not None and self.cache.block_size & (self.cache.block_size - 1):
             raise ConfigError(f"block_size must be a power of two, not {self.cache.block_size}")
 
@@ -150,6 +170,16 @@ SECTIONS: dict[str, Any] = {
 def option_fields() -> dict[str, tuple[str, Any]]:
     """Option name -> (section, type)."""
     return {k: (s, t) for s, cls in SECTIONS.items() for k, t in typing.get_type_hints(cls).items()}
+
+
+def api_keys_text(env: Mapping[str, str] | None = None) -> str:
+    """The list of API keys in TPQWEN_API_KEYS. No option: options are passed on and shown, keys are not."""
+    return (os.environ if env is None else env).get("TPQWEN_API_KEYS", "")
+
+
+def client_api_key(env: Mapping[str, str] | None = None) -> str:
+    """The key with which our own clients call a server; OpenAI's variable."""
+    return (os.environ if env is None else env).get("OPENAI_API_KEY", "")
 
 
 def resolve_device(device: str) -> str:

@@ -42,15 +42,21 @@ class RequestError(TpqwenError):
 
 
 class Overloaded(RequestError):
-    """Refused for now. `retry_after_s` becomes the Retry-After header."""
+    """Refused for now. `retry_after_s` becomes the Retry-After header.
+
+    may_retry False: the same request would be refused for ever, so that clients are told not to repeat it.
+    """
 
     status = 429
     type = "rate_limit_exceeded"
 
-    def __init__(self, message: str, *, code: str, retry_after_s: float = 1.0, status: int = 429) -> None:
+    def __init__(
+        self, message: str, *, code: str, retry_after_s: float = 1.0, status: int = 429, may_retry: bool = True
+    ) -> None:
         kind = "rate_limit_exceeded" if status == 429 else "server_error"
         super().__init__(message, code=code, status=status, type=kind)
         self.retry_after_s = retry_after_s
+        self.may_retry = may_retry
 
 
 class EngineError(TpqwenError):

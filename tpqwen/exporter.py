@@ -11,13 +11,13 @@ from tpqwen.metrics import CONTENT_TYPE
 
 
 class Exporter:
-    """Answers GET /metrics with `text()` on all addresses, from threads of its own, until closed.
+    """Answers GET /metrics with `text()`, from threads of its own, until closed.
 
     Nothing else is served and nothing is asked of the caller: expose the port to Prometheus only. port 0 takes a free
     one; `port` says which it is. Raises ConfigError when the port is taken.
     """
 
-    def __init__(self, text: Callable[[], str], port: int, host: str = "0.0.0.0") -> None:
+    def __init__(self, text: Callable[[], str], port: int, host: str = "127.0.0.1") -> None:
         class Handler(BaseHTTPRequestHandler):
             timeout = 10.0
 
@@ -36,7 +36,7 @@ class Exporter:
         try:
             self._server = ThreadingHTTPServer((host, port), Handler)
         except OSError as error:
-            raise ConfigError(f"cannot listen on metrics_port {port}: {error.strerror}") from None
+            raise ConfigError(f"cannot listen on {host}, metrics_port {port}: {error.strerror}") from None
         self._server.daemon_threads = True
         self.port = int(self._server.server_address[1])
         threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()

@@ -107,8 +107,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to generate: token ids only, defaults resolved, one choice (n is expanded above).
 
     max_tokens and seed are always set here. end_ids are the model's end tokens (empty with ignore_eos) joined with
-    stop_token_ids. priority: lower runs first. cache_salt separates prefix caches. output_ids: tokens already
-    produced, when a request is resubmitted to a new engine; they count against max_tokens and are not sent again.
+    stop_token_ids. priority: lower runs first. cache_salt separates prefix caches. tenant: whose it is, for the fair
+    share of the queue. output_ids: tokens already produced, when a request is resubmitted to a new engine; they count
+    against max_tokens and are not sent again.
     max_tokens 0 computes the prompt alone: one terminal delta without tokens (`pooled`, `prompt_logprobs`).
     thinking: a limit of its reasoning, guide: the form of its output, where there is one.
     """
@@ -122,6 +123,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     end_ids: tuple[int, ...] = ()
     priority: int = 0
     cache_salt: str = ""
+    tenant: str = ""
     output_ids: list[int] = []
     pooling: Pooling | None = None  # only with max_tokens 0
     thinking: ThinkingBudget | None = None

@@ -24,11 +24,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from starlette.types import ASGIApp
 
 from tpqwen import __version__, logs
+from tpqwen.api.access import Access
 from tpqwen.api.app import Elsewhere
 from tpqwen.api.app import build_app as build_api
 from tpqwen.api.info import ApiSettings, ModelInfo
 from tpqwen.compiler import GrammarService
-from tpqwen.config import Config, resolve_device
+from tpqwen.config import Config, api_keys_text, resolve_device
 from tpqwen.engine.client import EngineClient
 from tpqwen.engine.messages import RanksLost
 from tpqwen.engine.process import EngineProcess
@@ -37,6 +38,8 @@ from tpqwen.errors import EngineError
 from tpqwen.executor.ray import RankGroup
 from tpqwen.executor.titles import keep_title
 from tpqwen.exporter import Exporter
+from tpqwen.keyfile import find_keys
+from tpqwen.ledger import share_limits
 from tpqwen.metrics import ServerMetrics
 from tpqwen.model.config import ModelConfig, Task, check_parallel, detect_task
 from tpqwen.model.hub import resolve_model
@@ -96,6 +99,7 @@ class Qwen3Server:
     def __init__(self, options: dict[str, Any]) -> None:
         self._config = Config.load(options, {})
         self._folder, self._model = check(self._config)
+        self._keys = find_keys(self._config.server.api_keys_file, api_keys_text())
         self._options = options
         self._metrics = ServerMetrics(self.served_name, str(serve.get_replica_context().rank.rank))
         self._group: RankGroup | None = None
@@ -124,15 +128,20 @@ class Qwen3Server:
         found = from_plain(address)
         assert found is not None
         reports = open_channel(found, CONNECT_TIMEOUT_S)
-        self._client = EngineClient(commands, reports, capacity, self._config.schedule, self._metrics.observe)
+        self._client = EngineClient(
+            commands,
+            reports,
+            capacity,
+            self._config.schedule,
+            self._metrics.observe,
+            queue_timeout_s=self._config.server.queue_timeout,
+        )
         self._watch(asyncio.get_running_loop())
         self._tasks.append(asyncio.create_task(self._read_ranks()))
         self._metrics.capacity(capacity)
         self._metrics.build_info(__version__, ray.__version__, torch.__version__, torch.version.cuda or "")
         self._metrics.engine_state("ready")
-        if self._config.server.metrics_port:
-            local = serve.get_replica_context().rank.local_rank
-            self._exporter = Exporter(self._metrics.metrics_text, self._config.server.metrics_port + local)
+        self._export_metrics()
         _log.info("ready kv_blocks=%d stages=%s", capacity.num_blocks, json.dumps(capacity.load_seconds))
         chat = await text
         assert self._text is not None
@@ -141,8 +150,9 @@ class Qwen3Server:
             chat,
             self._info(capacity, chat),
             self._metrics,
-            ApiSettings(max_body_bytes=self._config.server.max_body_bytes, send_request_id=False),
+            self._settings(),
             elsewhere=Elsewhere(self._text, self._grammars),
+            access=self._access(),
         )
 
     def check_health(self) -> None:
@@ -162,6 +172,7 @@ class Qwen3Server:
             "kv_tokens": (capacity.num_blocks - 1) * capacity.block_size,
             "max_model_len": capacity.max_model_len,
             "load_seconds": capacity.load_seconds,
+            "closed": self._keys[0] is not None,
         }
 
     async def drain(self) -> None:
@@ -190,6 +201,35 @@ class Qwen3Server:
             ray.kill(self._engine_actor, no_restart=True)
         if self._group is not None:
             self._group.stop()
+
+    def _settings(self) -> ApiSettings:
+        options = self._config.server
+        return ApiSettings(
+            max_body_bytes=options.max_body_bytes,
+            send_request_id=False,
+            first_token_timeout_s=options.first_token_timeout,
+            total_timeout_s=options.total_timeout,
+        )
+
+    def _access(self) -> Access:
+        """Keys and limits, both kept up to date."""
+        keys, file = self._keys
+        if keys is None:
+            return Access()
+        access = Access(keys, open_metrics=self._config.server.open_metrics)
+        context = serve.get_replica_context()
+        self._tasks.append(asyncio.create_task(share_limits(access.limiter, context.replica_tag, context.app_name)))
+        if file is not None:
+            self._tasks.append(asyncio.create_task(file.follow(keys)))
+        _log.info("API keys in force ids=%s", ",".join(keys.ids))
+        return access
+
+    def _export_metrics(self) -> None:
+        options = self._config.server
+        if options.metrics_port:
+            port = options.metrics_port + serve.get_replica_context().rank.local_rank
+            host = ray.util.get_node_ip_address() if options.metrics_host == "node" else options.metrics_host
+            self._exporter = Exporter(self._metrics.metrics_text, port, host)
 
     def _load_text(self) -> ChatFormat:
         text = ChatFormat(Tokenizer(self._folder), GenerationDefaults(**self._model.generation_defaults))
@@ -259,7 +299,7 @@ class Qwen3Server:
     def _info(self, capacity: Capacity, chat: ChatFormat) -> ModelInfo:
         ids = min(self._model.vocab_size, chat.vocabulary.size)
         limits = Limits(capacity.max_model_len, ids, self._model.eos_token_ids)
-        versions = {"tpqwen": __version__, "torch": torch.__version__, "ray": ray.__version__}
+        versions = {"tpqwen": __version__, "torch": str(torch.__version__), "ray": ray.__version__}
         versions["transformers"] = version("transformers")
         if torch.version.cuda:
             versions["cuda"] = torch.version.cuda

@@ -16,6 +16,7 @@ import openai
 import pytest
 
 from tests.cluster.processes import children_of, title, until
+from tests.cluster.sockets import listeners, speaks_grpc
 from tpqwen.errors import ConfigError
 
 pytestmark = pytest.mark.ray
@@ -203,6 +204,15 @@ def test_two_hundred_streams_with_twenty_closed_early_equal_their_solo_runs(serv
     assert gauge(server, "tpqwen_requests_waiting") == 0
     assert gauge(server, "tpqwen_kv_cache_blocks", state="used") == 0
     until(lambda: all(n <= before[name] + 2 for name, n in open_files().items()), f"no more files than {before}")
+
+
+def test_what_listens_beyond_loopback_is_rays_own_grpc_and_nothing_of_ours(server):
+    """One gRPC port of Ray for each worker process; ours (rendezvous, gloo, HTTP, metrics) are on loopback."""
+    found = listeners(ours())
+    assert any(x.is_loopback for x in found)  # gloo's, for one
+    open_to_all = [x for x in found if not x.is_loopback]
+    assert [x for x in open_to_all if not speaks_grpc(x.port)] == []
+    assert httpx.get(f"{server}/ready", timeout=5).status_code == 200
 
 
 @pytest.mark.parametrize(

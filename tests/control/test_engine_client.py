@@ -136,14 +136,14 @@ def test_a_request_that_leaves_before_it_starts_does_not_count_as_waiting():
     run(main)
 
 
-def test_waiting_tokens_are_limited_but_one_long_prompt_always_may_wait():
+def test_waiting_tokens_beyond_the_free_pages_are_limited():
     async def main() -> None:
-        executor = SlowExecutor()
+        executor = SlowExecutor(capacity=tiny_capacity(num_blocks=12))  # 44 tokens
         async with engine(executor, max_waiting_tokens=10) as client:
             first = asyncio.create_task(deltas_of(client, request("long", 40)))
             await until(lambda: client.num_open == 1)
             with pytest.raises(Overloaded, match="40 tokens"):
-                await deltas_of(client, request("short", 2))
+                await deltas_of(client, request("second", 15))
             executor.go.release(1000)
             tokens_of(await first)
             tokens_of(await deltas_of(client, request("short", 2)))

@@ -127,9 +127,9 @@ class Run:
                 self.ended[d.id] = d
 
 
-def random_request(random: Random, name: str, *, families: int = 3) -> GenerateRequest:
+def random_request(random: Random, name: str, *, tenants: tuple[str, ...] = ("",)) -> GenerateRequest:
     """Prompts of a family share their start; some end by an end token, some need their history."""
-    family, length = random.randrange(families), random.randint(1, 60)
+    family, length = random.randrange(3), random.randint(1, 60)
     shared = random.randint(0, length)
     prompt = [family * 7 + i % 5 for i in range(shared)] + [random.randrange(1000) for _ in range(length - shared)]
     penalty = random.choice([0.0, 0.0, 0.5])
@@ -142,6 +142,7 @@ def random_request(random: Random, name: str, *, families: int = 3) -> GenerateR
         end_ids=tuple(range(random.choice([0, 2, 20]))),
         priority=random.choice([0, 0, 0, -1, 1]),
         cache_salt=random.choice(["", "", "other"]),
+        tenant=random.choice(tenants),
         output_ids=[random.randrange(500, 1000) for _ in range(random.choice([0, 0, 0, 3]))],
     )
 
@@ -159,7 +160,7 @@ def random_event(run: Run, random: Random) -> None:
     """One of: a request arrives, one is aborted, a step is submitted or collected, the ranks are lost."""
     dice = random.random()
     if dice < 0.25:
-        run.add(random_request(random, f"r{len(run.requests)}"))
+        run.add(random_request(random, f"r{len(run.requests)}", tenants=("", "a", "b")))
     elif dice < 0.29 and run.requests:
         run.abort(random.choice(list(run.requests)))
     elif dice < 0.295:
@@ -200,6 +201,7 @@ def test_any_order_of_events_keeps_the_invariants(data: st.DataObject) -> None:
                 seed=0,
                 end_ids=(7,),
                 priority=data.draw(st.integers(0, 1)),
+                tenant=data.draw(st.sampled_from("ab")),
             )
             run.add(request)
         elif event == "s":
@@ -296,4 +298,20 @@ def test_first_come_first_served_within_a_priority(seed: int) -> None:
     run.check_ended()
     for priority in (-1, 0, 1):
         names = [n for n in run.entered if run.requests[n].priority == priority]
+        assert names == sorted(names, key=lambda n: int(n[1:]))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_first_come_first_served_within_a_tenant(seed: int) -> None:
+    random = Random(seed)
+    run = Run(tiny_capacity(max_num_seqs=3), prefix_cache=False)
+    for i in range(40):
+        run.add(random_request(random, f"r{i}", tenants=("a", "b", "c")))
+        run.schedule()
+        if run.scheduler.num_in_flight == 2:
+            run.collect()
+    run.finish()
+    run.check_ended()
+    for group in {(r.tenant, r.priority) for r in run.requests.values()}:
+        names = [n for n in run.entered if (run.requests[n].tenant, run.requests[n].priority) == group]
         assert names == sorted(names, key=lambda n: int(n[1:]))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tests.text_fixture import tokenizer
+from tpqwen.api.access import Access
 from tpqwen.api.app import Elsewhere, build_app
 from tpqwen.api.hooks import FinishedSequence
 from tpqwen.api.info import ApiSettings, ModelInfo
@@ -169,6 +170,7 @@ def make_server(
     text_service: TextService | None = None,
     task: Task = Task.GENERATE,
     compiler: Compiler | None = None,
+    access: Access | None = None,
     **settings: Any,
 ) -> Server:
     """An app with the fixture's tokenizer, over a fake engine."""
@@ -194,5 +196,6 @@ def make_server(
         hooks,
         ApiSettings(**settings),
         elsewhere=Elsewhere(text_service or ThreadText(chat, MAX_MODEL_LEN), compiler),
+        access=access,
     )
     return Server(engine, hooks, app, chat)

@@ -34,7 +34,7 @@ EXTRA_FLAGS = {
 @pytest.fixture(autouse=True)
 def same_environment_and_loggers(monkeypatch):
     """Commands complete os.environ for Ray and configure loggers; both are put back."""
-    monkeypatch.setattr(cli, "set_ray_defaults", lambda environ: None)
+    monkeypatch.setattr(cli, "set_ray_defaults", lambda environ, words: None)
     log = logging.getLogger("tpqwen")
     before = log.handlers[:], log.level, log.propagate
     yield
@@ -149,6 +149,43 @@ def test_settings_of_the_user_win():
     assert "RAY_AUTH_TOKEN" not in own
 
 
+def test_haproxy_is_turned_on_before_ray_is_imported_and_keeps_its_files_to_itself():
+    def settings(*words, **environ):
+        set_ray_defaults(environ, words)
+        return environ
+
+    for found in (settings("serve", "--ingress", "haproxy"), settings("serve", "--ingress=haproxy"),
+                  settings("serve", TPQWEN_INGRESS="haproxy")):  # fmt: skip
+        assert (found["RAY_SERVE_ENABLE_HA_PROXY"], found["RAY_SERVE_THROUGHPUT_OPTIMIZED"]) == ("1", "1")
+        folder = Path(found["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent
+        assert folder.stat().st_mode & 0o077 == 0
+        assert Path(found["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"]).parent == folder
+        folder.rmdir()
+    for found in (settings("serve"), settings("serve", "--ingress", "serve", TPQWEN_INGRESS="haproxy"),
+                  settings("serve", "--ingress", "haproxy", RAY_ADDRESS="auto")):  # fmt: skip
+        assert "RAY_SERVE_ENABLE_HA_PROXY" not in found
+
+
+def test_haproxy_on_a_running_cluster_is_refused_with_what_would_work(monkeypatch):
+    from tpqwen.console import serve
+
+    config = Config.load({"ingress": "haproxy"}, {})
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    with pytest.raises(ConfigError, match="RAY_SERVE_ENABLE_HA_PROXY=1"):
+        serve.check_ingress(config)
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.delenv("RAY_SERVE_ENABLE_HA_PROXY", raising=False)
+    with pytest.raises(ConfigError, match="RAY_SERVE_ENABLE_HA_PROXY"):
+        serve.check_ingress(config)  # somebody imported Ray before the setting was made
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    serve.check_ingress(config)
+
+
+def test_the_banner_names_every_port_that_haproxy_opens():
+    text = banner(FACTS, "127.0.0.1", 80, {8404: "HAProxy's statistics"})
+    assert "8404 (HAProxy's statistics)" in text
+
+
 def watching(**options):
     out = io.StringIO()
     return Watch(Console(file=out, highlight=False, markup=False, width=200), **options), out
@@ -200,6 +237,24 @@ def test_the_banner_has_a_curl_that_a_shell_takes():
 def test_the_banner_warns_where_strangers_can_connect():
     assert "Anyone" in banner(FACTS, "0.0.0.0", 80)
     assert "Anyone" not in banner(FACTS, "localhost", 80)
+    closed = banner(FACTS | {"closed": True}, "0.0.0.0", 80)
+    assert "Anyone" not in closed and "Bearer KEY" in closed
+
+
+def test_serve_refuses_to_listen_beyond_loopback_without_keys(monkeypatch, tmp_path):
+    from tpqwen.console import serve
+
+    monkeypatch.delenv("TPQWEN_API_KEYS", raising=False)
+    with pytest.raises(ConfigError, match=r"needs API keys .*--insecure"):
+        serve.check_access(Config.load({"host": "0.0.0.0"}, {}))
+    serve.check_access(Config.load({"host": "0.0.0.0", "insecure": True}, {}))
+    serve.check_access(Config.load({"host": "127.0.0.1"}, {}))
+    keys = tmp_path / "keys"
+    keys.write_text("alice tpq_0123456789abcdefghij\n")
+    serve.check_access(Config.load({"host": "0.0.0.0", "api_keys_file": str(keys)}, {}))
+    monkeypatch.setenv("TPQWEN_API_KEYS", "alice short")
+    with pytest.raises(ConfigError, match="random characters"):
+        serve.check_access(Config.load({"host": "127.0.0.1"}, {}))
 
 
 def test_nobody_listening_is_not_ready():

@@ -61,10 +61,10 @@ def kubernetes_config(name):
 
 
 def for_this_machine(config, port):
-    """The configuration with what needs GPUs or a cluster replaced: model, device, bundles, address, second port."""
+    """The configuration with what needs GPUs or a cluster replaced: model, device, bundles, address, port, keys."""
     config["http_options"] |= {"host": "127.0.0.1", "port": port}
     app = config["applications"][0]
-    app["args"] = {k: v for k, v in app["args"].items() if k not in ("model", "metrics_port")}
+    app["args"] = {k: v for k, v in app["args"].items() if k not in ("model", "metrics_port", "api_keys_file")}
     app["args"] |= {"device": "cpu", "tp": str(min(2, int(app["args"]["tp"]))), "threads": "1"}
     where = bundles(Config.load(app["args"], {}))
     for deployment in app["deployments"]:

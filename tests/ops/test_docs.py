@@ -76,3 +76,10 @@ def test_ci_is_a_shell_script_that_any_bash_takes():
 def test_every_yaml_file_parses_and_says_what_it_is(path):
     assert path.read_text().startswith("#")
     assert all(yaml.safe_load_all(path.read_text()))
+
+
+def test_every_test_that_the_security_page_names_exists():
+    names = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/security.md").read_text(encoding="utf-8")))
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(names) > 8
+    assert [name for name in sorted(names) if f"def {name}(" not in code] == []

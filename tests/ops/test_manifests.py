@@ -205,3 +205,26 @@ def test_checks_leave_the_document_as_it_was():
     before = copy.deepcopy(document)
     everything(document)
     assert document == before
+
+
+def test_every_recipe_turns_rays_token_authentication_on():
+    for name in SERVICES:
+        assert service(name)["spec"]["rayClusterConfig"]["authOptions"] == {"mode": "token"}
+
+
+def test_keys_are_mounted_where_the_option_says():
+    for name in SERVICES:
+        spec = worker(service(name))["template"]["spec"]
+        path = serve_config(service(name))["applications"][0]["args"]["api_keys_file"]
+        mounts = {m["mountPath"]: m for m in ray_container(worker(service(name)))["volumeMounts"]}
+        volume = next(v for v in spec["volumes"] if v["name"] == mounts[path.rpartition("/")[0]]["name"])
+        assert volume["secret"] == {"secretName": "tpqwen-api-keys", "defaultMode": 0o440}
+
+
+def test_head_and_workers_agree_on_the_ingress():
+    for name in SERVICES:
+        spec = service(name)["spec"]["rayClusterConfig"]
+        groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+        found = [{e["name"]: e.get("value") for e in ray_container(group)["env"]} for group in groups]
+        for setting in ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED"):
+            assert [env.get(setting) for env in found] == ["1"] * len(groups)

@@ -12,9 +12,11 @@ from typing import Any, cast
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tpqwen.api import messages, pooled, responses
+from tpqwen.api.access import Access
 from tpqwen.api.answers import Answer, ChatAnswer, CompletionAnswer, Frame, WholeAnswer
 from tpqwen.api.body import LongBodies, read_json
 from tpqwen.api.calls import Call, Prepared, check_tools, prepare, read_chat, read_completion
+from tpqwen.api.deadline import Deadline
 from tpqwen.api.exchange import Exchange
 from tpqwen.api.failures import ClientLeft, failure
 from tpqwen.api.guiding import guided
@@ -39,6 +41,7 @@ _log = logging.getLogger(__name__)
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 CLIENT_LEFT = 499
+MAX_HEADER_BYTES = 16 * 1024
 _FORBIDDEN_HEADERS = ("x-request-timeout-seconds", "x-request-disconnect-disabled")
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
@@ -61,14 +64,16 @@ def build_app(
     settings: ApiSettings | None = None,
     all_metrics: Callable[[], Awaitable[str]] | None = None,
     elsewhere: Elsewhere | None = None,
+    access: Access | None = None,
 ) -> ASGIApp:
     """The application over one engine.
 
     all_metrics: the metrics of all replicas, for /metrics; without it, or with ?scope=local: hooks.metrics_text().
     elsewhere: without it prompts are rendered in threads of this process, and requests for a form are refused.
+    access: who may ask; without it, everyone.
     """
     elsewhere = elsewhere or Elsewhere(ThreadText(text, info.limits.max_model_len))
-    return _Api(engine, text, info, hooks, settings or ApiSettings(), all_metrics, elsewhere)
+    return _Api(engine, text, info, hooks, settings or ApiSettings(), all_metrics, elsewhere, access or Access())
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,7 @@ class _Api:
         settings: ApiSettings,
         all_metrics: Callable[[], Awaitable[str]] | None,
         elsewhere: Elsewhere,
+        access: Access,
     ) -> None:
         self._engine = engine
         self._text = text
@@ -111,6 +117,7 @@ class _Api:
         self._elsewhere = elsewhere
         self._long = LongBodies(settings.thread_above_bytes)
         tokens = TokenRoutes(text, elsewhere.text, info, settings, self._long)
+        self._access = access
         self._routes: dict[str, dict[str, Handler]] = {
             "/v1/chat/completions": {"POST": lambda exchange: self._generate(exchange, _CHAT)},
             "/v1/completions": {"POST": lambda exchange: self._generate(exchange, _COMPLETION)},
@@ -142,7 +149,8 @@ class _Api:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1000})
         else:
-            await self._http(Exchange(scope, receive, send, self._settings.send_request_id))
+            settings = self._settings
+            await self._http(Exchange(scope, receive, send, settings.send_request_id, settings.body_timeout_s))
 
     async def _http(self, exchange: Exchange) -> None:
         route = "/v1/models/{id}" if exchange.path.startswith("/v1/models/") else exchange.path
@@ -163,9 +171,8 @@ class _Api:
             self._record(exchange, route if handlers else "other", exchange.counted_status or status)
 
     def _handler(self, exchange: Exchange, handlers: dict[str, Handler] | None) -> Handler:
-        for name in _FORBIDDEN_HEADERS:
-            if name in exchange.headers:
-                raise RequestError(f"the header {name} is not taken from clients", param=name, code="forbidden_header")
+        _check_headers(exchange)
+        self._access.admit(exchange)
         if handlers is None:
             raise RequestError("there is nothing at this path", code="not_found", status=404)
         method = "GET" if exchange.method == "HEAD" else exchange.method
@@ -189,10 +196,11 @@ class _Api:
             self._check_task(endpoint)
             read: Callable[[dict[str, Any]], Call] = lambda body: endpoint.read(body, self._info)  # noqa: E731
             most = limits.max_body_bytes
-            call = await read_json(exchange.headers, exchange.receive, most, read=read, long=self._long)
-            work = asyncio.create_task(self._answer(exchange, endpoint, call, running))
-            if not await exchange.until_client_leaves(work):
-                exchange.counted_status = CLIENT_LEFT
+            with self._access.counted(exchange):
+                call = await read_json(exchange.headers, exchange.receive, most, read=read, long=self._long)
+                work = asyncio.create_task(self._answer(exchange, endpoint, call, running))
+                if not await exchange.until_client_leaves(work):
+                    exchange.counted_status = CLIENT_LEFT
         except (RequestError, EngineError) as error:
             if not running or isinstance(error, RequestError):
                 self._hooks.on_rejected(failure(error, exchange.request_id).reject_reason)
@@ -206,11 +214,12 @@ class _Api:
         """Run one call. `running` receives the sequences once they exist."""
         self._check_state()
         with client_names(call.names):
-            prepared = await self._prepared(call)
+            prepared = self._access.marked(exchange, await self._prepared(call))
         vocabulary = self._text.vocabulary
         texts = [OutputText(vocabulary, prepared.params, prepared.start, prepared.calls) for _ in prepared.sequences]
         run = Running(self._engine, prepared, texts, self._hooks, exchange.arrived)
         running.append(run)
+        self._access.watch(exchange, run)
         frame = Frame(
             request_id=exchange.request_id,
             call=call,
@@ -221,12 +230,13 @@ class _Api:
             prompt_ids=prepared.prompt_ids,
         )
         answer = endpoint.answer(frame)
+        deadline = Deadline(exchange.arrived, call.timeout_s, self._settings)
         if call.stream:
             stream = EventStream(exchange.send, self._settings, lambda: run.timing)
-            status = await send_events(run, cast(Answer, answer), call, stream, exchange.arrived, exchange.request_id)
+            status = await send_events(run, cast(Answer, answer), call, stream, deadline, exchange.request_id)
             exchange.counted_status = status
         else:
-            deltas = await collect(run, call, exchange.arrived)
+            deltas = await collect(run, deadline)
             await exchange.reply(answer.body(deltas, run.usage), server_timing=run.timing)
 
     async def _prepared(self, call: Call) -> Prepared:
@@ -330,6 +340,18 @@ class _Api:
             numbers = "".join(f" {k}={v}" for k, v in exchange.numbers.items())
             text = "request=%s route=%s method=%s status=%d code=%s ms=%.1f%s"
             _log.log(level, text, exchange.request_id, route, method, status, exchange.code, seconds * 1e3, numbers)
+
+
+def _check_headers(exchange: Exchange) -> None:
+    """What a proxy in front should have refused. Raises RequestError."""
+    for name in _FORBIDDEN_HEADERS:
+        if name in exchange.headers:
+            raise RequestError(f"the header {name} is not taken from clients", param=name, code="forbidden_header")
+    if exchange.header_bytes > MAX_HEADER_BYTES:
+        text = f"the headers are larger than {MAX_HEADER_BYTES} bytes"
+        raise RequestError(text, code="headers_too_large", status=431)
+    if "content-length" in exchange.headers and "transfer-encoding" in exchange.headers:
+        raise RequestError("a body has a length or comes in chunks, not both", code="invalid_header")
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

@@ -80,7 +80,7 @@ def _check_type(headers: Mapping[str, str]) -> None:
 
 
 async def _read(receive: Receive, max_bytes: int) -> bytes:
-    body = bytearray()
+    body = bytearray()  # however small the chunks are, it is as large as they are together
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":

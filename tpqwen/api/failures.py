@@ -21,8 +21,16 @@ _STATUS = {
     "rank_dead": 503,
     "engine_dead": 503,
     "deadline_exceeded": 504,
+    "client_too_slow": 499,
 }
-_REJECT_REASONS = {"queue_full": "queue_full", "context_length_exceeded": "too_long", "draining": "draining"}
+_REJECT_REASONS = {
+    "queue_full": "queue_full",
+    "context_length_exceeded": "too_long",
+    "draining": "draining",
+    "requests_per_minute": "rate_limit",
+    "tokens_per_minute": "rate_limit",
+    "concurrency": "rate_limit",
+}
 
 
 class ClientLeft(Exception):
@@ -66,9 +74,12 @@ def failure(error: BaseException, request_id: str) -> Failure:
     """What to answer to an exception. Anything that is not ours is a bug: logged with its trace, told without it."""
     if isinstance(error, Overloaded):
         headers = {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
+        if not error.may_retry:
+            headers["x-should-retry"] = "false"
         return Failure(error.status, error.type, str(error), error.param, error.code, headers)
     if isinstance(error, RequestError):
-        return Failure(error.status, error.type, str(error), error.param, error.code)
+        headers = {"www-authenticate": "Bearer"} if error.status == 401 else {}
+        return Failure(error.status, error.type, str(error), error.param, error.code, headers)
     if isinstance(error, EngineError):
         # The same request would fail in the same way, so the official client is told not to repeat it.
         headers = {"x-should-retry": "false"} if error.code == "numerical_error" else {}
@@ -77,11 +88,6 @@ def failure(error: BaseException, request_id: str) -> Failure:
         return Failure(error.status, "server_error", str(error), None, error.code, headers)
     _log.error("request=%s code=internal", request_id, exc_info=error)
     return Failure(500, "server_error", f"internal error; the request id is {request_id}", None, "internal")
-
-
-def deadline_exceeded(timeout_s: float) -> EngineError:
-    """The request's own `timeout` passed."""
-    return EngineError(f"the request's timeout of {timeout_s:g} s passed", code="deadline_exceeded", status=504)
 
 
 def raise_if_failed(delta: Delta) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-REJECT_REASONS = ("queue_full", "too_long", "draining", "invalid", "unavailable")
+REJECT_REASONS = ("queue_full", "rate_limit", "too_long", "draining", "invalid", "unavailable")
 
 
 @dataclass(frozen=True)

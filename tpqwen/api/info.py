@@ -41,6 +41,9 @@ class ApiSettings:
     max_body_bytes: int = 4 * 1024 * 1024
     send_request_id: bool = True
     comment_every_s: float = 10.0
+    body_timeout_s: float = 30.0  # from the request's arrival
     drop_client_after_s: float = 30.0  # a client that takes nothing for so long is taken for gone
     thread_above_bytes: int = 64 * 1024
     inline_below: int = 8 * 1024
+    first_token_timeout_s: float = 0.0  # from the request's arrival; 0: no such deadline
+    total_timeout_s: float = 0.0

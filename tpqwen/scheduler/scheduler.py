@@ -19,8 +19,10 @@ from tpqwen.request import Delta, FinishReason, GenerateRequest
 from tpqwen.scheduler.admission import Admission, Verdict
 from tpqwen.scheduler.flight import Draft, Flight, Part, Tally
 from tpqwen.scheduler.pace import OUTNUMBER, tokens_within, work_of
+from tpqwen.scheduler.patience import Patience
 from tpqwen.scheduler.rows import Longs, Mask, Rows, RowSet
 from tpqwen.scheduler.sequence import Sequence, State, admission, by_order, row_params
+from tpqwen.scheduler.shares import Shares
 from tpqwen.step import Capacity, Chunk, Ints, StepInput, StepOutput, StepStats, ints, packed
 
 AHEAD = 4  # blocks given to a decode row at once while there are plenty
@@ -28,10 +30,22 @@ _NO_ROWS = RowSet.of([])
 
 
 class Scheduler:
-    """Owns every Sequence, the block tables and the prefix cache of one group of ranks."""
+    """Owns every Sequence, the block tables and the prefix cache of one group of ranks.
 
-    def __init__(self, capacity: Capacity, *, prefix_cache: bool = True, epoch: int = 0) -> None:
+    queue_timeout_s: who waits longer for a first step is given up; 0: nobody.
+    """
+
+    def __init__(
+        self,
+        capacity: Capacity,
+        *,
+        prefix_cache: bool = True,
+        epoch: int = 0,
+        queue_timeout_s: float = 0.0,
+    ) -> None:
         self._prefix_cache = prefix_cache
+        self._shares = Shares()
+        self._patience = Patience(queue_timeout_s)
         self._sequences: dict[str, Sequence] = {}
         self._watched: set[str] = set()  # ids of those with a thinking budget
         self._arrivals = 0
@@ -105,7 +119,7 @@ class Scheduler:
         self._arrivals += 1
         sequence = Sequence(
             request=request,
-            order=(request.priority, self._arrivals),
+            order=(request.priority, self._shares.tag(request), self._arrivals),
             arrived_at=now,
             max_output=min(request.max_tokens, limit - length) if request.max_tokens else 1,
             row_params=row_params(request),
@@ -119,7 +133,13 @@ class Scheduler:
             closing = self._closed(sequence) if sequence.watch.due else None
         if closing is None or closing.finish_reason is None:
             self._admission.push(sequence)
+            self._patience.watch(sequence)
         return closing
+
+    def expire(self, now: float) -> list[Delta]:
+        """End those that have waited too long for a first step; their error deltas."""
+        text = f"no step was free for this request within {self._patience.timeout_s:g} s"
+        return [self._end(s, FinishReason.ERROR, text, "queue_timeout") for s in self._patience.lost(now)]
 
     def abort(self, request_id: str) -> Delta | None:
         """End a request in whatever state it is; its terminal delta, or None if there is no such request (any more)."""
@@ -313,6 +333,7 @@ class Scheduler:
         for index, block in enumerate(sequence.blocks):
             draft.blocks += (sequence.slot, index, block)
         insort(self._prefilling, sequence, key=by_order)
+        self._shares.entered(sequence.order[1])
         if sequence.queue_s is None:
             sequence.queue_s = now - sequence.arrived_at
             sequence.cached_tokens = min(sequence.num_chunked, sequence.num_prompt)
@@ -451,8 +472,10 @@ class Scheduler:
         return sequence.finish(reason, error=error, code=code)
 
     def _forget(self, sequence: Sequence) -> None:
+        """It has ended: its tenant's share is charged what it took instead of what was expected."""
         del self._sequences[sequence.request.id]
         self._watched.discard(sequence.request.id)
+        self._shares.ended(sequence.request, 0 if sequence.queue_s is None else sequence.num_tokens)
 
     def _leave(self, sequence: Sequence, *, trusted: bool = True) -> None:
         if sequence in self._prefilling:

@@ -29,7 +29,7 @@ class Sequence:
     """
 
     request: GenerateRequest
-    order: tuple[int, int]  # (priority, arrival): lower goes first, kept over preemptions
+    order: tuple[int, int, int]  # (priority, tag of its share, arrival): lower goes first, kept over preemptions
     arrived_at: float
     max_output: int  # tokens: max_tokens or what the context leaves; 1 that is dropped where the prompt is all
     row_params: RowParams
@@ -133,7 +133,7 @@ def admission(sequence: Sequence) -> Admit:
     return Admit(sequence.slot, params, sequence.num_output, sequence.num_prompt, history, guide, output)
 
 
-def by_order(sequence: Sequence) -> tuple[int, int]:
+def by_order(sequence: Sequence) -> tuple[int, int, int]:
     """Sort key of every queue."""
     return sequence.order
 
