@@ -38,7 +38,14 @@ COMMANDS = {
     "generate": Command("continue prompts and print the results", "tpqwen.console.generate"),
     "chat": Command("talk to a model in the terminal", "tpqwen.console.chat"),
     "compare": Command("measure naive, cached and batched generation", "tpqwen.bench.compare"),
-    "bench": Command("measure", kinds={"offline": "tpqwen.bench.offline", "serve": "tpqwen.bench.serve"}),
+    "bench": Command(
+        "measure",
+        kinds={
+            "offline": "tpqwen.bench.offline",
+            "kernels": "tpqwen.bench.kernels",
+            "serve": "tpqwen.bench.serve",
+        },
+    ),
 }
 
 
@@ -85,7 +92,9 @@ def _parser(module: ModuleType | None, chosen: list[str]) -> argparse.ArgumentPa
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.help, description=command.help)
         if command.kinds:
-            sub.add_argument("kind", choices=list(command.kinds), help="the engine alone, or a server by its URL")
+            sub.add_argument(
+                "kind", choices=list(command.kinds), help="the engine alone, its kernels, or a server by its URL"
+            )
         if [name] != chosen[:1] or getattr(module, "TAKES_CONFIG", True):
             add_options(sub, command.sections)
         if module is not None and name == chosen[0]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import re
 import socket
@@ -17,7 +18,7 @@ from rich.console import Console
 
 import tpqwen
 from tpqwen import cli, logs
-from tpqwen.config import Config, option_fields
+from tpqwen.config import EMBEDDED_MODEL, Config, option_fields
 from tpqwen.console.options import HELP
 from tpqwen.console.ray_settings import set_ray_defaults
 from tpqwen.console.startup import Watch, banner, is_ready
@@ -113,6 +114,16 @@ def test_version_and_help_load_neither_torch_nor_ray():
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.startswith(f"tpqwen {tpqwen.__version__}\n")
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_bench_kernels_measures_every_operation_of_a_step(capsys, tmp_path):
+    saved = tmp_path / "kernels.json"
+    words = ["bench", "kernels", "--model", EMBEDDED_MODEL, "--device", "cpu", "--rows", "1,3", "--context", "40"]
+    assert cli.main([*words, "--save", str(saved)]) == 0
+    results = json.loads(saved.read_text())["results"]
+    assert [r["rows"] for r in results] == [1] * 6 + [3] * 6
+    assert all(r["us"] > 0 and r["bytes"] > 0 and r["fraction"] > 0 for r in results)
+    assert "attention over 40" in capsys.readouterr().out
 
 
 def test_one_version_everywhere():
