@@ -118,7 +118,7 @@ def test_version_and_help_load_neither_torch_nor_ray():
 
 def test_bench_kernels_measures_every_operation_of_a_step(capsys, tmp_path):
     saved = tmp_path / "kernels.json"
-    words = ["bench", "kernels", "--model", EMBEDDED_MODEL, "--device", "cpu", "--rows", "1,3", "--context", "40"]
+    words = ["bench", "kernels", EMBEDDED_MODEL, "--device", "cpu", "--rows", "1,3", "--context", "40"]
     assert cli.main([*words, "--save", str(saved)]) == 0
     results = json.loads(saved.read_text())["results"]
     assert [r["rows"] for r in results] == [1] * 6 + [3] * 6
