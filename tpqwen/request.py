@@ -112,6 +112,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     against max_tokens and are not sent again.
     max_tokens 0 computes the prompt alone: one terminal delta without tokens (`pooled`, `prompt_logprobs`).
     thinking: a limit of its reasoning, guide: the form of its output, where there is one.
+    crashes: how often it was running when ranks or an engine died before.
     """
 
     id: str
@@ -126,6 +127,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     tenant: str = ""
     output_ids: list[int] = []
     pooling: Pooling | None = None  # only with max_tokens 0
+    crashes: int = 0
     thinking: ThinkingBudget | None = None
     guide: Guide | None = None
 

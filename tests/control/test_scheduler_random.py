@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tests.fakes import FakeExecutor, expected_tokens, tiny_capacity
 from tpqwen.request import Delta, FinishReason, GenerateRequest, SamplingParams
 from tpqwen.scheduler.scheduler import Scheduler
+from tpqwen.scheduler.sequence import ALONE_AFTER, CRASH_BUDGET
 from tpqwen.step import Capacity, StepInput
 
 FIXED = settings(
@@ -34,6 +35,7 @@ class Run:
         self.decode: list[int] = []
         self.entered: list[str] = []  # in the order of first admission
         self.preemptions = 0
+        self.crashes: dict[str, int] = {}  # in which the request was running
 
     def add(self, request: GenerateRequest) -> None:
         self.requests[request.id] = request
@@ -62,6 +64,7 @@ class Run:
             assert all(self.scheduler._rows.sequences[slot] is None for slot in expected), "a decode row was left out"
             return False
         self._check_step(step, expected)
+        self._check_company()
         self.executor.submit(step)
         return True
 
@@ -74,7 +77,12 @@ class Run:
         epoch = self.scheduler.epoch + 1
         self.executor.restart(epoch)
         self.decode = []
-        assert self.scheduler.reset(epoch, self.capacity) == []
+        for name, sequence in self.scheduler._sequences.items():
+            self.crashes[name] = self.crashes.get(name, 0) + (sequence.slot >= 0)
+        deltas = self.scheduler.reset(epoch, self.capacity)
+        over = {n for n, count in self.crashes.items() if count >= CRASH_BUDGET and n not in self.ended}
+        assert {d.id for d in deltas} == over and all(d.error_code == "crash_budget" for d in deltas)
+        self._take(deltas)
         self.scheduler.check()
 
     def finish(self, steps: int = 20_000) -> None:
@@ -94,7 +102,7 @@ class Run:
             delta, tokens = self.ended[name], self.tokens[name]
             room = self.scheduler.context_limit - len(request.prompt_ids)
             expected = expected_tokens(request, min(request.max_tokens, room))
-            if delta.finish_reason is FinishReason.ABORT:
+            if delta.finish_reason is FinishReason.ABORT or delta.error_code == "crash_budget":
                 assert tokens == expected[: len(tokens)]
                 continue
             assert tokens == expected, name
@@ -117,6 +125,12 @@ class Run:
             assert sequence is not None
             if sequence.request.id not in self.entered:
                 self.entered.append(sequence.request.id)
+
+    def _check_company(self) -> None:
+        """Who ran in ALONE_AFTER crashes is the only one that runs."""
+        running = self.scheduler._rows.running
+        suspects = [s for s in running if self.crashes.get(s.request.id, 0) >= ALONE_AFTER]
+        assert not suspects or running == suspects[:1]
 
     def _take(self, deltas: list[Delta]) -> None:
         for d in deltas:

@@ -269,8 +269,8 @@ class _Api:
         state = self._engine.state
         if state.accepts:
             return
-        if state.name == "dead":
-            raise EngineError(state.reason or "the engine is dead", code="engine_dead", status=503)
+        if state.name in ("dead", "degraded"):
+            raise EngineError(state.reason or "the engine is dead", code=state.error_code, status=503)
         text = f"the server is {state.name}" + (f": {state.reason}" if state.reason else "")
         raise Overloaded(text, code=state.name, status=503)
 

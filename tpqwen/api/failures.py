@@ -15,6 +15,7 @@ _log = logging.getLogger(__name__)
 
 _STATUS = {
     "numerical_error": 500,
+    "crash_budget": 500,
     "loading": 503,
     "draining": 503,
     "queue_timeout": 503,
@@ -31,6 +32,7 @@ _REJECT_REASONS = {
     "tokens_per_minute": "rate_limit",
     "concurrency": "rate_limit",
 }
+_NOT_AGAIN = ("numerical_error", "crash_budget")
 
 
 class ClientLeft(Exception):
@@ -82,7 +84,7 @@ def failure(error: BaseException, request_id: str) -> Failure:
         return Failure(error.status, error.type, str(error), error.param, error.code, headers)
     if isinstance(error, EngineError):
         # The same request would fail in the same way, so the official client is told not to repeat it.
-        headers = {"x-should-retry": "false"} if error.code == "numerical_error" else {}
+        headers = {"x-should-retry": "false"} if error.code in _NOT_AGAIN else {}
         if error.status >= 500:
             _log.error("request=%s code=%s error=%s", request_id, error.code, error)
         return Failure(error.status, "server_error", str(error), None, error.code, headers)

@@ -27,6 +27,7 @@ class Admission:
     def __init__(self, pool: BlockPool, prefix: PrefixCache, rows: Rows) -> None:
         self.waiting: list[Sequence] = []  # by order
         self.waiting_tokens = 0
+        self._cautious = False  # whether some sequence here may have to run alone
         self._pool = pool
         self._prefix = prefix
         self._rows = rows
@@ -38,6 +39,7 @@ class Admission:
         sequence.state = State.WAITING
         insort(self.waiting, sequence, key=by_order)
         self.waiting_tokens += sequence.num_tokens
+        self._cautious |= sequence.runs_alone
         if self._refused and sequence.order < self._refused[0].order:
             self._refused = None
 
@@ -54,7 +56,7 @@ class Admission:
             return []
         if self._refused and self._refused[1] == self._pool.changes:
             return []
-        return self.waiting[: self._rows.num_free + LOOKAHEAD]
+        return self.waiting[: self._before_alone() if self._cautious else self._rows.num_free + LOOKAHEAD]
 
     def enter(self, sequence: Sequence) -> Verdict:
         """Give a waiting sequence a slot and all blocks for the tokens it has, sharing what the prefix cache knows."""
@@ -108,6 +110,20 @@ class Admission:
         sequence.blocks = []
         sequence.num_registered = 0
         self._rows.release(sequence)
+
+    def _before_alone(self) -> int:
+        """How many of the queue may enter while some sequence has to run alone.
+
+        It enters when nobody runs, and those behind it wait until it has left.
+        """
+        running = self._rows.running
+        if any(s.runs_alone for s in running):
+            return 0
+        first = next((i for i, s in enumerate(self.waiting) if s.runs_alone), None)
+        if first is None:
+            self._cautious = False
+            return self._rows.num_free + LOOKAHEAD
+        return first or int(not running)
 
     def _register(self, sequence: Sequence, num_blocks: int) -> None:
         self._prefix.extend(sequence.digests, sequence.tokens, num_blocks, sequence.request.cache_salt)

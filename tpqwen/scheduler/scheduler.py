@@ -21,7 +21,7 @@ from tpqwen.scheduler.flight import Draft, Flight, Part, Tally
 from tpqwen.scheduler.pace import OUTNUMBER, tokens_within, work_of
 from tpqwen.scheduler.patience import Patience
 from tpqwen.scheduler.rows import Longs, Mask, Rows, RowSet
-from tpqwen.scheduler.sequence import Sequence, State, admission, by_order, row_params
+from tpqwen.scheduler.sequence import CRASH_BUDGET, Sequence, State, admission, by_order, row_params
 from tpqwen.scheduler.shares import Shares
 from tpqwen.step import Capacity, Chunk, Ints, StepInput, StepOutput, StepStats, ints, packed
 
@@ -124,7 +124,7 @@ class Scheduler:
             max_output=min(request.max_tokens, limit - length) if request.max_tokens else 1,
             row_params=row_params(request),
         )
-        if delta := sequence.ended_before():
+        if delta := sequence.ended_before() or sequence.over_budget():
             return delta
         self._sequences[request.id] = sequence
         closing = None
@@ -153,7 +153,8 @@ class Scheduler:
     def reset(self, epoch: int, capacity: Capacity) -> list[Delta]:
         """The ranks start anew and know nothing: all that ran is queued again in its old order and will be recomputed.
 
-        Returns error deltas of those that no longer fit into the new capacity.
+        Returns error deltas of those that no longer fit into the new capacity or ran in CRASH_BUDGET crashes. One that
+        ran in ALONE_AFTER crashes goes on alone.
         """
         sequences = sorted(self._sequences.values(), key=by_order)
         self._begin(epoch, capacity)
@@ -164,7 +165,9 @@ class Scheduler:
             if s.request.max_tokens:
                 s.max_output = min(s.request.max_tokens, self.context_limit - s.num_prompt)
             self._admission.push(s)
-            if s.num_output >= s.max_output:
+            if s.resumed >= CRASH_BUDGET:
+                deltas.append(self._end(s, FinishReason.ERROR, s.crash_text, "crash_budget"))
+            elif s.num_output >= s.max_output:
                 text = f"{s.num_tokens} tokens no longer fit: after the restart the context holds {self.context_limit}"
                 deltas.append(self._end(s, FinishReason.ERROR, text, "context_length_exceeded"))
         return deltas
@@ -206,8 +209,9 @@ class Scheduler:
                 self._admission.settle(part.sequence, part.end)
                 part.sequence.prompt_scores += scores.get(index, ())
         live = generation[flight.rows.slots] == flight.generations
-        deltas = [self._end_bad(flight.rows.sequences[i]) for i in output.bad_rows if live[i]]
-        live[list(output.bad_rows)] = False
+        deltas = self._end_bad([flight.rows.sequences[i] for i in output.bad_rows if live[i]])
+        if deltas:
+            live = generation[flight.rows.slots] == flight.generations
         made = self._append(flight, tokens, live, output)
         self._tally.output_tokens += len(made)
         return deltas + made
@@ -301,8 +305,8 @@ class Scheduler:
                 del s.blocks[keep:]
                 self._rows.resize(s)
 
-    def _preempt(self, sequence: Sequence) -> None:
-        self._leave(sequence)
+    def _preempt(self, sequence: Sequence, *, trusted: bool = True) -> None:
+        self._leave(sequence, trusted=trusted)
         sequence.preemptions += 1
         self._tally.preemptions += 1
         self._admission.push(sequence)
@@ -450,10 +454,22 @@ class Scheduler:
             self._forget(sequence)
         return delta
 
-    def _end_bad(self, sequence: Sequence) -> Delta:
-        """NaN or Inf in this row's logits: nothing that it computed may be found by others."""
+    def _end_bad(self, sequences: list[Sequence]) -> list[Delta]:
+        """NaN or Inf in these rows' logits: they end, and nothing that they computed may be found by others.
+
+        Of rows that share blocks the first in order ends. The others, bad or not yet, may only have read what it wrote:
+        they are computed again without it.
+        """
+        deltas = []
         text = "the model produced NaN or Inf for this request"
-        return self._end(sequence, FinishReason.ERROR, text, "numerical_error", trusted=False)
+        for sequence in sorted(sequences, key=by_order):
+            if sequence.state is State.RUNNING:
+                held = set(sequence.blocks)
+                deltas.append(self._end(sequence, FinishReason.ERROR, text, "numerical_error", trusted=False))
+                for other in self._rows.running:
+                    if not held.isdisjoint(other.blocks):
+                        self._preempt(other, trusted=False)
+        return deltas
 
     def _end(
         self,

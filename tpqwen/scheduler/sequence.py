@@ -10,6 +10,9 @@ from tpqwen.request import Delta, FinishReason, GenerateRequest, TokenLogprob
 from tpqwen.scheduler.thinking import ThinkingWatch
 from tpqwen.step import Admit, RowParams
 
+ALONE_AFTER = 2  # crashes; from then on a sequence runs in no other's company
+CRASH_BUDGET = 3  # with the third crash it ends
+
 
 class State(Enum):
     """waiting: holds no slot and no blocks. running: holds both. finished: for good."""
@@ -42,7 +45,7 @@ class Sequence:
     num_chunked: int = 0  # of those, computed by collected steps
     num_registered: int = 0  # leading blocks offered to the prefix cache
     preemptions: int = 0
-    resumed: int = 0
+    resumed: int = 0  # crashes in which it was running
     cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
     queue_s: float | None = None  # None until first scheduled
     announced: bool = False  # the first delta has gone out
@@ -53,6 +56,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = array("i", self.request.prompt_ids)
         self.tokens.extend(self.request.output_ids)
+        self.resumed = self.request.crashes
         if self.request.thinking is not None:
             self.watch = ThinkingWatch(self.request.thinking, self.request.output_ids)
 
@@ -67,6 +71,11 @@ class Sequence:
     @property
     def num_output(self) -> int:
         return len(self.tokens) - len(self.request.prompt_ids)
+
+    @property
+    def runs_alone(self) -> bool:
+        """Whether it may be what crashes the ranks, so that nobody else must be in its batch."""
+        return self.resumed >= ALONE_AFTER
 
     @property
     def wants_scores(self) -> bool:
@@ -110,6 +119,17 @@ class Sequence:
         for token in closing:
             self.watch.take(token)
         return closing
+
+    @property
+    def crash_text(self) -> str:
+        """Why it is not tried again."""
+        return f"this request was running in {self.resumed} crashes of the engine or its ranks and is not tried again"
+
+    def over_budget(self) -> Delta | None:
+        """The terminal delta of a resubmitted request that has been in too many crashes."""
+        if self.resumed < CRASH_BUDGET:
+            return None
+        return self.finish(FinishReason.ERROR, error=self.crash_text, code="crash_budget")
 
     def finish(self, reason: FinishReason, *, error: str | None = None, code: str | None = None) -> Delta:
         """The terminal delta of a sequence that ends without a token."""
