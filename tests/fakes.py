@@ -16,6 +16,7 @@ from zlib import crc32
 
 import msgspec
 
+from tpqwen.errors import RankDied
 from tpqwen.request import GenerateRequest, TokenLogprob
 from tpqwen.scheduler.sequence import row_params
 from tpqwen.step import (
@@ -118,6 +119,10 @@ class FakeExecutor:
 
     def stop(self) -> None:
         self.stopped = True
+
+    def repair(self, error: RankDied) -> Capacity:
+        self.restart(self.epoch + 1)
+        return self.capacity
 
     def stats(self) -> list[RankStats]:
         return []

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 
 from tests.fakes import FakeExecutor, expected_tokens, tiny_capacity
 from tpqwen.config import ScheduleOptions
 from tpqwen.engine.core import EngineCore
+from tpqwen.engine.deadlines import Deadlines
 from tpqwen.errors import EngineError, Overloaded, RankDied, RequestError
 from tpqwen.request import Delta, FinishReason, GenerateRequest, SamplingParams
-from tpqwen.step import StepOutput
+from tpqwen.step import Admit, Chunk, RowParams, StepInput, StepOutput, packed
 
 
 class Clock:
@@ -163,15 +165,52 @@ def test_deadlines_first_step_long_then_by_prefill_tokens() -> None:
     core.add(request(0, prompt=40))
     drive(core)
     first, second, third, *decode = executor.timeouts
-    assert first == 180.0
-    assert second == pytest.approx(10 + 16 * 0.02)  # nothing measured yet
-    assert 10 < third < 12
-    assert set(decode) == {10.0}
+    assert first == 20.0
+    assert second == pytest.approx(4 + 16 * 0.02)  # nothing measured yet
+    assert 4 < third < 8
+    assert set(decode) == {4.0}
     executor.restart(1)
     core.restart(1, executor.capacity)
     core.add(request(1))
     drive(core)
-    assert executor.timeouts[-12] == 180.0
+    assert executor.timeouts[-12] == 20.0
+
+
+def step_of(number: int, rows: int = 0, tokens: int = 0, **params: Any) -> StepInput:
+    chunks = (Chunk(0, 0, packed([1] * tokens), True),) if tokens else ()
+    values = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, "choice": 0} | params
+    admits = (Admit(0, RowParams(**values), 0, 1),) if params else ()
+    return StepInput(0, number, admits, b"", chunks, packed(list(range(rows))) if rows else None)
+
+
+def test_a_slow_decode_raises_its_own_deadline() -> None:
+    deadlines = Deadlines()
+    for number in range(1, 100):
+        deadlines.observe(step_of(number, 4), 2.0)
+    assert deadlines.of(step_of(100, 4)) == pytest.approx(16, rel=0.01)
+    deadlines.observe(step_of(101, tokens=100), 1.0)
+    assert deadlines.of(step_of(102, tokens=50)) == pytest.approx(16 + 8 * 50 * 0.01, rel=0.01)
+
+
+def test_where_shapes_are_compiled_each_new_one_gets_time_for_it() -> None:
+    deadlines = Deadlines(compiles=True)
+    assert deadlines.of(step_of(0, tokens=8)) == 180.0
+    assert deadlines.of(step_of(1, 4)) == 60.0
+    assert deadlines.of(step_of(2)) == 4.0  # the same rows as before
+    assert deadlines.of(step_of(3, 5)) == 60.0
+    assert deadlines.of(step_of(4, 4)) == 4.0
+    assert deadlines.of(step_of(5, top_k=20)) == 60.0  # another kind of sampling
+    assert deadlines.of(step_of(6, 4, top_k=30)) == 4.0
+    assert deadlines.of(step_of(7, 4, tokens=100)) == 60.0  # and prompt tokens beside the rows
+    assert deadlines.of(step_of(8, 4, tokens=101)) == pytest.approx(4 + 101 * 0.02)
+    deadlines.restart()
+    assert deadlines.of(step_of(9, 4)) == 60.0
+
+
+def test_a_guide_gets_time_to_be_made_ready() -> None:
+    deadlines = Deadlines()
+    assert deadlines.of(step_of(1, tokens=8, guided=True)) == 60.0
+    assert deadlines.of(step_of(2, 1)) == 4.0
 
 
 def test_a_draining_core_finishes_what_it_has_and_refuses_more() -> None:

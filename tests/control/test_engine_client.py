@@ -181,7 +181,7 @@ def test_when_the_ranks_fail_every_open_request_ends_once_with_the_cause(fault, 
 def test_the_owner_of_the_ranks_may_report_a_death_while_the_engine_is_idle():
     async def main() -> None:
         async with engine() as client:
-            client.send(RanksLost("rank 3 died: its node is gone", 3))
+            client.send(RanksLost("rank 3 died: its node is gone", 3, 0))
             await until(lambda: client.state.name == "dead")
             assert "rank 3" in client.state.reason
 

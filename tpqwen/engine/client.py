@@ -4,45 +4,55 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+
+import msgspec
 
 from tpqwen.config import ScheduleOptions
 from tpqwen.engine.cadence import Cadence
 from tpqwen.engine.gate import Gate, Place
 from tpqwen.engine.inbox import Inbox
-from tpqwen.engine.messages import Abort, Add, Batch, Command, Dead, Refused, Report, Stop, decode_report, encode
-from tpqwen.engine.protocol import EngineState
+from tpqwen.engine.line import Line
+from tpqwen.engine.messages import Abort, Add, Batch, Command, Dead, Lost, Refused, Report, Resumed, Stop
+from tpqwen.engine.protocol import EngineState, Life
 from tpqwen.errors import EngineError, Overloaded, RequestError
 from tpqwen.request import Delta, FinishReason, GenerateRequest
 from tpqwen.step import Capacity, StepStats
 from tpqwen.transport.channel import Receiver, Sender
 
 MAX_UNREAD = 4096  # tokens; a client that is so far behind will not catch up
-POLL_S = 0.5
-RETRY_S = 0.005  # while the engine is too busy to read its commands
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class OpenRequest:
-    """One request on its way; its place in the queue is given up with its first delta."""
+    """One request on its way, with all that a new engine needs to go on with it.
+
+    Its place in the queue is given up with its first delta.
+    """
 
     request: GenerateRequest
     place: Place
     queue: Inbox = field(default_factory=Inbox)
-    received: int = 0  # output tokens, those it brought along included
+    waiting: bool = True  # until its first delta
+    output_ids: list[int] = field(default_factory=list)  # every output token received, those it brought along included
+    crashes: int = 0
+
+    def resubmitted(self, *, crashed: bool) -> GenerateRequest:
+        """The request as a new engine gets it, after the tokens received. crashed: an engine died under it."""
+        self.crashes += crashed and not self.waiting
+        return msgspec.structs.replace(self.request, output_ids=list(self.output_ids), crashes=self.crashes)
 
 
 class EngineClient:
     """Implements engine.protocol.Engine over a pair of channels. All methods belong to one event loop and none waits.
 
     Every open request gets exactly one end, also when the engine dies: an error delta, or the exception that refused
-    it.
+    it. on_fault hears of Lost ranks and of a Dead engine; whoever gives it keeps the requests open by `degrade`,
+    `reattach` and `recovered`, or ends them by `fail`. Without it a fault is the end.
     """
 
     def __init__(
@@ -53,21 +63,22 @@ class EngineClient:
         options: ScheduleOptions,
         on_stats: Callable[[StepStats], None] | None = None,
         *,
+        on_fault: Callable[[Lost | Dead], None] | None = None,
+        on_resumed: Callable[[Resumed], None] | None = None,
         queue_timeout_s: float = 0.0,
     ) -> None:
-        self._commands = commands
-        self._reports = reports
         self._capacity = capacity
         self._on_stats = on_stats
-        self._state = EngineState("ready")
+        self._on_fault = on_fault
+        self._on_resumed = on_resumed
+        self._life = Life()
         self._open: dict[str, OpenRequest] = {}
         self._gate = Gate(options, capacity, queue_timeout_s)
         self._cadence = Cadence()
-        self._unsent: deque[bytes] = deque()
+        self._heard = 0.0  # when the engine last said something, or got its first request after a while
         self._loop = asyncio.get_running_loop()
         self._closed = False
-        self._thread = threading.Thread(target=self._read, name="engine-reports", daemon=True)
-        self._thread.start()
+        self._line: Line | None = Line(commands, reports, self._loop, self._take)
 
     @property
     def capacity(self) -> Capacity:
@@ -75,12 +86,17 @@ class EngineClient:
 
     @property
     def state(self) -> EngineState:
-        return self._state
+        return self._life.state
 
     @property
     def num_open(self) -> int:
         """Requests that have not ended."""
         return len(self._open)
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the engine last said something; 0 while it has no reason to."""
+        return time.monotonic() - self._heard if self._open else 0.0
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
         """The request's deltas. Raises Overloaded, RequestError or EngineError before the first one.
@@ -107,54 +123,73 @@ class EngineClient:
 
     def drain(self) -> None:
         """Take no new requests; the open ones go on."""
-        if self._state.name != "dead":
-            self._state = EngineState("draining", "the server is shutting down")
+        self._life.draining = True
+
+    def degrade(self, reason: str) -> None:
+        """Something is being replaced; open requests pause, new ones queue."""
+        self._life.degrade(reason)
+
+    def recovered(self) -> None:
+        """It has been replaced, and requests go on."""
+        self._life.degraded_since = None
+
+    def detach(self) -> None:
+        """The engine process is gone: what it still had to say is not listened to. Until `reattach` nothing is sent."""
+        if self._line is not None:
+            self._line.close()
+            self._line = None
+
+    def reattach(self, commands: Sender, reports: Receiver, capacity: Capacity) -> None:
+        """A new engine process: it is told of every open request, each with the tokens received so far."""
+        self.detach()
+        self._capacity = capacity
+        self._line = Line(commands, reports, self._loop, self._take)
+        self._heard = time.monotonic()
+        for opened in list(self._open.values()):
+            self.send(Add(opened.resubmitted(crashed=True)))
 
     def fail(self, reason: str, code: str = "engine_dead") -> None:
-        """The engine is gone: end every open request with this cause. The first cause stays."""
-        if self._state.name == "dead":
+        """The engine is gone for good: end every open request with this cause. The first cause stays."""
+        if self._life.dead is not None:
             return
-        self._state = EngineState("dead", reason)
+        self._life.dead = reason
         for opened in list(self._open.values()):
-            done = FinishReason.ERROR
-            delta = Delta(
-                id=opened.request.id,
-                index=opened.received,
-                token_ids=[],
-                finish_reason=done,
-                error=reason,
-                error_code=code,
-            )
-            opened.queue.put_nowait(delta)
+            self._end(opened, reason, code)
 
     def send(self, command: Command) -> None:
         """Tell the engine, in order, now or as soon as it has room. A dead engine is told nothing."""
-        if self._closed or self._state.name == "dead":
+        if self._closed or self._line is None or self._life.dead is not None:
             return
-        self._unsent.append(encode(command))
-        if len(self._unsent) == 1:
-            self._flush()
+        try:
+            self._line.send(command)
+        except ConnectionError as error:
+            self._take(Dead(f"the engine cannot be reached: {error}", "engine_dead"))
 
     async def close(self) -> None:
         """End what is open, stop the engine's loop and this end of the channels. Idempotent."""
         if self._closed:
             return
-        self._unsent.clear()
+        line = self._line
+        if line is not None:
+            line.drop_unsent()
         self.send(Stop())
         self.fail("the server was shut down", "shut_down")
         self._closed = True
-        self._commands.close()
-        self._reports.close()
-        await asyncio.to_thread(self._thread.join, 5.0)
+        self.detach()
+        if line is not None:
+            await asyncio.to_thread(line.join)
 
     def _admit(self, request: GenerateRequest) -> OpenRequest:
-        if not self._state.accepts:
-            code = {"draining": "draining", "loading": "loading"}.get(self._state.name)
+        state = self.state
+        if not state.accepts:
+            code = {"draining": "draining", "loading": "loading"}.get(state.name)
             if code is None:
-                raise EngineError(self._state.reason or "the engine is dead", code="engine_dead", status=503)
-            raise Overloaded(self._state.reason or code, code=code, status=503)
+                raise EngineError(state.reason or "the engine is dead", code=state.error_code, status=503)
+            raise Overloaded(state.reason or code, code=code, status=503)
         place = self._gate.enter(request.tenant, len(request.prompt_ids))
-        opened = OpenRequest(request, place, received=len(request.output_ids))
+        if not self._open:
+            self._heard = time.monotonic()
+        opened = OpenRequest(request, place, output_ids=list(request.output_ids), crashes=request.crashes)
         self._open[request.id] = opened
         return opened
 
@@ -162,65 +197,62 @@ class EngineClient:
         self._gate.leave(opened.place, served=False)
         self._open.pop(opened.request.id, None)
 
-    def _give_up(self, opened: OpenRequest) -> None:
-        """Its reader does not keep up: end it, so that neither its pages nor its text are held any longer."""
-        self.send(Abort(opened.request.id))
-        del self._open[opened.request.id]
-        text = f"the client is {MAX_UNREAD} tokens behind"
-        done = Delta(
-            id=opened.request.id,
-            index=opened.received,
-            token_ids=[],
-            finish_reason=FinishReason.ERROR,
-            error=text,
-            error_code="client_too_slow",
+    def _end(self, opened: OpenRequest, reason: str, code: str) -> None:
+        opened.queue.put_nowait(
+            Delta(
+                id=opened.request.id,
+                index=len(opened.output_ids),
+                token_ids=[],
+                finish_reason=FinishReason.ERROR,
+                error=reason,
+                error_code=code,
+            )
         )
-        opened.queue.put_nowait(done)
-
-    def _flush(self) -> None:
-        try:
-            while self._unsent:
-                self._commands.send(self._unsent[0], 0.0)
-                self._unsent.popleft()
-        except TimeoutError:
-            self._loop.call_later(RETRY_S, self._flush)
-        except ConnectionError as error:
-            self._unsent.clear()
-            self.fail(f"the engine cannot be reached: {error}")
-
-    def _read(self) -> None:
-        """The reader thread: one hand-over to the event loop per message."""
-        while not self._closed:
-            try:
-                data = self._reports.recv(POLL_S)
-            except ConnectionError:
-                self._hand_over(Dead("the engine process has ended", "engine_dead"))
-                return
-            if data is not None:
-                self._hand_over(decode_report(data))
-
-    def _hand_over(self, report: Report) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._take, report)
-        except RuntimeError:  # the event loop is closed: nobody is left to tell
-            self._closed = True
 
     def _take(self, report: Report) -> None:
+        """One report, on the event loop."""
+        self._heard = time.monotonic()
         if isinstance(report, Batch):
-            self._cadence.observe(len(report.deltas), time.monotonic())
-            for delta in report.deltas:
-                if opened := self._open.get(delta.id):
-                    self._gate.leave(opened.place, served=bool(delta.token_ids))
-                    opened.received = delta.index + len(delta.token_ids)
-                    opened.queue.put_nowait(delta)
-                    if opened.queue.unread > MAX_UNREAD:
-                        self._give_up(opened)
-            if report.stats is not None:
-                self._gate.observe(report.stats)
-                if self._on_stats is not None:
-                    self._on_stats(report.stats)
+            self._take_batch(report)
         elif isinstance(report, Refused):
             if opened := self._open.get(report.id):
                 opened.queue.put_nowait(RequestError(report.message, param=report.param, code=report.code))
-        elif not self._closed:
+        elif self._closed:
+            return
+        elif isinstance(report, Resumed):
+            if self._on_resumed is not None:
+                self._on_resumed(report)
+        elif self._on_fault is not None:
+            self._on_fault(report)
+        else:
             self.fail(report.reason, report.code)
+
+    def _take_batch(self, batch: Batch) -> None:
+        self._cadence.observe(len(batch.deltas), self._heard)
+        for delta in batch.deltas:
+            self._take_delta(delta)
+        if batch.stats is not None:
+            self._gate.observe(batch.stats)
+            if self._on_stats is not None:
+                self._on_stats(batch.stats)
+
+    def _take_delta(self, delta: Delta) -> None:
+        opened = self._open.get(delta.id)
+        if opened is None:
+            return
+        if delta.token_ids and delta.index != len(opened.output_ids):
+            _log.error("request=%s expected index=%d got=%d", delta.id, len(opened.output_ids), delta.index)
+            self._end(opened, "the engine lost or repeated a token of this request", "internal")
+            self.send(Abort(delta.id))
+            return
+        if not opened.waiting:  # said once, though a new engine says it again
+            delta.cached_tokens = delta.queue_s = None
+        opened.waiting = False
+        self._gate.leave(opened.place, served=bool(delta.token_ids))
+        opened.output_ids += delta.token_ids
+        opened.crashes = max(opened.crashes, delta.resumed)
+        opened.queue.put_nowait(delta)
+        if opened.queue.unread > MAX_UNREAD:  # neither its pages nor its text are to be held any longer
+            self.send(Abort(delta.id))
+            del self._open[delta.id]
+            self._end(opened, f"the client is {MAX_UNREAD} tokens behind", "client_too_slow")

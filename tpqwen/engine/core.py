@@ -9,17 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tpqwen.config import ScheduleOptions
+from tpqwen.engine.deadlines import Deadlines
 from tpqwen.errors import EngineError, Overloaded
 from tpqwen.executor.protocol import Executor
 from tpqwen.request import Delta, GenerateRequest
 from tpqwen.scheduler.pace import Pace
 from tpqwen.scheduler.scheduler import Scheduler
 from tpqwen.step import Capacity, StepInput, StepStats
-
-STEP_TIMEOUT_S = 10.0
-FIRST_STEP_TIMEOUT_S = 180.0  # lazy compilation, first touch of memory, a rank that still warms up
-SLOW_PREFILL_S_PER_TOKEN = 0.02  # until a rate has been measured: a large model on a few CPU cores
-PREFILL_MARGIN = 8.0  # attention over a long context makes later chunks slower than the measured ones
 
 _log = logging.getLogger(__name__)
 
@@ -30,26 +26,6 @@ class StepResult:
 
     deltas: list[Delta]
     stats: StepStats | None
-
-
-class Deadlines:
-    """How long to wait for a step: a fixed time for decode, more for the first of an epoch and by prefill tokens."""
-
-    def __init__(self) -> None:
-        self._s_per_token: float | None = None
-
-    def of(self, step: StepInput) -> float:
-        """Seconds from the moment the step is the oldest in flight."""
-        if step.step == 0:
-            return FIRST_STEP_TIMEOUT_S
-        rate = SLOW_PREFILL_S_PER_TOKEN if self._s_per_token is None else PREFILL_MARGIN * self._s_per_token
-        return STEP_TIMEOUT_S + rate * step.num_chunk_tokens
-
-    def observe(self, step: StepInput, duration_s: float) -> None:
-        """Learn the prefill rate from a step that has ended; the first of an epoch is no measure."""
-        if step.step and step.num_chunk_tokens:
-            seen = duration_s / step.num_chunk_tokens
-            self._s_per_token = seen if self._s_per_token is None else 0.9 * self._s_per_token + 0.1 * seen
 
 
 class EngineCore:
@@ -68,6 +44,7 @@ class EngineCore:
         *,
         epoch: int = 0,
         queue_timeout_s: float = 0.0,
+        compiles: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         options = schedule or ScheduleOptions()
@@ -81,9 +58,9 @@ class EngineCore:
         self.draining = False
         self._depth = max(1, min(options.depth, executor.depth))
         self._clock = clock
-        self._in_flight: deque[tuple[StepInput, float]] = deque()  # with the time of submission
+        self._in_flight: deque[tuple[StepInput, float, float]] = deque()  # with time of submission and seconds allowed
         self._last_collect = clock()
-        self._deadlines = Deadlines()
+        self._deadlines = Deadlines(compiles=compiles)
         self._pace = Pace(capacity.context_cost)
         self._deltas: list[Delta] = []  # of requests that ended between steps
 
@@ -95,6 +72,11 @@ class EngineCore:
     def has_work(self) -> bool:
         """Whether `step` has something to do: requests, deltas not yet handed out, or steps in flight."""
         return bool(self._deltas or self._in_flight) or self.scheduler.has_work
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the oldest step in flight began: how long ranks that are lost now may have been lost."""
+        return self._clock() - max(self._in_flight[0][1], self._last_collect) if self._in_flight else 0.0
 
     @property
     def num_waiting(self) -> int:
@@ -133,7 +115,7 @@ class EngineCore:
         if len(self._in_flight) < self._depth:
             step = self.scheduler.schedule(self._clock(), self._pace.limit)
         if step is not None:
-            self._in_flight.append((step, self._clock()))
+            self._in_flight.append((step, self._clock(), self._deadlines.of(step)))
             if _log.isEnabledFor(logging.DEBUG):
                 parts = (f"{self.scheduler.holder(c.slot)}:{c.start}+{c.num_tokens}" for c in step.chunks)
                 _log.debug("submit step=%d prompts=%s", step.step, ",".join(parts))
@@ -144,9 +126,14 @@ class EngineCore:
         deltas, self._deltas = self._deltas, []
         return StepResult(deltas, stats)
 
-    def restart(self, epoch: int, capacity: Capacity) -> None:
-        """The ranks are new: forget steps in flight and all cached blocks, recompute what ran. Streams go on."""
+    def restart(self, epoch: int, capacity: Capacity, executor: Executor | None = None) -> None:
+        """The ranks are new: forget steps in flight and all cached blocks, recompute what ran. Streams go on.
+
+        executor: the way to the new group, where the old one does not lead there.
+        """
+        self.executor = executor or self.executor
         self._in_flight.clear()
+        self._deadlines.restart()
         self._last_collect = self._clock()
         self._deltas += self.scheduler.reset(epoch, capacity)
 
@@ -161,8 +148,8 @@ class EngineCore:
         return deltas
 
     def _collect(self) -> StepStats | None:
-        step, submitted = self._in_flight[0]
-        output = self.executor.collect(self._deadlines.of(step))
+        step, submitted, allowed_s = self._in_flight[0]
+        output = self.executor.collect(allowed_s)
         if output.error:
             raise EngineError(output.error)
         if output.epoch != step.epoch:  # a late result of ranks that are gone

@@ -1,24 +1,33 @@
-"""The engine's loop around EngineCore: commands in, one report per step out. The same in a process and in a thread."""
+"""The engine's loop around EngineCore: commands in, one report per step out. The same in a process and in a thread.
+
+Where the ranks can be replaced, losing them does not end it: it says Lost, goes on taking commands, and continues all
+requests when Resume comes.
+"""
 
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
 
-from tpqwen.engine.core import EngineCore
+from tpqwen.engine.core import EngineCore, StepResult
 from tpqwen.engine.messages import (
     Abort,
     Add,
     Batch,
     Command,
     Dead,
+    Lost,
     RanksLost,
     Refused,
     Report,
-    Stop,
+    Resume,
+    Resumed,
     decode_command,
     encode,
 )
 from tpqwen.errors import EngineError, RankDied, RequestError
+from tpqwen.executor.protocol import Executor
 from tpqwen.request import Delta, FinishReason
 from tpqwen.transport.channel import Receiver, Sender
 
@@ -26,16 +35,24 @@ SEND_TIMEOUT_S = 30.0
 IDLE_S = 0.5
 
 _log = logging.getLogger(__name__)
+Attach = Callable[[Resume], Executor]
 
 
 class EngineLoop:
-    """Runs until Stop comes or the commands' other end is gone."""
+    """Runs until Stop comes or the commands' other end is gone.
 
-    def __init__(self, core: EngineCore, commands: Receiver, reports: Sender) -> None:
+    attach: makes an executor of Resume, raising ConnectionError, TimeoutError or EngineError. Without it nobody repairs
+    anything, and whatever is lost is lost for good.
+    """
+
+    def __init__(self, core: EngineCore, commands: Receiver, reports: Sender, attach: Attach | None = None) -> None:
         self._core = core
         self._commands = commands
         self._reports = reports
+        self._attach = attach
         self._dead: EngineError | None = None
+        self._lost = False
+        self._resumed_at: float | None = None  # when the ranks came back, until their first tokens are there
         self._stopped = False
 
     def run(self) -> None:
@@ -43,20 +60,26 @@ class EngineLoop:
         try:
             while not self._stopped:
                 self._take_commands()
-                if self._dead is None and self._core.has_work:
+                if self._runs:
                     self._step()
         except ConnectionError:
             _log.info("the other end of the engine's channel is gone")
         finally:
             self._reports.close()
 
+    @property
+    def _runs(self) -> bool:
+        """Whether there is a step to be made."""
+        return self._dead is None and not self._lost and self._core.has_work
+
     def _take_commands(self) -> None:
         """All commands that are here; waits for one when there is nothing to run."""
-        busy = self._dead is None and self._core.has_work
-        data = self._commands.recv(0.0 if busy else IDLE_S)
+        data = self._commands.recv(0.0 if self._runs else IDLE_S)
         while data is not None and not self._stopped:
             self._handle(decode_command(data))
             data = self._commands.recv(0.0)
+        if self._lost:  # nobody steps, so the ends of aborted requests are told here
+            self._send_deltas()
 
     def _handle(self, command: Command) -> None:
         if isinstance(command, Add):
@@ -64,13 +87,18 @@ class EngineLoop:
         elif isinstance(command, Abort):
             self._core.abort(command.id)
         elif isinstance(command, RanksLost):
-            self._die(RankDied(command.reason, rank=command.rank))
-        elif isinstance(command, Stop):
+            if command.epoch == self._core.scheduler.epoch:
+                self._lose(RankDied(command.reason, rank=command.rank))
+        elif isinstance(command, Resume):
+            self._resume(command)
+        else:
             self._stopped = True
 
     def _add(self, command: Add) -> None:
         request = command.request
-        if self._dead is not None:
+        if self._dead is not None:  # also with a successor on its way: that one is told of the request again
+            if self._attach is not None:
+                return
             delta = Delta(
                 id=request.id,
                 index=len(request.output_ids),
@@ -90,7 +118,7 @@ class EngineLoop:
         try:
             result = self._core.step()
         except EngineError as error:
-            self._die(error)
+            self._lose(error)
             return
         except Exception as error:  # a bug of ours must not leave requests without an end
             _log.exception("the engine's step failed")
@@ -98,16 +126,57 @@ class EngineLoop:
             return
         if result.deltas or result.stats is not None:
             self._send(Batch(result.deltas, result.stats))
+        if self._resumed_at is not None:
+            self._tell_resumed(result)
+
+    def _lose(self, error: EngineError) -> None:
+        """The ranks cannot go on: keep every request until somebody has repaired them, if there is anybody."""
+        if self._attach is None:
+            self._die(error)
+        elif not self._lost and self._dead is None:
+            silent_s = self._core.silent_s
+            _log.error("ranks lost epoch=%d silent_s=%.2f reason=%s", self._core.scheduler.epoch, silent_s, error)
+            self._lost = True
+            self._core.executor.stop()
+            rank = error.rank if isinstance(error, RankDied) else None
+            ranks = [] if rank is None else [rank]
+            self._send(Lost(self._core.scheduler.epoch, str(error), error.code, ranks, silent_s))
+
+    def _resume(self, command: Resume) -> None:
+        assert self._attach is not None
+        if command.epoch != self._core.scheduler.epoch:
+            try:
+                executor = self._attach(command)
+            except (ConnectionError, TimeoutError, EngineError) as error:
+                text = f"the ranks cannot be reached: {error}"
+                self._send(Lost(command.epoch, text, "rank_dead", [], 0.0))
+                return
+            self._core.restart(command.epoch, command.capacity, executor)
+            self._lost = False
+        self._resumed_at = time.monotonic()
+        if not self._core.has_work:
+            self._tell_resumed(StepResult([], None))
+
+    def _tell_resumed(self, result: StepResult) -> None:
+        if self._resumed_at is not None and (any(d.token_ids for d in result.deltas) or not self._core.has_work):
+            self._send(Resumed(self._core.scheduler.epoch, time.monotonic() - self._resumed_at))
+            self._resumed_at = None
 
     def _die(self, error: EngineError) -> None:
-        """End every request with the cause. The core keeps nothing; a later repair would call core.restart instead."""
+        """Nothing can bring this engine back: end every request with the cause, or leave them to its successor."""
         if self._dead is not None:
             return
         _log.error("engine dead reason=%s", error)
         self._dead = error
-        self._core.fail(error)
-        self._send(Batch(self._core.take_deltas()))
+        if self._attach is None:
+            self._core.fail(error)
+            self._send_deltas()
         self._send(Dead(str(error), error.code))
+
+    def _send_deltas(self) -> None:
+        """What the core has to say outside of steps."""
+        if deltas := self._core.take_deltas():
+            self._send(Batch(deltas))
 
     def _send(self, report: Report) -> None:
         self._reports.send(encode(report), SEND_TIMEOUT_S)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from tpqwen.request import Delta, GenerateRequest
-from tpqwen.step import StepStats
+from tpqwen.step import Capacity, StepStats
 
 
 class Add(msgspec.Struct, frozen=True, array_like=True, tag=1):
@@ -21,14 +23,26 @@ class Abort(msgspec.Struct, frozen=True, array_like=True, tag=2):
 
 
 class RanksLost(msgspec.Struct, frozen=True, array_like=True, tag=3):
-    """The owner of the ranks has seen one die."""
+    """The owner of the ranks has seen one of this epoch die."""
 
     reason: str
-    rank: int | None = None
+    rank: int
+    epoch: int
 
 
 class Stop(msgspec.Struct, frozen=True, array_like=True, tag=4):
     """End the loop. What is still running ends with it."""
+
+
+class Resume(msgspec.Struct, frozen=True, array_like=True, tag=5):
+    """The ranks are back as a new group: attach to them, go on with all requests, and say Resumed once tokens come.
+
+    An engine that was started over that group has attached already. answers: where each rank's outputs are.
+    """
+
+    epoch: int
+    capacity: Capacity
+    answers: list[dict[str, Any] | None]
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True, tag=11):
@@ -48,14 +62,34 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag=12):
 
 
 class Dead(msgspec.Struct, frozen=True, array_like=True, tag=13):
-    """The engine cannot go on; every open request has been told."""
+    """The engine cannot go on. Unless somebody replaces it, it has told every open request."""
 
     reason: str
     code: str
 
 
-Command = Add | Abort | RanksLost | Stop
-Report = Batch | Refused | Dead
+class Lost(msgspec.Struct, frozen=True, array_like=True, tag=14):
+    """The ranks of this epoch cannot go on; every request is kept and waits for Resume.
+
+    ranks: those to be replaced, none when it is not known. silent_s: seconds since they were last known to work.
+    """
+
+    epoch: int
+    reason: str
+    code: str
+    ranks: list[int]
+    silent_s: float
+
+
+class Resumed(msgspec.Struct, frozen=True, array_like=True, tag=15):
+    """The new group has brought its first tokens, or there was nothing to run. replay_s: seconds since Resume."""
+
+    epoch: int
+    replay_s: float
+
+
+Command = Add | Abort | RanksLost | Stop | Resume
+Report = Batch | Refused | Dead | Lost | Resumed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(Command).decode

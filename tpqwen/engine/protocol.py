@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,18 +10,56 @@ from typing import Protocol
 from tpqwen.request import Delta, GenerateRequest
 from tpqwen.step import Capacity
 
+QUEUE_DURING_REPAIR_S = 30.0  # then new requests are refused instead
+
 
 @dataclass(frozen=True)
 class EngineState:
-    """name: loading | ready | degraded | draining | dead; reason in words, empty when ready."""
+    """name: loading | ready | degraded | draining | dead; reason in words, empty when ready.
+
+    degraded: ranks or the engine process are being replaced. overdue: that takes longer than anybody wants to queue.
+    """
 
     name: str
     reason: str = ""
+    overdue: bool = False
 
     @property
     def accepts(self) -> bool:
-        """Whether new requests are taken (a degraded engine queues them)."""
-        return self.name in ("ready", "degraded")
+        """Whether new requests are taken (a degraded engine queues them for a while)."""
+        return self.name == "ready" or (self.name == "degraded" and not self.overdue)
+
+    @property
+    def error_code(self) -> str:
+        """The code of a request refused in this state because something is broken."""
+        return "engine_dead" if self.name == "dead" else "rank_dead"
+
+
+@dataclass
+class Life:
+    """What has happened to an engine so far, and the state that follows from it."""
+
+    draining: bool = False
+    dead: str | None = None  # the cause
+    degraded: str = ""  # what is being replaced
+    degraded_since: float | None = None  # monotonic seconds; None while nothing is
+
+    def degrade(self, reason: str) -> None:
+        """A repair goes on; the time counts from the first of several in a row."""
+        self.degraded = reason
+        if self.degraded_since is None:
+            self.degraded_since = time.monotonic()
+
+    @property
+    def state(self) -> EngineState:
+        if self.dead is not None:
+            return EngineState("dead", self.dead)
+        if self.draining:
+            return EngineState("draining", "the server is shutting down")
+        if self.degraded_since is not None:
+            overdue = time.monotonic() - self.degraded_since > QUEUE_DURING_REPAIR_S
+            return EngineState("degraded", self.degraded, overdue)
+        return EngineState("ready")
 
 
 class Engine(Protocol):

@@ -1,0 +1,217 @@
+"""Engine loop and client while ranks or the engine itself are replaced: every stream goes on exactly where it was."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+
+from tests.control.test_engine_client import deltas_of, request, run, tokens_of, until
+from tests.fakes import FakeExecutor, expected_tokens, tiny_capacity
+from tpqwen.config import ScheduleOptions
+from tpqwen.engine import protocol
+from tpqwen.engine.client import EngineClient
+from tpqwen.engine.core import EngineCore
+from tpqwen.engine.loop import EngineLoop
+from tpqwen.engine.messages import Batch, Dead, Lost, RanksLost, Resume, Resumed, decode_command, encode
+from tpqwen.engine.protocol import EngineState
+from tpqwen.errors import EngineError, RankDied
+from tpqwen.request import Delta, FinishReason
+from tpqwen.transport.channel import QueueChannel
+
+
+class Engine:
+    """An engine thread over fake ranks whose faults are repaired by whoever calls `resume`."""
+
+    def __init__(self, faults: dict[int, Exception] | None = None, epoch: int = 0) -> None:
+        self.executor = FakeExecutor(epoch=epoch, faults=faults)
+        self.commands, self.reports = QueueChannel(), QueueChannel()
+        self.refused_attaches = 0
+        core = EngineCore(self.executor, self.executor.capacity, epoch=epoch)
+        self.loop = EngineLoop(core, self.commands, self.reports, self.attach)
+        self.thread = threading.Thread(target=self.loop.run, name="engine", daemon=True)
+        self.thread.start()
+
+    def attach(self, command: Resume) -> FakeExecutor:
+        if self.refused_attaches:
+            self.refused_attaches -= 1
+            raise ConnectionError("the ring's writer is gone")
+        self.executor.restart(command.epoch)
+        return self.executor
+
+
+class Owner:
+    """The replica's side: notes faults and what was resumed."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.faults: list[Lost | Dead] = []
+        self.resumed: list[Resumed] = []
+        self.client = EngineClient(
+            engine.commands,
+            engine.reports,
+            tiny_capacity(),
+            ScheduleOptions(),
+            on_fault=self.faults.append,
+            on_resumed=self.resumed.append,
+        )
+
+    async def fault(self) -> Lost | Dead:
+        await until(lambda: bool(self.faults))
+        return self.faults.pop(0)
+
+    def resume(self, epoch: int) -> None:
+        self.client.send(Resume(epoch, tiny_capacity(), []))
+
+
+def repaired(test: Callable[[Engine, Owner], Any], faults: dict[int, Exception]) -> None:
+    async def main() -> None:
+        engine = Engine(faults)
+        owner = Owner(engine)
+        try:
+            await test(engine, owner)
+        finally:
+            await owner.client.close()
+            await asyncio.to_thread(engine.thread.join, 10)
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    "error", [RankDied("rank 1 was killed", rank=1), EngineError("out of memory", code="rank_dead")]
+)
+def test_lost_ranks_are_told_once_and_every_stream_goes_on_after_resume(error: EngineError) -> None:
+    async def test(engine: Engine, owner: Owner) -> None:
+        requests = [request(f"r{i}", 5, 40) for i in range(12)]
+        tasks = [asyncio.create_task(deltas_of(owner.client, r)) for r in requests]
+        lost = await owner.fault()
+        assert isinstance(lost, Lost)
+        assert (lost.epoch, lost.reason, lost.code) == (0, str(error), "rank_dead")
+        assert lost.ranks == ([1] if isinstance(error, RankDied) else [])
+        assert engine.executor.stopped
+        late = request("late", 5, 10)  # comes while nothing runs
+        tasks.append(asyncio.create_task(deltas_of(owner.client, late)))
+        owner.client.send(RanksLost("rank 0 died too", 0, 0))
+        await asyncio.sleep(0)
+        owner.resume(1)
+        for one, deltas in zip([*requests, late], await asyncio.gather(*tasks), strict=True):
+            assert tokens_of(deltas) == expected_tokens(one, one.max_tokens)
+        await until(lambda: bool(owner.resumed))
+        assert [r.epoch for r in owner.resumed] == [1] and not owner.faults
+
+    repaired(test, {9: error})
+
+
+def test_who_leaves_during_a_repair_is_not_recomputed() -> None:
+    async def test(engine: Engine, owner: Owner) -> None:
+        async with aclosing(owner.client.generate(request("leaves", 5, 60))) as stream:
+            async for _ in stream:
+                break
+            await owner.fault()
+        owner.resume(1)
+        await until(lambda: bool(owner.resumed))
+        assert not any(step.epoch for step in engine.executor.steps)
+
+    repaired(test, {9: RankDied("rank 1 died", rank=1)})
+
+
+def test_ranks_that_cannot_be_reached_after_all_are_lost_again() -> None:
+    async def test(engine: Engine, owner: Owner) -> None:
+        engine.refused_attaches = 1
+        one = request("one", 5, 30)
+        task = asyncio.create_task(deltas_of(owner.client, one))
+        assert (await owner.fault()).epoch == 0
+        owner.resume(1)
+        lost = await owner.fault()
+        assert isinstance(lost, Lost) and lost.epoch == 1 and "writer is gone" in lost.reason
+        owner.resume(2)
+        assert tokens_of(await task) == expected_tokens(one, 30)
+
+    repaired(test, {9: RankDied("rank 1 died", rank=1)})
+
+
+def test_a_death_of_an_older_group_is_no_news() -> None:
+    async def test(engine: Engine, owner: Owner) -> None:
+        await until(lambda: owner.client.num_open == 0)
+        owner.client.send(RanksLost("rank 1 died", 1, 7))
+        one = request("one", 5, 30)
+        assert tokens_of(await deltas_of(owner.client, one)) == expected_tokens(one, 30)
+        assert not owner.faults
+
+    repaired(test, {})
+
+
+@pytest.mark.parametrize("death", ["told", "silent"])
+def test_a_new_engine_goes_on_with_what_every_client_has_seen(death: str) -> None:
+    async def test(engine: Engine, owner: Owner) -> None:
+        requests = [request(f"r{i}", 5, 40) for i in range(6)]
+        tasks = [asyncio.create_task(deltas_of(owner.client, r)) for r in requests]
+        dead = await owner.fault()
+        assert isinstance(dead, Dead) if death == "told" else isinstance(dead, Lost)
+        owner.client.degrade("the engine restarting")
+        owner.client.detach()
+        late = request("late", 5, 10)
+        tasks.append(asyncio.create_task(deltas_of(owner.client, late)))
+        await asyncio.sleep(0)
+        assert not any(t.done() for t in tasks)
+        second = Engine(epoch=3)
+        owner.client.reattach(second.commands, second.reports, tiny_capacity())
+        owner.resume(3)
+        for one, deltas in zip([*requests, late], await asyncio.gather(*tasks), strict=True):
+            assert tokens_of(deltas) == expected_tokens(one, one.max_tokens)
+            assert sum(d.queue_s is not None for d in deltas) == 1
+            assert deltas[-1].resumed == (one is not late)
+        await until(lambda: bool(owner.resumed))
+        assert owner.client.state.name == "degraded"
+        owner.client.recovered()
+        assert owner.client.state == EngineState("ready")
+
+    fault = ZeroDivisionError("a bug") if death == "told" else RankDied("rank 0 died", rank=0)
+    repaired(test, {9: fault})
+
+
+def test_a_token_lost_or_repeated_on_the_way_ends_the_request_instead_of_spoiling_it() -> None:
+    async def main() -> None:
+        commands, reports = QueueChannel(), QueueChannel()
+        client = EngineClient(commands, reports, tiny_capacity(), ScheduleOptions())
+        task = asyncio.create_task(deltas_of(client, request("one")))
+        await until(lambda: client.num_open == 1)
+        reports.send(encode(Batch([Delta(id="one", index=0, token_ids=[5])])), 1.0)
+        reports.send(encode(Batch([Delta(id="one", index=2, token_ids=[6])])), 1.0)
+        deltas = await task
+        assert [d.token_ids for d in deltas] == [[5], []]
+        assert (deltas[-1].finish_reason, deltas[-1].error_code) == (FinishReason.ERROR, "internal")
+        kinds = []
+        while (data := commands.recv(0.0)) is not None:
+            kinds.append(type(decode_command(data)).__name__)
+        assert kinds == ["Add", "Abort"]
+        await client.close()
+
+    run(main)
+
+
+def test_a_repair_queues_new_requests_for_half_a_minute_and_then_refuses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        client = EngineClient(QueueChannel(), QueueChannel(), tiny_capacity(), ScheduleOptions())
+        client.degrade("rank 1 restarting: rank 1 died")
+        client.degrade("rank 0 restarting: rank 0 died")
+        assert client.state == EngineState("degraded", "rank 0 restarting: rank 0 died")
+        assert client.state.accepts
+        now = time.monotonic()
+        monkeypatch.setattr(protocol.time, "monotonic", lambda: now + 31)
+        assert not client.state.accepts
+        with pytest.raises(EngineError, match="rank 0 restarting") as caught:
+            await deltas_of(client, request("late"))
+        assert (caught.value.code, caught.value.status) == ("rank_dead", 503)
+        client.recovered()
+        assert client.state.accepts
+        client.drain()
+        client.degrade("rank 1 restarting")
+        assert client.state.name == "draining"
+        await client.close()
+
+    run(main)

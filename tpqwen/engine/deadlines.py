@@ -1,0 +1,72 @@
+"""How long a step may take before its ranks count as hung.
+
+A dead process shows by itself and a stopped one by its missing receipt; the deadline is for what has taken the step and
+does not come back: a collective without its partner, a kernel that spins.
+"""
+
+from __future__ import annotations
+
+from tpqwen.step import RowParams, StepInput
+
+FLOOR_S = 4.0  # a hang is to be known within 5 s, and a busy machine may hold a healthy step up for a second or two
+DECODE_MARGIN = 8.0
+PREFILL_MARGIN = 8.0  # attention over a long context makes later chunks slower than the measured ones
+SLOW_PREFILL_S_PER_TOKEN = 0.02  # until a rate has been measured: a large model on a few CPU cores
+FIRST_STEP_S = 20.0  # of an epoch: first touch of memory
+FIRST_COMPILED_STEP_S = 180.0  # the same where kernels are compiled and graphs captured when first used
+NEW_SHAPE_S = 60.0  # a shape or kind of sampling not seen before, for the same reason; or a guide to be made ready
+
+
+class Deadlines:
+    """Learns from the steps that ended. compiles: kernels and graphs are made when a shape is first used (GPUs)."""
+
+    def __init__(self, *, compiles: bool = False) -> None:
+        self._compiles = compiles
+        self._s_per_token: float | None = None
+        self._decode_s = 0.0  # moving average
+        self._rows = 0  # that decode, as of the last step asked about
+        self._shapes: set[tuple[int, int, int]] = set()  # that have been seen with these kinds
+        self._kinds: set[tuple[bool, ...]] = set()
+
+    def of(self, step: StepInput) -> float:
+        """Seconds from the moment the step is the oldest in flight. Ask once for each step, in order."""
+        new_shape = self._note_shape(step)
+        if step.step == 0:
+            return FIRST_COMPILED_STEP_S if self._compiles else FIRST_STEP_S
+        rate = SLOW_PREFILL_S_PER_TOKEN if self._s_per_token is None else PREFILL_MARGIN * self._s_per_token
+        needed = max(FLOOR_S, DECODE_MARGIN * self._decode_s) + rate * step.num_chunk_tokens
+        guided = any(admit.params.guided for admit in step.admits)
+        return max(needed, NEW_SHAPE_S) if guided or (self._compiles and new_shape) else needed
+
+    def observe(self, step: StepInput, duration_s: float) -> None:
+        """Learn from a step that has ended; the first of an epoch is no measure."""
+        if not step.step:
+            return
+        if tokens := step.num_chunk_tokens:
+            seen = duration_s / tokens
+            self._s_per_token = seen if self._s_per_token is None else 0.9 * self._s_per_token + 0.1 * seen
+        else:
+            self._decode_s = 0.9 * self._decode_s + 0.1 * duration_s
+
+    def restart(self) -> None:
+        """The ranks are new: what they compiled is gone, how fast they are is not."""
+        self._shapes.clear()
+
+    def _note_shape(self, step: StepInput) -> bool:
+        if step.decode is not None:
+            self._rows = len(step.decode) // 4
+        kinds = {_kind(admit.params) for admit in step.admits} - self._kinds
+        if kinds:
+            self._kinds |= kinds
+            self._shapes.clear()
+        shape = (self._rows, len(step.chunks), step.num_chunk_tokens.bit_length())
+        if shape in self._shapes:
+            return False
+        self._shapes.add(shape)
+        return True
+
+
+def _kind(p: RowParams) -> tuple[bool, ...]:
+    """What decides which kernels a row needs."""
+    cuts = (p.top_k > 0, p.top_p < 1.0 or p.min_p > 0.0)
+    return (p.temperature > 0, *cuts, p.needs_history, bool(p.logit_bias), p.min_tokens > 0, p.logprobs >= 0)
