@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from tpqwen.config import Config
+from tpqwen.errors import RankDied
 from tpqwen.parallel.group import TPGroup
 from tpqwen.step import Capacity, RankStats, StepInput, StepOutput
 from tpqwen.worker.worker import Worker
@@ -78,6 +79,9 @@ class ThreadedExecutor:
 
     def ready(self) -> bool:
         return bool(self._pending) and all(f.done() for f in self._pending[0])
+
+    def repair(self, error: RankDied) -> Capacity:
+        raise error
 
     def stats(self) -> list[RankStats]:
         return [w.stats() for w in self.workers]

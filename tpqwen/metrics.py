@@ -30,9 +30,11 @@ STEP = (
     *(0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5),
 )
 LEN = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 40960)
+RECOVERY = (0.01, 0.03, 0.1, 0.3, 0.5, 1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 30, 60, 120, 300, 600)
 STEP_TOKENS = tuple(2**i for i in range(15))
 
 ENGINE_STATES = ("loading", "ready", "degraded", "draining", "dead")
+RECOVERY_STAGES = ("detect", "part", "start", "load", "rejoin", "replay")
 PHASES = ("prefill", "decode", "mixed")
 FINISH_REASONS = ("stop", "length", "tool_calls", "abort", "error")
 BLOCK_STATES = ("used", "cached", "free")
@@ -72,6 +74,14 @@ FAMILIES = (
     Family("requests_rejected_total", "counter", "HTTP requests refused.", ("reason",), values=REJECT_REASONS),
     Family("preemptions_total", "counter", "Sequences put back in the queue for want of KV blocks."),
     Family("engine_restarts_total", "counter", "Recoveries: a rank or the engine core was replaced."),
+    Family(
+        "recovery_seconds",
+        "histogram",
+        "Recoveries under living requests, by stage: detect (at most), part, start, load, rejoin, replay.",
+        ("stage",),
+        RECOVERY,
+        RECOVERY_STAGES,
+    ),
     Family("time_to_first_token_seconds", "histogram", "Arrival of the request to its first token.", buckets=TTFT),
     Family("inter_token_latency_seconds", "histogram", "Time between tokens of a sequence.", buckets=ITL),
     Family(
@@ -221,9 +231,11 @@ class ServerMetrics:
         for state in ENGINE_STATES:
             self._child("engine_state", state).set(state == name)
 
-    def engine_restarted(self) -> None:
-        """A rank or the engine core was replaced under living requests."""
+    def recovered(self, seconds: Mapping[str, float]) -> None:
+        """Ranks or the engine core were replaced under living requests. seconds by stage (RECOVERY_STAGES)."""
         self._child("engine_restarts_total").inc()
+        for stage, took in seconds.items():
+            self._child("recovery_seconds", stage).observe(took)
 
     def capacity(self, capacity: Capacity) -> None:
         """After loading: shape of the KV cache, all blocks free, and seconds per stage."""

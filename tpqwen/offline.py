@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import secrets
+import time
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 
+from tpqwen.budget import REPAIRS, Budget
 from tpqwen.config import Config
 from tpqwen.engine.core import EngineCore
+from tpqwen.errors import RankDied
 from tpqwen.executor.local import LocalExecutor
 from tpqwen.executor.protocol import Executor
 from tpqwen.model.config import ModelConfig, check_parallel
@@ -28,6 +31,7 @@ class OfflineEngine:
         self.executor = self._make_executor()
         self.capacity = self.executor.start()
         self.core = self.new_core()
+        self._repairs = Budget(REPAIRS)
 
     def _make_executor(self) -> Executor:
         if self.config.parallel.tp == 1:
@@ -64,14 +68,25 @@ class OfflineEngine:
             open_ids.add(r.id)
         try:
             while open_ids:
-                deltas = self.core.step().deltas
+                deltas = self._step()
                 open_ids.difference_update(d.id for d in deltas if d.finish_reason)
                 yield deltas
         finally:
             for request_id in open_ids:
                 self.core.abort(request_id)
             while open_ids and self.core.has_work:
-                self.core.step()
+                self._step()
+
+    def _step(self) -> list[Delta]:
+        """One step. Ranks that die under it are replaced, and it takes longer. Raises EngineError."""
+        try:
+            return self.core.step().deltas
+        except RankDied as error:
+            if not self._repairs.take(time.monotonic()):
+                raise
+            capacity = self.executor.repair(error)
+            self.core.restart(getattr(self.executor, "epoch", 0), capacity)
+            return self.core.take_deltas()
 
     def close(self) -> None:
         """Stop the ranks and free their memory. Idempotent."""

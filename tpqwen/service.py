@@ -1,7 +1,7 @@
 """The Ray Serve deployment: wires configuration, ranks, engine process, text and HTTP together. Wiring only.
 
-The replica is the ingress. It holds no GPU; it owns the engine process and the ranks, all in its placement group:
-bundle 0 the replica, bundle 1 the engine, then one bundle per rank.
+The replica is the ingress. It holds no GPU; it owns the engine process and the ranks (`recovery.py` keeps them alive),
+all in its placement group: bundle 0 the replica, bundle 1 the engine, then one bundle per rank.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from typing import Any
 import ray
 import torch
 from ray import serve
-from ray.exceptions import RayError
 from ray.util import get_current_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from starlette.types import ASGIApp
 
 from tpqwen import __version__, logs
@@ -31,11 +29,6 @@ from tpqwen.api.info import ApiSettings, ModelInfo
 from tpqwen.compiler import GrammarService
 from tpqwen.config import Config, api_keys_text, resolve_device
 from tpqwen.engine.client import EngineClient
-from tpqwen.engine.messages import RanksLost
-from tpqwen.engine.process import EngineProcess
-from tpqwen.engine.protocol import EngineState
-from tpqwen.errors import EngineError
-from tpqwen.executor.ray import RankGroup
 from tpqwen.executor.titles import keep_title
 from tpqwen.exporter import Exporter
 from tpqwen.keyfile import find_keys
@@ -47,18 +40,16 @@ from tpqwen.model.qwen3 import Qwen3
 from tpqwen.model.sizing import derive
 from tpqwen.model.weights import check_folder
 from tpqwen.parallel.group import TPGroup
+from tpqwen.recovery import Supervisor
 from tpqwen.step import Capacity
 from tpqwen.text.chat import ChatFormat, GenerationDefaults
 from tpqwen.text.pooling import RerankPrompts
 from tpqwen.text.processes import TextProcesses
 from tpqwen.text.sequences import Limits
 from tpqwen.text.tokenizer import Tokenizer
-from tpqwen.transport.channel import from_plain, open_channel, to_plain
-from tpqwen.transport.ring import RingWriter
 
 CPU_SHARE = 0.1  # of a core, per process, where ranks compute on the CPU: a laptop's cores are shared, not reserved
 RANK_STATS_EVERY_S = 5.0
-CONNECT_TIMEOUT_S = 30.0
 DRAIN_POLL_S = 0.05
 
 _log = logging.getLogger(__name__)
@@ -100,10 +91,8 @@ class Qwen3Server:
         self._config = Config.load(options, {})
         self._folder, self._model = check(self._config)
         self._keys = find_keys(self._config.server.api_keys_file, api_keys_text())
-        self._options = options
         self._metrics = ServerMetrics(self.served_name, str(serve.get_replica_context().rank.rank))
-        self._group: RankGroup | None = None
-        self._engine_actor: Any = None
+        self._supervisor: Supervisor | None = None
         self._client: EngineClient | None = None
         self._exporter: Exporter | None = None
         self._text: TextProcesses | None = None
@@ -123,20 +112,9 @@ class Qwen3Server:
         self._metrics.engine_state("loading")
         text = asyncio.create_task(asyncio.to_thread(self._load_text))
         self._tasks.append(asyncio.create_task(self._grammars.start()))
-        capacity = await asyncio.to_thread(self._start_ranks)
-        address, commands = await asyncio.to_thread(self._start_engine, capacity)
-        found = from_plain(address)
-        assert found is not None
-        reports = open_channel(found, CONNECT_TIMEOUT_S)
-        self._client = EngineClient(
-            commands,
-            reports,
-            capacity,
-            self._config.schedule,
-            self._metrics.observe,
-            queue_timeout_s=self._config.server.queue_timeout,
-        )
-        self._watch(asyncio.get_running_loop())
+        self._supervisor = Supervisor(self._config, self._folder, self._metrics, get_current_placement_group())
+        self._client = await self._supervisor.start()
+        capacity = self._client.capacity
         self._tasks.append(asyncio.create_task(self._read_ranks()))
         self._metrics.capacity(capacity)
         self._metrics.build_info(__version__, ray.__version__, torch.__version__, torch.version.cuda or "")
@@ -195,12 +173,8 @@ class Qwen3Server:
         if self._text is not None:
             self._text.close()
         await self._grammars.close()
-        if self._client is not None:
-            await self._client.close()
-        if self._engine_actor is not None:
-            ray.kill(self._engine_actor, no_restart=True)
-        if self._group is not None:
-            self._group.stop()
+        if self._supervisor is not None:
+            await self._supervisor.stop()
 
     def _settings(self) -> ApiSettings:
         options = self._config.server
@@ -241,59 +215,15 @@ class Qwen3Server:
             _log.info("chat template variant=%s sha256=%s", text.variant, sha256(source.encode()).hexdigest())
         return text
 
-    def _start_ranks(self) -> Capacity:
-        """Load the ranks; the engine's process starts meanwhile."""
-        placement = get_current_placement_group()
-        options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "max_task_retries": 0, "max_concurrency": 4}
-        if placement is not None:
-            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=1)
-        self._group = RankGroup(self._config, self._folder, placement, first_bundle=2)
-        self._engine_actor = ray.remote(EngineProcess).options(**options).remote(self._options)
-        return self._group.load()
-
-    def _start_engine(self, capacity: Capacity) -> tuple[dict[str, Any], RingWriter]:
-        """Connect the engine to the ranks and to this process; returns where its reports are and where to tell it."""
-        group = self._group
-        assert group is not None
-        engine, commands = self._engine_actor, RingWriter(1)
-        try:
-            addresses = ray.get(engine.open.remote(group.nodes(), group.epoch), timeout=CONNECT_TIMEOUT_S)
-            answers = group.connect(addresses)
-            plain = to_plain(commands.address(0))
-            report = ray.get(engine.start.remote(answers, plain, capacity, group.epoch), timeout=2 * CONNECT_TIMEOUT_S)
-        except RayError as error:
-            raise EngineError(f"the engine process did not start: {error}", code="engine_dead", status=503) from error
-        return report, commands
-
-    def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Tell the engine of a dead rank, and every open request of a dead engine."""
-        client, group, engine = self._client, self._group, self._engine_actor
-        assert client is not None
-        assert group is not None
-
-        def rank_died(rank: int, reason: str) -> None:
-            _log.error("rank=%d died reason=%s", rank, reason)
-            loop.call_soon_threadsafe(client.send, RanksLost(reason, rank))
-
-        def engine_died() -> None:
-            try:
-                ray.get(engine.wait.remote())
-            except RayError as error:
-                reason = f"the engine process died: {str(error).strip().splitlines()[0]}"
-                loop.call_soon_threadsafe(client.fail, reason)
-
-        group.watch(rank_died)
-        self._tasks.append(asyncio.create_task(asyncio.to_thread(engine_died)))
-
     async def _read_ranks(self) -> None:
         """Memory and NVML of every rank now and then, far from the steps; and the engine's state for the metrics."""
         assert self._client is not None
-        assert self._group is not None
+        assert self._supervisor is not None
         while True:
-            state: EngineState = self._client.state
-            self._metrics.engine_state(state.name)
-            stats = await asyncio.to_thread(self._group.stats)
-            self._metrics.observe_ranks(stats, self._config.parallel.tp)
+            self._metrics.engine_state(self._client.state.name)
+            if self._supervisor.group is not None:
+                stats = await asyncio.to_thread(self._supervisor.group.stats)
+                self._metrics.observe_ranks(stats, self._config.parallel.tp)
             await asyncio.sleep(RANK_STATS_EVERY_S)
 
     def _info(self, capacity: Capacity, chat: ChatFormat) -> ModelInfo:

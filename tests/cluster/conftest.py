@@ -1,15 +1,13 @@
-"""One private Ray for all cluster tests, on loopback, with room for four ranks whatever the machine has."""
+"""One private Ray for all cluster tests."""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.cluster.private_ray import private_ray
 from tests.tiny import tiny_checkpoint
 
 
@@ -19,23 +17,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("tiny"), num_key_value_heads=2)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ray_cluster() -> Iterator[None]:
-    """Started once; its sockets lie under a short path, since a socket's path must not be longer than 107 bytes."""
-    import ray
-
-    folder = tempfile.mkdtemp(prefix="tpq", dir="/tmp")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            object_store_memory=100 * 1024 * 1024,
-            _temp_dir=folder,
-            _node_ip_address="127.0.0.1",
-        )
-    yield
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+    """Started once for this folder; other folders have clusters of their own."""
+    with private_ray():
+        yield

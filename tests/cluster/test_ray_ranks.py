@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import ray
 
 from tests.cluster.processes import title, until
 from tpqwen.config import Config
@@ -17,7 +19,9 @@ from tpqwen.engine.core import EngineCore
 from tpqwen.errors import ConfigError, EngineError, RankDied
 from tpqwen.executor.local import LocalExecutor
 from tpqwen.executor.protocol import Executor
-from tpqwen.executor.ray import RankGroup, RayExecutor
+from tpqwen.executor.rank_group import RankGroup
+from tpqwen.executor.ray import RayExecutor
+from tpqwen.offline import OfflineEngine
 from tpqwen.request import GenerateRequest, SamplingParams
 
 pytestmark = pytest.mark.ray
@@ -94,8 +98,6 @@ def test_every_degree_gives_the_tokens_of_one_process(ray_cluster, checkpoint, e
 def test_a_killed_rank_ends_the_step_within_a_second_and_is_named(ray_cluster, checkpoint, victim):
     executor = RayExecutor(config_for(checkpoint, 2), checkpoint)
     with started(executor) as core:
-        seen: list[tuple[int, str]] = []
-        executor.ranks.watch(lambda rank, reason: seen.append((rank, reason)))
         core.add(request(0, 5, 200, 0.0))
         core.step()
         os.kill(executor.ranks.pids()[victim], signal.SIGKILL)
@@ -104,10 +106,27 @@ def test_a_killed_rank_ends_the_step_within_a_second_and_is_named(ray_cluster, c
             step_on(core)
         assert caught.value.rank == victim
         assert time.monotonic() - begin < 1.0
-        until(lambda: seen, "Ray's own notice", 5)
-        assert seen[0][0] == victim
+        reason = asyncio.run(asyncio.wait_for(executor.ranks.wait_for_end(victim), 5))
+        assert reason is not None and reason.startswith(f"rank {victim} died")
         core.fail(caught.value)
         assert [d.error_code for d in core.take_deltas()] == ["rank_dead"]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_offline_engine_replaces_a_killed_rank_and_goes_on(ray_cluster, checkpoint, expected, victim):
+    engine = OfflineEngine(config_for(checkpoint, 2))
+    try:
+        tokens: dict[str, list[int]] = {r.id: [] for r in REQUESTS}
+        for number, deltas in enumerate(engine.run(REQUESTS)):
+            for delta in deltas:
+                assert (delta.error, delta.index) == (None, len(tokens[delta.id]))
+                tokens[delta.id] += delta.token_ids
+            if number == 9:
+                os.kill(engine.executor.ranks.pids()[victim], signal.SIGKILL)
+        assert tokens == expected
+        assert engine.executor.epoch == 2
+    finally:
+        engine.close()
 
 
 def step_on(core: EngineCore) -> None:
@@ -133,7 +152,7 @@ def test_a_rank_that_refuses_ends_the_start_at_once_in_its_own_words(ray_cluster
 
 def test_a_rank_that_dies_while_loading_ends_the_start(ray_cluster, checkpoint):
     group = RankGroup(config_for(checkpoint, 2), checkpoint)
-    found = group.pids()
+    found = [pid for _, pid in ray.get([actor.where.remote() for actor in group.actors])]
     os.kill(found[1], signal.SIGKILL)
     with pytest.raises(EngineError, match="rank 1"):
         group.load()

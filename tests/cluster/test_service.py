@@ -31,6 +31,7 @@ OPTIONS = {
     "max_batched_tokens": "256",
 }
 TITLES = ["tpqwen engine", "tpqwen rank 0/2", "tpqwen rank 1/2", "tpqwen replica"]
+REPAIRS = 5  # in ten minutes; then the replica gives up
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
@@ -215,26 +216,65 @@ def test_what_listens_beyond_loopback_is_rays_own_grpc_and_nothing_of_ours(serve
     assert httpx.get(f"{server}/ready", timeout=5).status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("victim", "code", "words"),
-    [("tpqwen rank 1/2", "rank_dead", "rank 1 died"), ("tpqwen engine", "engine_dead", "the engine process")],
-)
-def test_a_killed_process_ends_streams_with_one_error_event_and_serve_replaces_the_replica(server, victim, code, words):
+def pid_of(name: str) -> int | None:
+    return next((pid for pid, found in ours().items() if found == name), None)
+
+
+async def until_running(server: str) -> None:
+    """Until a request runs."""
+    deadline = asyncio.get_running_loop().time() + 20
+    while await asyncio.to_thread(gauge, server, "tpqwen_requests_running") < 1:
+        assert asyncio.get_running_loop().time() < deadline
+
+
+@pytest.mark.parametrize(("victim", "reason"), [("tpqwen rank 1/2", "rank 1 restarting"), ("tpqwen engine", "engine")])
+def test_a_killed_process_is_replaced_and_its_streams_complete(server, victim, reason):
+    payload, replica = body(6, max_tokens=300), pid_of("tpqwen replica")
+    before = gauge(server, "tpqwen_engine_restarts_total")
+
+    async def main() -> tuple[str, str, list[dict[str, Any]]]:
+        seen: list[dict[str, Any]] = []
+        async with httpx.AsyncClient(base_url=server, timeout=60) as client:
+            undisturbed = text_of(await stream(client, payload))
+            task = asyncio.create_task(stream(client, payload))
+            await until_running(server)
+            os.kill(pid_of(victim) or 0, signal.SIGKILL)
+            while not task.done():
+                answer = await client.get("/ready")
+                assert answer.status_code == 200
+                seen.append(answer.json())
+                await asyncio.sleep(0.05)
+            return undisturbed, text_of(await task), seen
+
+    undisturbed, disturbed, seen = asyncio.run(main())
+    assert disturbed == undisturbed
+    assert any(state["status"] == "degraded" and reason in state["reason"] for state in seen)
+    until(lambda: httpx.get(f"{server}/ready", timeout=5).json()["status"] == "ready", "the end of the repair")
+    until(lambda: sorted(ours().values()) == TITLES, "all processes")
+    assert pid_of("tpqwen replica") == replica
+    assert gauge(server, "tpqwen_engine_restarts_total") == before + 1
+    assert gauge(server, "tpqwen_recovery_seconds_count", stage="replay") == before + 1
+
+
+def test_too_many_deaths_end_every_stream_with_one_error_and_serve_replaces_the_replica(server):
     before = ours()
 
     async def main() -> list[Any]:
         async with httpx.AsyncClient(base_url=server, timeout=60) as client:
-            task = asyncio.create_task(stream(client, body(6, max_tokens=500)))
-            until_running = asyncio.get_running_loop().time() + 20
-            while await asyncio.to_thread(gauge, server, "tpqwen_requests_running") < 1:
-                assert asyncio.get_running_loop().time() < until_running
-            os.kill(next(pid for pid, name in before.items() if name == victim), signal.SIGKILL)
-            return await asyncio.wait_for(task, 10)
+            for _ in range(REPAIRS + 1):
+                task = asyncio.create_task(stream(client, body(6, max_tokens=300)))
+                await until_running(server)
+                os.kill(pid_of("tpqwen rank 1/2") or 0, signal.SIGKILL)
+                events = await task
+                if any("error" in event for event in events if event != "[DONE]"):
+                    return events
+            raise AssertionError("no end of repairs")
 
     events = asyncio.run(main())
     errors = [e["error"] for e in events if e != "[DONE]" and "error" in e]
     assert len(errors) == 1
-    assert words in errors[0]["message"] and errors[0]["code"] == code
+    assert "rank 1 died" in errors[0]["message"] and "too often" in errors[0]["message"]
+    assert errors[0]["code"] == "rank_dead"
     until(lambda: not before.keys() & ours().keys(), "the end of the old processes", 90)
     until(lambda: sorted(ours().values()) == TITLES and is_ready(server), "a new replica", 150)
     answer = httpx.post(f"{server}/v1/completions", json=body(1, stream=False), timeout=60)

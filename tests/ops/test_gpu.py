@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pynvml
 import pytest
 
-from tpqwen.gpu import Gpu, count_gpus
+from tpqwen.gpu import Gpu, await_exit, count_gpus
 
 
 def refuse(*args):
@@ -75,3 +75,17 @@ def test_without_a_driver_there_is_silence(monkeypatch, capfd):
     gpu = Gpu()
     assert (gpu.readings(), gpu.throttle_reasons(), gpu.name, gpu.uuid, count_gpus()) == ({}, (), "", "", 0)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("driver")
+def test_a_successor_waits_until_the_driver_no_longer_lists_its_predecessor(monkeypatch):
+    lists = [[7, 8], [7], [8], []]
+    name = "nvmlDeviceGetComputeRunningProcesses"
+    monkeypatch.setattr(pynvml, name, lambda handle: [SimpleNamespace(pid=pid) for pid in lists.pop(0)], raising=False)
+    assert await_exit(7, "abc", 5.0)
+    assert lists == [[]]
+    monkeypatch.setattr(pynvml, name, lambda handle: [SimpleNamespace(pid=7)], raising=False)
+    assert not await_exit(7, "abc", 0.1)
+    assert await_exit(9, "abc", 0.1)
+    monkeypatch.setattr(pynvml, name, refuse, raising=False)
+    assert await_exit(7, "abc", 0.1)

@@ -18,7 +18,7 @@ OPERATIONS_PAGE = """
     requests_running requests_waiting kv_cache_usage_ratio kv_cache_blocks kv_cache_config_info build_info
     engine_state model_load_seconds prompt_tokens_total generation_tokens_total prefix_cache_queried_tokens_total
     prefix_cache_hit_tokens_total requests_finished_total requests_rejected_total preemptions_total
-    engine_restarts_total time_to_first_token_seconds inter_token_latency_seconds
+    engine_restarts_total recovery_seconds time_to_first_token_seconds inter_token_latency_seconds
     request_time_per_output_token_seconds e2e_request_latency_seconds request_decode_time_seconds
     request_queue_time_seconds request_prefill_time_seconds request_prompt_tokens request_generation_tokens
     step_duration_seconds step_tokens tp_step_skew_seconds tp_rank_up tp_rank_busy_seconds_total http_requests_total
@@ -195,7 +195,7 @@ def test_capacity_build_and_state_are_exported():
     metrics.capacity(Capacity(**sizes, kv_dtype="float32", load_seconds={"weights": 1.5}))
     metrics.build_info("0.1.0", "2.60.0", "2.13.0", "")
     metrics.engine_state("ready")
-    metrics.engine_restarted()
+    metrics.recovered({"detect": 0.02, "load": 1.25})
     assert value(metrics, "kv_cache_config_info", block_size="16", num_blocks="64", dtype="float32") == 1
     assert value(metrics, "kv_cache_blocks", state="free") == 64
     assert value(metrics, "model_load_seconds", stage="weights") == 1.5
@@ -203,6 +203,8 @@ def test_capacity_build_and_state_are_exported():
     assert value(metrics, "engine_state", state="ready") == 1
     assert value(metrics, "engine_state", state="loading") == 0
     assert value(metrics, "engine_restarts_total") == 1
+    assert value(metrics, "recovery_seconds_sum", stage="load") == 1.25
+    assert value(metrics, "recovery_seconds_count", stage="replay") == 0
 
 
 def test_vllm_aliases_show_the_same_numbers_under_vllms_labels():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tpqwen.config import Config
+from tpqwen.errors import RankDied
 from tpqwen.parallel.group import TPGroup
 from tpqwen.step import Capacity, RankStats, StepInput, StepOutput
 from tpqwen.worker.worker import Worker
@@ -32,6 +33,10 @@ class LocalExecutor:
     def ready(self) -> bool:
         """Whether the oldest step is done."""
         return self._worker.ready()
+
+    def repair(self, error: RankDied) -> Capacity:
+        """The only rank is this process."""
+        raise error
 
     def stats(self) -> list[RankStats]:
         """The one rank's slow numbers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from tpqwen.errors import RankDied
 from tpqwen.step import Capacity, RankStats, StepInput, StepOutput
 
 
@@ -22,11 +23,17 @@ class Executor(Protocol):
         """Queue one step on every rank. Raises RankDied."""
 
     def collect(self, timeout_s: float) -> StepOutput:
-        """The oldest step's output. Raises RankDied when a rank is dead or the deadline passes, EngineError when a
-        rank reports an error of its own."""
+        """The oldest step's output. Raises RankDied when a rank is dead, reports an error of its own or the deadline
+        passes."""
 
     def ready(self) -> bool:
         """Whether collect would return at once."""
+
+    def repair(self, error: RankDied) -> Capacity:
+        """Replace the ranks that this error is about; the next step is the first of a new epoch.
+
+        Raises the error where ranks cannot be replaced from here, EngineError or ConfigError when it does not succeed.
+        """
 
     def stats(self) -> list[RankStats]:
         """Slow numbers of every rank that answers in time; never blocks a step."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import select
 import time
+from collections import deque
 from collections.abc import Mapping
 
-from tpqwen.errors import EngineError, RankDied
+from tpqwen.errors import RankDied
 from tpqwen.executor.wiring import Links
 from tpqwen.step import Capacity, RankStats, StepInput, StepOutput, decode_output, encode
 
 SEND_TIMEOUT_S = 10.0
 LOOK_S = 0.05  # how long to wait for rank 0 before looking at the others
+RECEIPT_S = 3.0  # for a rank to take the oldest step, which it does before it computes anything
 GRACE_S = 0.3  # a dead rank breaks its neighbours' collectives; their complaints may arrive before its death shows
 
 
@@ -54,6 +56,7 @@ class RingExecutor:
         self._capacity = capacity
         self._links = links
         self._epoch = epoch
+        self._marks: deque[int] = deque()  # of the steps in flight: what a rank has to have taken
         self._watch = ProcessWatch(links.processes())
 
     def start(self) -> Capacity:
@@ -67,27 +70,36 @@ class RingExecutor:
         try:
             for sender in self._links.senders:
                 sender.send(data, SEND_TIMEOUT_S)
+            self._marks.append(self._links.written())
         except (TimeoutError, ConnectionError) as error:
             self._raise_if_dead()
             raise RankDied(f"a rank no longer takes steps: {error}") from None
 
     def collect(self, timeout_s: float) -> StepOutput:
-        """Rank 0's next output. Raises RankDied when a rank has ended or at the deadline, EngineError if one failed."""
-        deadline = time.monotonic() + timeout_s
+        """Rank 0's next output. Raises RankDied when a rank has ended, failed, not taken the step or not in time."""
+        begin = time.monotonic()
         while True:
-            left = deadline - time.monotonic()
-            output = self._hear(0, max(0.0, min(LOOK_S, left)))
+            waited = time.monotonic() - begin
+            output = self._hear(0, max(0.0, min(LOOK_S, timeout_s - waited)))
             if output is not None:
+                self._marks.popleft()
                 return output
             self._raise_if_dead()
             for rank in range(1, len(self._links.receivers)):
                 self._hear(rank, 0.0)
-            if left <= 0:
-                self._give_up(timeout_s)
+            if waited >= min(timeout_s, RECEIPT_S):
+                self._look_for_silence(waited)
+            if waited >= timeout_s:
+                text = f"no answer within {timeout_s:.0f} s: all ranks took the step, so a collective hangs"
+                raise RankDied(text)
 
     def ready(self) -> bool:
         """Whether rank 0 has answered."""
         return self._links.receivers[0].poll()
+
+    def repair(self, error: RankDied) -> Capacity:
+        """The ranks have another owner, whom the engine asks."""
+        raise error
 
     def stats(self) -> list[RankStats]:
         """Asked of the ranks' actors by their owner, not through here."""
@@ -99,7 +111,7 @@ class RingExecutor:
         self._watch.close()
 
     def _hear(self, rank: int, timeout_s: float) -> StepOutput | None:
-        """The rank's next output of this epoch. Raises what it reports, or RankDied when it has gone."""
+        """The rank's next output of this epoch. Raises RankDied when it has failed or gone."""
         try:
             data = self._links.receivers[rank].recv(timeout_s)
         except ConnectionError as error:
@@ -112,7 +124,7 @@ class RingExecutor:
             return None
         if output.error:
             self._await_death(rank)
-            raise EngineError(f"rank {rank} failed: {output.error}", code="rank_dead", status=503)
+            raise RankDied(f"rank {rank} failed: {output.error}", rank=rank)
         return output
 
     def _raise_if_dead(self) -> None:
@@ -137,10 +149,7 @@ class RingExecutor:
                 self._raise_if_dead()
             time.sleep(0.01)
 
-    def _give_up(self, timeout_s: float) -> None:
-        silent = self._links.silent()
-        if silent:
+    def _look_for_silence(self, waited_s: float) -> None:
+        if silent := self._links.silent(self._marks[0]):
             which = ", ".join(map(str, silent))
-            message = f"no answer within {timeout_s:.0f} s: rank {which} did not take the step"
-            raise RankDied(message, rank=silent[0])
-        raise RankDied(f"no answer within {timeout_s:.0f} s: all ranks took the step, so a collective hangs")
+            raise RankDied(f"no answer within {waited_s:.0f} s: rank {which} did not take the step", rank=silent[0])

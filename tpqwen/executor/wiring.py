@@ -39,9 +39,16 @@ class Links:
         """Rank -> process id, for the ranks of this node."""
         return {} if self.ring is None else dict(zip(self.local, self.ring.attached(), strict=True))
 
-    def silent(self) -> list[int]:
-        """The ranks of this node that have not taken every step sent to them."""
-        return [] if self.ring is None else [r for r, n in zip(self.local, self.ring.unread(), strict=True) if n]
+    def written(self) -> int:
+        """A mark behind what has been sent to the ranks of this node so far."""
+        return 0 if self.ring is None else self.ring.written
+
+    def silent(self, mark: int) -> list[int]:
+        """The ranks of this node that have not taken everything that was sent before the mark."""
+        if self.ring is None:
+            return []
+        behind = self.ring.written - mark
+        return [r for r, n in zip(self.local, self.ring.unread(), strict=True) if n > behind]
 
     def close(self) -> None:
         """End all channels; the ranks' loops end. Idempotent."""

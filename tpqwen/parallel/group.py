@@ -10,14 +10,17 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore, Store, _abort_process_group
 
 # torch 2.13 renames the operation and warns about the old name, which is the only one that 2.11 has.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class TPGroup:
-    """Rank `rank` of `size`. process_group is None exactly when size is 1."""
+    """Rank `rank` of `size`. process_group is None for a group of one, and while a rank is between two groups.
+
+    Layers hold this object for good; leaving and joining again only changes whom it talks to.
+    """
 
     def __init__(self, rank: int, size: int, process_group: dist.ProcessGroup | None) -> None:
         self.rank = rank
@@ -31,43 +34,63 @@ class TPGroup:
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, in place; returns x."""
-        if self._group is not None:
-            dist.all_reduce(x, group=self._group)
+        if self.size > 1:
+            dist.all_reduce(x, group=self._joined())
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's x stacked in rank order: [size, *x.shape]."""
-        if self._group is None:
+        if self.size == 1:
             return x[None]
         out = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
-        _gather(out.view(-1), x.contiguous().view(-1), group=self._group)
+        _gather(out.view(-1), x.contiguous().view(-1), group=self._joined())
         return out
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        if self._group is not None:
-            dist.barrier(group=self._group)
+        if self.size > 1:
+            dist.barrier(group=self._joined())
+
+    def join(self, store: Store, epoch: int, device_type: str, timeout_s: float) -> None:
+        """Meet the other ranks of this epoch through the owner's store. Raises torch.distributed's errors on time-out.
+
+        The epoch prefixes every key, so a rank left over from an earlier group cannot join. A group of one is
+        joined already.
+        """
+        if self.size == 1:
+            return
+        dist.init_process_group(
+            "nccl" if device_type == "cuda" else "gloo",
+            store=PrefixStore(f"epoch-{epoch}", store),
+            rank=self.rank,
+            world_size=self.size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=torch.device("cuda:0") if device_type == "cuda" else None,
+        )
+        self._group = dist.group.WORLD
 
     def leave(self) -> None:
-        """End this process's membership. Idempotent."""
+        """End this process's membership, in agreement with the others. Idempotent."""
         if self._group is not None:
             dist.destroy_process_group()
             self._group = None
 
+    def abort(self) -> None:
+        """End this process's membership whatever the others do: NCCL's kernels are released, gloo's peers see the
+        connection close. No thread of this process may be in a gloo collective. Idempotent."""
+        if self._group is not None and dist.get_backend(self._group) == "nccl":
+            _abort_process_group()
+            self._group = None
+        self.leave()
+
+    def _joined(self) -> dist.ProcessGroup:
+        if self._group is None:
+            raise RuntimeError(f"rank {self.rank} of {self.size} is in no group")
+        return self._group
+
 
 def join_group(rank: int, size: int, store: Store, epoch: int, device_type: str, timeout_s: float) -> TPGroup:
-    """Meet the other ranks of this epoch through the caller's store. Raises torch.distributed's errors on time-out.
-
-    The epoch prefixes every key, so a rank left over from an earlier group cannot join.
-    """
-    if size == 1:
-        return TPGroup.single()
-    dist.init_process_group(
-        "nccl" if device_type == "cuda" else "gloo",
-        store=PrefixStore(f"epoch-{epoch}", store),
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=timeout_s),
-        device_id=torch.device("cuda:0") if device_type == "cuda" else None,
-    )
-    return TPGroup(rank, size, dist.group.WORLD)
+    """A new member of the group of this epoch. See TPGroup.join."""
+    group = TPGroup(rank, size, None)
+    group.join(store, epoch, device_type, timeout_s)
+    return group

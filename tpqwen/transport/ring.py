@@ -173,6 +173,11 @@ class RingWriter:
                 raise
             self._append(part)
 
+    @property
+    def written(self) -> int:
+        """Bytes ever sent, lengths included."""
+        return self._head
+
     def unread(self) -> tuple[int, ...]:
         """Bytes that each reader has not taken yet: 0 is a receipt for everything sent."""
         return tuple(self._head - self._memory.load(_READERS + _LINE * i) for i in range(self._readers))

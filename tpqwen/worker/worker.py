@@ -103,13 +103,8 @@ class Worker:
             self._folder, self._model_config.vocab_size, head.first_id, head.num_local, self._device
         )
         self.runner.edits.guides = self._guides
-        sizes, cuda = self.sizes, self._device.type == "cuda"
-        self.graphs = DecodeGraphs(self.runner, sizes.max_num_seqs, enabled=cuda)
-        self.mixed = MixedGraphs(self.runner, self.graphs, sizes.max_num_seqs, sizes.block_size, enabled=cuda)
         self._stager = Stager(self._device, COPIES * (self._config.schedule.depth + 2))
-        self._rows: tuple[int, ...] = ()
-        self._kind = SampleKind()
-        self._turn = int(self.runner.state.tensors.turn)  # passes begun, as on the device
+        self.rejoined()
         return loaded.capacity
 
     def read_vocabulary(self) -> None:
@@ -183,15 +178,41 @@ class Worker:
             throttle_reasons=self._gpu.throttle_reasons() if self._gpu else (),
         )
 
-    def close(self) -> None:
-        """Drop graphs before the communicator they hold, then leave the group."""
+    def leave(self) -> None:
+        """Forget all sequences and leave the group, whatever its other members do; the weights stay. No step may be
+        submitted or collected meanwhile, and the next comes after `rejoined`."""
         self._pending.clear()
-        if hasattr(self, "graphs"):
-            del self.mixed, self.graphs, self.runner
+        self._drop_graphs()
+        self._group.abort()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()  # what the aborted collectives held up runs out, into blocks nobody knows any more
+
+    @torch.inference_mode()
+    def rejoined(self) -> None:
+        """The group is there, for the first time or again: no slot is taken, and graphs are captured when needed."""
+        self._rows: tuple[int, ...] = ()
+        self._kind = SampleKind()
+        self._turn = int(self.runner.state.tensors.turn)  # passes begun, as on the device
+        sizes, cuda = self.sizes, self._device.type == "cuda"
+        self.graphs = DecodeGraphs(self.runner, sizes.max_num_seqs, enabled=cuda)
+        self.mixed = MixedGraphs(self.runner, self.graphs, sizes.max_num_seqs, sizes.block_size, enabled=cuda)
+
+    def close(self) -> None:
+        """Leave the group together with the others and free the device."""
+        self._pending.clear()
+        self._drop_graphs()
+        if hasattr(self, "runner"):
+            del self.runner
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         self._group.leave()
+
+    def _drop_graphs(self) -> None:
+        """Before the communicator that they hold goes: destroying it would wait for them."""
+        if hasattr(self, "graphs"):
+            del self.mixed, self.graphs
+        gc.collect()
 
     def _run(self, step: StepInput, sampled_slots: tuple[int, ...]) -> Run:
         """Launch the pass; params (host copies) go along only where they are needed."""

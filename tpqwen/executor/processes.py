@@ -1,0 +1,53 @@
+"""Processes of this node by their number: whether one is gone or stopped, and ending it.
+
+Without /proc (not Linux) a process that is not gone counts as running.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
+LOOK_S = 0.01
+
+
+def state_of(pid: int) -> str:
+    """The kernel's letter for it (R, S, D, T, Z, ...), empty when there is no such process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return "" if Path("/proc").is_dir() or not _exists(pid) else "S"
+    return text.rpartition(")")[2].split()[0]
+
+
+def is_gone(pid: int) -> bool:
+    """Whether it has ended. What it held is free by then, GPU memory included: the kernel closes files first."""
+    return state_of(pid) in ("", "Z", "X")
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a signal has stopped it: it keeps its memory and its connections, and answers nobody."""
+    return state_of(pid) == "T"
+
+
+def kill(pid: int, timeout_s: float = 5.0) -> bool:
+    """End it by SIGKILL, which a stopped process obeys too, and wait. False when it is still there after timeout_s."""
+    deadline = time.monotonic() + timeout_s
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    while not is_gone(pid):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(LOOK_S)
+    return True
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
