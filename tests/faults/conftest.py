@@ -1,0 +1,44 @@
+"""A Ray cluster of its own whose processes read fault plans, and a supervised engine on it for each module.
+
+TPQWEN_FAULTS_DEVICE=cuda runs the same on GPUs. Ranks may share one where NCCL lets them and Ray leaves
+CUDA_VISIBLE_DEVICES alone (RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES=1).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.private_ray import private_ray
+from tests.faults.served import Faults, Served
+
+DEVICE = os.environ.get("TPQWEN_FAULTS_DEVICE", "cpu")
+INJECTION = Path(__file__).with_name("injection")
+
+
+@pytest.fixture(scope="package")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
+    """Ray workers inherit the environment of the cluster's start, so one folder serves all plans."""
+    folder = tmp_path_factory.mktemp("faults")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TPQWEN_FAULTS", str(folder))
+        patch.setenv("PYTHONPATH", f"{INJECTION}{os.pathsep}{os.environ['PYTHONPATH']}")
+        with private_ray(num_gpus=4 if DEVICE == "cuda" else None):
+            yield Faults(folder)
+
+
+@pytest.fixture(scope="module")
+def served(faults: Faults) -> Iterator[Served]:
+    """tp=2 on the embedded model."""
+    with Served(faults, tp=2, device=DEVICE) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def served_by_four(faults: Faults) -> Iterator[Served]:
+    """tp=4 on the embedded model."""
+    with Served(faults, tp=4, device=DEVICE) as found:
+        yield found

@@ -1,0 +1,146 @@
+"""Any process may die in mid stream and nobody's answer is lost: fp32, equal token for token to an undisturbed run.
+
+A part of the matrix runs with every `make test`; all of it is slow, and what it found is in docs/reliability.md.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+
+import pytest
+
+from tests.faults.served import Served
+from tpqwen.budget import Budget
+from tpqwen.config import EMBEDDED_MODEL
+
+pytestmark = pytest.mark.ray
+
+QUICK = [
+    [("rank 1", "decode", 9, "kill")],
+    [("rank 0", "decode", 20, "stop")],
+    [("engine", "step", 15, "kill")],
+    [("rank 1", "prefill", 2, "raise"), ("rank 0", "rejoin", 1, "kill")],
+]
+RANK_FAULTS = [
+    ("prefill", 1, "kill"),
+    ("prefill", 2, "kill"),
+    ("decode", 1, "kill"),
+    ("decode", 2, "kill"),
+    ("decode", 20, "kill"),
+    ("decode", 38, "kill"),
+    ("prefill", 2, "stop"),
+    ("decode", 10, "stop"),
+    ("prefill", 2, "raise"),
+    ("decode", 10, "raise"),
+    ("decode", 12, "hang"),
+]
+ENGINE_FAULTS = [(1, "kill"), (2, "kill"), (6, "kill"), (40, "kill"), (12, "stop"), (12, "raise"), (1, "raise")]
+BEGIN = ("rank 1", "decode", 8, "kill")
+WHOLE = [
+    *([(rank, *fault)] for rank in ("rank 0", "rank 1") for fault in RANK_FAULTS),
+    *([("rank 0", *fault), ("rank 1", *fault)] for fault in RANK_FAULTS if fault[0] == "decode"),
+    *([("engine", "step", *fault)] for fault in ENGINE_FAULTS),
+    # during the repair: the successor as it loads or joins, the survivor as it leaves or joins, the new engine
+    *([BEGIN, (rank, "rejoin", 1, how)] for rank in ("rank 0", "rank 1") for how in ("kill", "stop", "raise")),
+    *([BEGIN, ("rank 1", "load", 1, how)] for how in ("kill", "stop", "raise")),
+    *([BEGIN, ("rank 0", "leave", 1, how)] for how in ("kill", "stop", "raise", "hang")),
+    [BEGIN, ("rank 1", "load", 1, "kill"), ("rank 0", "rejoin", 1, "kill")],
+    [("engine", "step", 4, "kill"), ("engine", "step", 4, "kill")],
+    [("engine", "step", 20, "kill"), ("rank 0", "leave", 1, "kill")],
+    [("engine", "step", 20, "kill"), ("rank 1", "rejoin", 1, "kill")],
+    [("engine", "step", 20, "kill"), ("rank 0", "decode", 12, "kill"), ("rank 1", "decode", 12, "kill")],
+]
+
+
+def named(kills):
+    return "+".join("-".join(map(str, kill)) for kill in kills)
+
+
+@pytest.mark.parametrize("kills", QUICK, ids=named)
+def test_no_answer_is_lost(served, kills):
+    found = served.survive(*kills)
+    assert any(s.resumed for s in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", WHOLE, ids=named)
+def test_no_answer_is_lost_in_the_whole_matrix(served, kills):
+    served.survive(*kills)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["rank 0", "rank 2", "rank 3"])
+@pytest.mark.parametrize("fault", [("prefill", 2, "kill"), ("decode", 20, "kill"), ("decode", 10, "stop")], ids=str)
+def test_no_answer_is_lost_with_four_ranks(served_by_four, rank, fault):
+    served_by_four.survive((rank, *fault))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["kill", "raise", "stop"])
+def test_a_start_whose_rank_dies_while_loading_is_tried_again(faults, served, how):
+    expected = served.expected()
+    faults.plan(("rank 1", "load", 1, how))
+    with Served(faults, tp=2) as other:
+        assert not faults.pending
+        for mine, theirs in zip(other.streams(other.requests()), expected, strict=True):
+            mine.assert_equals(theirs)
+
+
+def test_a_request_in_three_crashes_ends_in_words_and_its_neighbours_finish(served):
+    expected = served.expected()
+    served.faults.plan(*[("rank 1", "prefill", 1, "raise")] * 3)
+    requests = served.requests(3)
+    found = served.streams(requests)
+    assert not served.faults.pending
+    served.faults.plan()
+    assert [s.error_code for s in found] == ["crash_budget", None, None]
+    assert "3 crashes" in (found[0].error or "")
+    for mine, theirs in zip(found[1:], expected[1:], strict=False):
+        mine.assert_equals(theirs)
+    served.run(served.until_idle())
+
+
+def test_when_repair_fails_every_stream_ends_with_the_cause_and_the_replica_is_unhealthy(faults, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(EMBEDDED_MODEL, folder)
+    with Served(faults, tp=2, model=str(folder)) as other:
+        (folder / "model.safetensors").write_bytes(b"no weights")
+        faults.plan(("rank 1", "decode", 8, "kill"))
+        streams = other.streams(other.requests(6, max_tokens=300))
+        for seen in streams:
+            assert seen.error_code == "rank_dead"
+            assert "rank 1 died" in (seen.error or "") and "cannot be repaired" in (seen.error or "")
+        assert max(s.times[-1] for s in streams) - min(s.times[-1] for s in streams) < 0.5
+        assert other.client.state.name == other.hooks.states[-1] == "dead"
+        assert other.client.num_open == 0
+
+
+@pytest.mark.slow
+def test_an_engine_that_lives_and_says_nothing_is_replaced(faults):
+    with Served(faults, tp=2, silence_s=5.0) as other:
+        other.survive(("engine", "step", 12, "hang"))
+
+
+@pytest.mark.slow
+def test_too_many_repairs_are_the_end(faults):
+    with Served(faults, tp=2, budgets={"repairs": Budget(2)}) as other:
+        faults.plan(*[("rank 1", "decode", 5, "kill")] * 3)
+        begin = time.monotonic()
+        for seen in other.streams(other.requests(6, max_tokens=300)):
+            assert seen.error_code == "rank_dead" and "too often" in (seen.error or "")
+        assert other.client.state.name == "dead"
+        assert time.monotonic() - begin < 60
+
+
+def test_a_budget_counts_within_its_window():
+    budget = Budget(2, window_s=10)
+    assert [budget.take(now) for now in (0, 1, 2, 9.9, 10.5, 10.6, 11.5)] == [
+        True,
+        True,
+        False,
+        False,
+        True,
+        False,
+        True,
+    ]

@@ -1,0 +1,136 @@
+"""Minutes of mixed load with random kills and clients that leave: every request accounted for, nothing grows.
+
+TPQWEN_SOAK_S is how long (300 s by default; 2700 is the long form).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from tests.faults.served import Served, Stream
+from tpqwen.errors import RequestError
+from tpqwen.executor import processes
+from tpqwen.request import FinishReason, GenerateRequest
+
+SECONDS = float(os.environ.get("TPQWEN_SOAK_S", "300"))
+CLIENTS = 8
+KILL_EVERY_S = (8.0, 20.0)
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(SECONDS + 300)]
+
+
+def numbers(served: Served) -> dict[str, float]:
+    """What must not grow: of this process (the replica's side), the engine and the ranks."""
+    group = served.supervisor.group
+    assert group is not None
+    pids = {"replica": os.getpid(), "engine": served.supervisor.engine_pid}
+    pids |= {f"rank {rank}": pid for rank, pid in enumerate(group.pids())}
+    found: dict[str, float] = {"threads of replica": threading.active_count()}
+    found["tasks of replica"] = len(asyncio.all_tasks())
+    for name, pid in pids.items():
+        found[f"files of {name}"] = len(os.listdir(f"/proc/{pid}/fd"))
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        found[f"MiB of {name}"] = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return found
+
+
+class Load:
+    """Clients that ask, check and leave; and somebody who kills."""
+
+    def __init__(self, served: Served, seed: int) -> None:
+        self._served = served
+        self._random = random.Random(seed)
+        self._expected = served.expected()
+        self.ends: Counter[str] = Counter()
+        self.kills: Counter[str] = Counter()
+        self.gaps: list[float] = []
+        self._until = 0.0
+
+    async def run(self, seconds: float) -> None:
+        self._until = time.monotonic() + seconds
+        await asyncio.gather(self._kill(), *(self._client(i) for i in range(CLIENTS)))
+        await self._served.until_idle()
+
+    async def _client(self, number: int) -> None:
+        while time.monotonic() < self._until:
+            kind = self._random.randrange(len(self._expected))
+            request = self._served.requests()[kind]
+            dice = self._random.random()
+            if dice < 0.05:
+                await self._leave(request)
+            elif dice < 0.08:
+                await self._ask_too_much(request)
+            else:
+                self._check(kind, await self._served.stream(request))
+
+    async def _leave(self, request: GenerateRequest) -> None:
+        async with aclosing(self._served.client.generate(request)) as deltas:
+            async for _ in deltas:
+                break
+        self.ends["left"] += 1
+
+    async def _ask_too_much(self, request: GenerateRequest) -> None:
+        with pytest.raises(RequestError):
+            await self._served.stream(msgspec.structs.replace(request, prompt_ids=[5] * 600))
+        self.ends["refused"] += 1
+
+    def _check(self, kind: int, seen: Stream) -> None:
+        """Equal to the undisturbed run, or ended in words after three crashes."""
+        if seen.finish_reason is FinishReason.ERROR:
+            assert seen.error_code == "crash_budget", seen.error
+            assert seen.tokens == self._expected[kind].tokens[: len(seen.tokens)]
+            self.ends["crash budget"] += 1
+            return
+        seen.assert_equals(self._expected[kind])
+        self.ends["resumed and equal" if seen.resumed else "equal"] += 1
+        self.gaps.append(seen.longest_gap_s)
+
+    async def _kill(self) -> None:
+        while True:
+            await asyncio.sleep(self._random.uniform(*KILL_EVERY_S))
+            if time.monotonic() > self._until:
+                return
+            group = self._served.supervisor.group
+            assert group is not None
+            victims: dict[str, int] = {f"rank {rank}": pid for rank, pid in enumerate(group.pids())}
+            victims["engine"] = self._served.supervisor.engine_pid
+            name = self._random.choice(sorted(victims))
+            how = self._random.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP])
+            if victims[name] and not processes.is_gone(victims[name]):
+                os.kill(victims[name], how)
+                self.kills[f"{name} {how.name}"] += 1
+
+
+def test_minutes_of_load_and_kills_lose_nothing_and_leave_nothing(served: Served, capsys: Any) -> None:
+    load = Load(served, seed=4)
+    served.run(load.run(20), timeout_s=120)  # what grows at first: pools, caches, a first repair
+    begin = served.run(later(served))
+    served.run(load.run(SECONDS), timeout_s=SECONDS + 120)
+    end = served.run(later(served))
+    with capsys.disabled():
+        print(f"\nends {dict(load.ends)}\nkills {dict(load.kills)}, recoveries {len(served.hooks.recoveries)}")
+        print(f"longest silence of a stream {max(load.gaps):.2f} s")
+        for name in begin:
+            print(f"{name}: {begin[name]:.0f} -> {end[name]:.0f}")
+    assert load.ends["resumed and equal"] > 0
+    for name in begin:
+        allowed = 30 + SECONDS / 60 if name.startswith("MiB") else 3
+        assert end[name] <= begin[name] + allowed, name
+
+
+async def later(served: Served) -> dict[str, Any]:
+    """The numbers once everything is quiet."""
+    await served.until_idle()
+    await asyncio.sleep(1.0)
+    return numbers(served)
