@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import time
 from typing import Protocol
@@ -11,6 +13,7 @@ from tpqwen.transport.channel import Receiver, Sender
 
 SEND_TIMEOUT_S = 30.0
 IDLE_S = 0.5
+PR_SET_TIMERSLACK = 29  # prctl(2)
 PAUSE_S = 20e-6  # between looks at a device that is still computing
 
 _log = logging.getLogger(__name__)
@@ -32,6 +35,7 @@ def serve_steps(worker: StepWorker, inbox: Receiver, outbox: Sender, *, epoch: i
     A failure of the worker is told as StepOutput.error and ends the loop: this rank's state can no longer be trusted.
     Steps of another epoch are refused silently; whoever sends them belongs to a group that is gone.
     """
+    _sleep_precisely()
     in_flight = 0
     try:
         while True:
@@ -57,6 +61,12 @@ def serve_steps(worker: StepWorker, inbox: Receiver, outbox: Sender, *, epoch: i
         _tell(outbox, epoch, f"{type(error).__name__}: {error}")
     finally:
         outbox.close()
+
+
+def _sleep_precisely() -> None:
+    """Linux rounds this thread's sleeps up by 50 us unless told otherwise: more than two of our pauses."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
 
 
 def _tell(outbox: Sender, epoch: int, text: str) -> None:

@@ -5,6 +5,7 @@ Everything it holds can be rebuilt: weights, KV blocks, the last tokens. Weights
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import threading
@@ -146,6 +147,9 @@ class RankProcess:
         self._group.join(store, meeting.epoch, device, meeting.timeout_s)
 
     def _serve(self, target: Any) -> None:
+        gc.collect()
+        gc.freeze()  # weights, kernels and graphs stay; looking for garbage among them would pause steps
+        gc.disable()
         self._steps = threading.Thread(target=target, name="steps", daemon=True)
         self._steps.start()
 
