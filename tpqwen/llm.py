@@ -81,7 +81,8 @@ class _Open:
         out.reasoning += added.reasoning
         out.token_ids += added.token_ids
         if delta.logprobs is not None:
-            out.logprobs = (out.logprobs or []) + delta.logprobs[: len(added.token_ids)]
+            scores = [s for s in delta.logprobs[: len(added.token_ids)] if s is not None]
+            out.logprobs = (out.logprobs or []) + scores
         out.prompt_logprobs = out.prompt_logprobs or delta.prompt_logprobs
         out.cached_tokens = delta.cached_tokens if delta.cached_tokens is not None else out.cached_tokens
         out.finish_reason = added.finish_reason

@@ -154,7 +154,7 @@ class Delta(msgspec.Struct, kw_only=True):
     id: str
     index: int
     token_ids: list[int]
-    logprobs: list[TokenLogprob] | None = None
+    logprobs: list[TokenLogprob | None] | None = None  # None for a token that was not sampled (ThinkingBudget.closing)
     finish_reason: FinishReason | None = None
     stop_id: int | None = None  # the token that ended it, when a token did
     error: str | None = None

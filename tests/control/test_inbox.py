@@ -35,8 +35,27 @@ def test_a_late_reader_gets_all_at_once_with_what_first_and_last_delta_say() -> 
         got = await box.get(pause_s=60)
         assert (got.index, got.token_ids, got.cached_tokens, got.queue_s) == (0, [1, 2, 3, 4], 3, 0.5)
         assert (got.finish_reason, got.stop_id, got.resumed) == (FinishReason.STOP, 4, 1)
-        assert got.logprobs == [score(-1), score(-2)]
+        assert got.logprobs == [score(-1), score(-2), None, None]
         assert box.unread == 0
+
+    run(main)
+
+
+def test_scores_stay_with_their_tokens_when_closing_tokens_that_nobody_scored_come_between() -> None:
+    async def main() -> None:
+        box = Inbox()
+        box.put_nowait(delta(0, 1, logprobs=[score(-1)]))
+        box.put_nowait(delta(1, 2, 3))  # as at the end of a thinking budget: in the same report as the token before
+        box.put_nowait(delta(3, 4, logprobs=[score(-4)]))
+        got = await box.get()
+        assert got.token_ids == [1, 2, 3, 4]
+        assert got.logprobs == [score(-1), None, None, score(-4)]
+        box.put_nowait(delta(4, 5))
+        box.put_nowait(delta(5, 6, logprobs=[score(-6)]))
+        assert (await box.get()).logprobs == [None, score(-6)]
+        box.put_nowait(delta(6, 7))
+        box.put_nowait(delta(7, 8))
+        assert (await box.get()).logprobs is None
 
     run(main)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from tpqwen.request import Delta
+from tpqwen.request import Delta, TokenLogprob
 
 
 class Inbox:
@@ -76,8 +76,13 @@ class Inbox:
 
 def _append(delta: Delta, later: Delta) -> None:
     """What only the first delta of a request carries stays; how it ends comes from the later one."""
+    if delta.logprobs is not None or later.logprobs is not None:
+        delta.logprobs = [*_scores(delta), *_scores(later)]
     delta.token_ids += later.token_ids
-    if later.logprobs is not None:
-        delta.logprobs = [*(delta.logprobs or ()), *later.logprobs]
     delta.finish_reason, delta.stop_id = later.finish_reason, later.stop_id
     delta.resumed = max(delta.resumed, later.resumed)
+
+
+def _scores(delta: Delta) -> list[TokenLogprob | None]:
+    """One for each token."""
+    return [None] * len(delta.token_ids) if delta.logprobs is None else delta.logprobs
