@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import aclosing
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,14 +15,27 @@ import pytest
 from tests.control.test_engine_client import deltas_of, request, run, tokens_of, until
 from tests.fakes import FakeExecutor, expected_tokens, tiny_capacity
 from tpqwen.config import ScheduleOptions
+from tpqwen.engine import client as client_module
 from tpqwen.engine import protocol
 from tpqwen.engine.client import EngineClient
 from tpqwen.engine.core import EngineCore
 from tpqwen.engine.loop import EngineLoop
-from tpqwen.engine.messages import Batch, Dead, Lost, RanksLost, Resume, Resumed, decode_command, encode
+from tpqwen.engine.messages import (
+    Add,
+    Batch,
+    Dead,
+    Lost,
+    RanksLost,
+    Resume,
+    Resumed,
+    Stop,
+    decode_command,
+    decode_report,
+    encode,
+)
 from tpqwen.engine.protocol import EngineState
 from tpqwen.errors import EngineError, RankDied
-from tpqwen.request import Delta, FinishReason
+from tpqwen.request import Delta, FinishReason, Pooling
 from tpqwen.transport.channel import QueueChannel
 
 
@@ -201,8 +215,8 @@ def test_a_repair_queues_new_requests_for_half_a_minute_and_then_refuses_them(mo
         client.degrade("rank 0 restarting: rank 0 died")
         assert client.state == EngineState("degraded", "rank 0 restarting: rank 0 died")
         assert client.state.accepts
-        now = time.monotonic()
-        monkeypatch.setattr(protocol.time, "monotonic", lambda: now + 31)
+        later = time.monotonic() + 31
+        monkeypatch.setattr(protocol, "time", SimpleNamespace(monotonic=lambda: later))  # not the event loop's
         assert not client.state.accepts
         with pytest.raises(EngineError, match="rank 0 restarting") as caught:
             await deltas_of(client, request("late"))
@@ -215,3 +229,66 @@ def test_a_repair_queues_new_requests_for_half_a_minute_and_then_refuses_them(mo
         await client.close()
 
     run(main)
+
+
+def told(commands: QueueChannel) -> list[tuple[str, str]]:
+    """(kind, request id) of every command that was sent."""
+    found = []
+    while (data := commands.recv(0.0)) is not None:
+        command = decode_command(data)
+        found.append((type(command).__name__, command.request.id if isinstance(command, Add) else ""))
+    return found
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        {"finish_reason": FinishReason.LENGTH},
+        {"finish_reason": FinishReason.ERROR, "error": "NaN", "error_code": "numerical_error"},
+    ],
+)
+def test_what_has_ended_but_was_not_read_yet_is_neither_waited_for_nor_begun_again(
+    end: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        reports = QueueChannel()
+        client = EngineClient(QueueChannel(), reports, tiny_capacity(), ScheduleOptions())
+        async with aclosing(client.generate(request("one", max_tokens=2))) as stream:
+            first = asyncio.ensure_future(anext(stream))
+            await until(lambda: client.num_open == 1)
+            reports.send(encode(Batch([Delta(id="one", index=0, token_ids=[5])])), 1.0)
+            assert (await first).token_ids == [5]
+            reports.send(encode(Batch([Delta(id="one", index=1, token_ids=[], **end)])), 1.0)
+            await until(lambda: client.silent_s == 0.0)
+            later = time.monotonic() + 1000
+            monkeypatch.setattr(client_module, "time", SimpleNamespace(monotonic=lambda: later))
+            assert client.silent_s == 0.0 and client.num_open == 1
+            late = asyncio.create_task(deltas_of(client, request("late")))
+            await until(lambda: client.num_open == 2)
+            assert client.silent_s == 0.0
+            commands = QueueChannel()
+            client.reattach(commands, QueueChannel(), tiny_capacity())
+            assert told(commands) == [("Add", "late")]
+            rest = [d async for d in stream]
+            assert [d.finish_reason for d in rest] == [end["finish_reason"]]
+        await client.close()
+        assert (await late)[-1].error_code == "shut_down"
+
+    run(main)
+
+
+def test_prompts_alone_show_too_that_the_ranks_are_back() -> None:
+    engine = Engine({3: RankDied("rank 1 died", rank=1)})
+    for i in range(80):  # at most three of them fit into a step
+        engine.commands.send(encode(Add(request(f"r{i}", 5, 0, pooling=Pooling()))), 1.0)
+    kinds: list[str] = []
+    ended = 0
+    while "Lost" not in kinds:
+        kinds.append(type(decode_report(engine.reports.recv(10.0) or b"")).__name__)
+    engine.commands.send(encode(Resume(1, tiny_capacity(), [])), 1.0)
+    while not isinstance(report := decode_report(engine.reports.recv(10.0) or b""), Resumed):
+        assert isinstance(report, Batch)
+        ended += sum(d.finish_reason is not None for d in report.deltas)
+    assert 0 < ended < 10
+    engine.commands.send(encode(Stop()), 1.0)
+    engine.thread.join(10)

@@ -38,6 +38,7 @@ class OpenRequest:
     place: Place
     queue: Inbox = field(default_factory=Inbox)
     waiting: bool = True  # until its first delta
+    ended: bool = False  # its end is in the queue, perhaps not read yet: the engine owes nothing more
     output_ids: list[int] = field(default_factory=list)  # every output token received, those it brought along included
     crashes: int = 0
 
@@ -96,7 +97,12 @@ class EngineClient:
     @property
     def silent_s(self) -> float:
         """Seconds since the engine last said something; 0 while it has no reason to."""
-        return time.monotonic() - self._heard if self._open else 0.0
+        return time.monotonic() - self._heard if self._is_owed else 0.0
+
+    @property
+    def _is_owed(self) -> bool:
+        """Whether the engine has some request still to end."""
+        return any(not opened.ended for opened in self._open.values())
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
         """The request's deltas. Raises Overloaded, RequestError or EngineError before the first one.
@@ -146,7 +152,8 @@ class EngineClient:
         self._line = Line(commands, reports, self._loop, self._take)
         self._heard = time.monotonic()
         for opened in list(self._open.values()):
-            self.send(Add(opened.resubmitted(crashed=True)))
+            if not opened.ended:
+                self.send(Add(opened.resubmitted(crashed=True)))
 
     def fail(self, reason: str, code: str = "engine_dead") -> None:
         """The engine is gone for good: end every open request with this cause. The first cause stays."""
@@ -154,7 +161,8 @@ class EngineClient:
             return
         self._life.dead = reason
         for opened in list(self._open.values()):
-            self._end(opened, reason, code)
+            if not opened.ended:
+                self._end(opened, reason, code)
 
     def send(self, command: Command) -> None:
         """Tell the engine, in order, now or as soon as it has room. A dead engine is told nothing."""
@@ -187,7 +195,7 @@ class EngineClient:
                 raise EngineError(state.reason or "the engine is dead", code=state.error_code, status=503)
             raise Overloaded(state.reason or code, code=code, status=503)
         place = self._gate.enter(request.tenant, len(request.prompt_ids))
-        if not self._open:
+        if not self._is_owed:
             self._heard = time.monotonic()
         opened = OpenRequest(request, place, output_ids=list(request.output_ids), crashes=request.crashes)
         self._open[request.id] = opened
@@ -198,6 +206,7 @@ class EngineClient:
         self._open.pop(opened.request.id, None)
 
     def _end(self, opened: OpenRequest, reason: str, code: str) -> None:
+        opened.ended = True
         opened.queue.put_nowait(
             Delta(
                 id=opened.request.id,
@@ -216,6 +225,7 @@ class EngineClient:
             self._take_batch(report)
         elif isinstance(report, Refused):
             if opened := self._open.get(report.id):
+                opened.ended = True
                 opened.queue.put_nowait(RequestError(report.message, param=report.param, code=report.code))
         elif self._closed:
             return
@@ -238,7 +248,7 @@ class EngineClient:
 
     def _take_delta(self, delta: Delta) -> None:
         opened = self._open.get(delta.id)
-        if opened is None:
+        if opened is None or opened.ended:
             return
         if delta.token_ids and delta.index != len(opened.output_ids):
             _log.error("request=%s expected index=%d got=%d", delta.id, len(opened.output_ids), delta.index)
@@ -251,6 +261,7 @@ class EngineClient:
         self._gate.leave(opened.place, served=bool(delta.token_ids))
         opened.output_ids += delta.token_ids
         opened.crashes = max(opened.crashes, delta.resumed)
+        opened.ended = delta.finish_reason is not None
         opened.queue.put_nowait(delta)
         if opened.queue.unread > MAX_UNREAD:  # neither its pages nor its text are to be held any longer
             self.send(Abort(delta.id))
