@@ -158,7 +158,7 @@ class EngineLoop:
             self._tell_resumed(StepResult([], None))
 
     def _tell_resumed(self, result: StepResult) -> None:
-        if self._resumed_at is not None and (any(d.token_ids for d in result.deltas) or not self._core.has_work):
+        if self._resumed_at is not None and (_has_output(result) or not self._core.has_work):
             self._send(Resumed(self._core.scheduler.epoch, time.monotonic() - self._resumed_at))
             self._resumed_at = None
 
@@ -180,3 +180,9 @@ class EngineLoop:
 
     def _send(self, report: Report) -> None:
         self._reports.send(encode(report), SEND_TIMEOUT_S)
+
+
+def _has_output(result: StepResult) -> bool:
+    """Whether the ranks have brought some request forward; one for its prompt alone has no tokens."""
+    own = (FinishReason.ABORT, FinishReason.ERROR)
+    return result.stats is not None and any(d.finish_reason not in own for d in result.deltas)

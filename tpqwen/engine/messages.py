@@ -82,7 +82,7 @@ class Lost(msgspec.Struct, frozen=True, array_like=True, tag=14):
 
 
 class Resumed(msgspec.Struct, frozen=True, array_like=True, tag=15):
-    """The new group has brought its first tokens, or there was nothing to run. replay_s: seconds since Resume."""
+    """The new group has brought its first results, or there was nothing to run. replay_s: seconds since Resume."""
 
     epoch: int
     replay_s: float
