@@ -95,6 +95,18 @@ def test_finish_step_is_the_references(slices: int, count: int, device: torch.de
     assert_equal(state, theirs)
 
 
+def test_the_ring_goes_on_when_the_count_of_passes_wraps(device: torch.device) -> None:
+    state = random_state(24, device)
+    slots, value, ids = torch.arange(20).int(), torch.randn(20, 4), torch.randint(0, 900, (20, 4), dtype=torch.int32)
+    for turn in (2**31 - 1, -(2**31) + 1, -(2**31) + 2, -(2**31) + 3, -5, 0):
+        state.turn.fill_(turn)
+        state.ring.fill_(-7)
+        theirs = on_cpu(state)
+        stepping.finish_step(state, slots.to(device), value.to(device), ids.to(device), None).cpu()
+        reference.finish_step(theirs, slots, value, ids, None)
+        assert_equal(state, theirs)
+
+
 def test_edits_set_table_entries_and_rows_are_padded(device: torch.device) -> None:
     state = random_state(10, device)
     expected = state.tables_SM.clone()

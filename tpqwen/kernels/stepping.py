@@ -175,7 +175,7 @@ def _finish_kernel(
     good = (best > float("-inf")) & (best < float("inf"))
     token = tl.where(good, token, -1).to(tl.int32)
     tl.store(tokens + row, token)
-    at = (tl.load(turn) - 1) % RING
+    at = ((tl.load(turn) - 1) % RING + RING) % RING  # the count of passes may have wrapped: below 0 % is C's
     tl.store(ring + at * RING_WIDTH + row, token)
     if slot != padding:
         tl.store(last_token + slot, tl.maximum(token, 0))
