@@ -53,6 +53,17 @@ def test_a_prompt_alone_ends_without_tokens_even_when_it_fills_the_context() -> 
     assert pair.scheduler.step_stats(0.0, 0.0).output_tokens == 0
 
 
+def test_a_prompt_alone_that_no_longer_fits_after_a_reset_ends_and_holds_nobody_up() -> None:
+    pair = Pair(tiny_capacity(num_blocks=11))
+    pair.add(request("long", 40, 0, pooling=Pooling()), request("fits", 36, 0, pooling=Pooling()))
+    pair.add(request("short", 5, 3))
+    pair.step()
+    deltas = pair.scheduler.reset(1, tiny_capacity(num_blocks=10))
+    assert [(d.id, d.error_code) for d in deltas] == [("long", "context_length_exceeded")]
+    pair.executor.restart(1)
+    assert {d.id for d in pair.run() if d.finish_reason is FinishReason.LENGTH} == {"fits", "short"}
+
+
 def test_choices_of_one_prompt_share_its_blocks_and_compute_it_once() -> None:
     pair = Pair(ROOMY)  # blocks of 4 tokens
     prompt, choices = list(range(100, 141)), 4  # 10 full blocks and one token

@@ -87,6 +87,19 @@ def test_what_a_request_really_took_is_charged() -> None:
     assert shares.tag(short) == 8  # never before those that already wait
 
 
+def test_who_comes_back_complete_is_charged_nothing() -> None:
+    run = one_slot()
+    run.add(request("busy", "other"))
+    run.schedule()
+    for i in range(5):  # as after the death of an engine that had told their last tokens
+        run.scheduler.add(request(f"done{i}", "a", prompt=30, output_ids=[1, 2, 3, 4]), 0.0)
+    run.add(request("b", "b"))
+    run.add(request("b2", "b"))
+    run.add(request("a", "a"))
+    run.finish()
+    assert run.entered.index("a") < run.entered.index("b2")
+
+
 def test_tenants_that_owe_nothing_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tpqwen.scheduler.shares.MANY_TENANTS", 10)
     shares = Shares()

@@ -36,12 +36,7 @@ class Scheduler:
     """
 
     def __init__(
-        self,
-        capacity: Capacity,
-        *,
-        prefix_cache: bool = True,
-        epoch: int = 0,
-        queue_timeout_s: float = 0.0,
+        self, capacity: Capacity, *, prefix_cache: bool = True, epoch: int = 0, queue_timeout_s: float = 0.0
     ) -> None:
         self._prefix_cache = prefix_cache
         self._shares = Shares()
@@ -125,6 +120,7 @@ class Scheduler:
             row_params=row_params(request),
         )
         if delta := sequence.ended_before() or sequence.over_budget():
+            self._shares.ended(request, 0)
             return delta
         self._sequences[request.id] = sequence
         closing = None
@@ -167,7 +163,7 @@ class Scheduler:
             self._admission.push(s)
             if s.resumed >= CRASH_BUDGET:
                 deltas.append(self._end(s, FinishReason.ERROR, s.crash_text, "crash_budget"))
-            elif s.num_output >= s.max_output:
+            elif s.num_output >= s.max_output or s.num_tokens > self.context_limit:
                 text = f"{s.num_tokens} tokens no longer fit: after the restart the context holds {self.context_limit}"
                 deltas.append(self._end(s, FinishReason.ERROR, text, "context_length_exceeded"))
         return deltas
