@@ -39,13 +39,17 @@ class OpenRequest:
     queue: Inbox = field(default_factory=Inbox)
     waiting: bool = True  # until its first delta
     ended: bool = False  # its end is in the queue, perhaps not read yet: the engine owes nothing more
+    scored: bool = False  # the log-probabilities of its prompt, if it wants some, are there
     output_ids: list[int] = field(default_factory=list)  # every output token received, those it brought along included
     crashes: int = 0
 
     def resubmitted(self, *, crashed: bool) -> GenerateRequest:
         """The request as a new engine gets it, after the tokens received. crashed: an engine died under it."""
         self.crashes += crashed and not self.waiting
-        return msgspec.structs.replace(self.request, output_ids=list(self.output_ids), crashes=self.crashes)
+        replace, params = msgspec.structs.replace, self.request.params
+        if self.scored:
+            params = replace(params, prompt_logprobs=None)
+        return replace(self.request, params=params, output_ids=list(self.output_ids), crashes=self.crashes)
 
 
 class EngineClient:
@@ -258,6 +262,7 @@ class EngineClient:
         if not opened.waiting:  # said once, though a new engine says it again
             delta.cached_tokens = delta.queue_s = None
         opened.waiting = False
+        opened.scored |= delta.prompt_logprobs is not None
         self._gate.leave(opened.place, served=bool(delta.token_ids))
         opened.output_ids += delta.token_ids
         opened.crashes = max(opened.crashes, delta.resumed)
