@@ -207,6 +207,16 @@ def test_where_shapes_are_compiled_each_new_one_gets_time_for_it() -> None:
     assert deadlines.of(step_of(9, 4)) == 60.0
 
 
+def test_the_first_step_of_an_epoch_gets_what_its_prompts_and_guides_need_as_well() -> None:
+    deadlines = Deadlines()
+    assert deadlines.of(step_of(0, tokens=2048)) == pytest.approx(4 + 2048 * 0.02)  # a large model on a few cores
+    deadlines.observe(step_of(1, tokens=100), 1.0)
+    deadlines.restart()
+    assert deadlines.of(step_of(0, tokens=1000)) == pytest.approx(4 + 8 * 1000 * 0.01)
+    assert deadlines.of(step_of(0, tokens=8, guided=True)) == 60.0  # all guided requests come back in this step
+    assert deadlines.of(step_of(0, tokens=8)) == 20.0
+
+
 def test_a_guide_gets_time_to_be_made_ready() -> None:
     deadlines = Deadlines()
     assert deadlines.of(step_of(1, tokens=8, guided=True)) == 60.0

@@ -12,7 +12,7 @@ FLOOR_S = 4.0  # a hang is to be known within 5 s, and a busy machine may hold a
 DECODE_MARGIN = 8.0
 PREFILL_MARGIN = 8.0  # attention over a long context makes later chunks slower than the measured ones
 SLOW_PREFILL_S_PER_TOKEN = 0.02  # until a rate has been measured: a large model on a few CPU cores
-FIRST_STEP_S = 20.0  # of an epoch: first touch of memory
+FIRST_STEP_S = 20.0  # of an epoch, at least: first touch of memory
 FIRST_COMPILED_STEP_S = 180.0  # the same where kernels are compiled and graphs captured when first used
 NEW_SHAPE_S = 60.0  # a shape or kind of sampling not seen before, for the same reason; or a guide to be made ready
 
@@ -31,10 +31,10 @@ class Deadlines:
     def of(self, step: StepInput) -> float:
         """Seconds from the moment the step is the oldest in flight. Ask once for each step, in order."""
         new_shape = self._note_shape(step)
-        if step.step == 0:
-            return FIRST_COMPILED_STEP_S if self._compiles else FIRST_STEP_S
         rate = SLOW_PREFILL_S_PER_TOKEN if self._s_per_token is None else PREFILL_MARGIN * self._s_per_token
         needed = max(FLOOR_S, DECODE_MARGIN * self._decode_s) + rate * step.num_chunk_tokens
+        if step.step == 0:
+            needed = max(needed, FIRST_COMPILED_STEP_S if self._compiles else FIRST_STEP_S)
         guided = any(admit.params.guided for admit in step.admits)
         return max(needed, NEW_SHAPE_S) if guided or (self._compiles and new_shape) else needed
 
