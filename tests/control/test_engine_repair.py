@@ -277,6 +277,26 @@ def test_what_has_ended_but_was_not_read_yet_is_neither_waited_for_nor_begun_aga
     run(main)
 
 
+def test_nobody_is_silent_during_a_repair_not_even_while_draining(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        client = EngineClient(QueueChannel(), QueueChannel(), tiny_capacity(), ScheduleOptions())
+        task = asyncio.create_task(deltas_of(client, request("one")))
+        await until(lambda: client.num_open == 1)
+        later = time.monotonic() + 1000
+        monkeypatch.setattr(client_module, "time", SimpleNamespace(monotonic=lambda: later))
+        client.drain()
+        assert client.silent_s > 900
+        client.degrade("the engine restarting: it has said nothing for 240 s")
+        assert client.state.name == "draining" and client.silent_s == 0.0
+        client.reattach(QueueChannel(), QueueChannel(), tiny_capacity())
+        client.recovered()
+        assert client.silent_s == 0.0
+        await client.close()
+        assert (await task)[-1].error_code == "shut_down"
+
+    run(main)
+
+
 def test_prompts_alone_show_too_that_the_ranks_are_back() -> None:
     engine = Engine({3: RankDied("rank 1 died", rank=1)})
     for i in range(80):  # at most three of them fit into a step

@@ -100,8 +100,8 @@ class EngineClient:
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the engine last said something; 0 while it has no reason to."""
-        return time.monotonic() - self._heard if self._is_owed else 0.0
+        """Seconds since the engine last said something; 0 while it has no reason to, or is under repair."""
+        return time.monotonic() - self._heard if self._is_owed and self._life.degraded_since is None else 0.0
 
     @property
     def _is_owed(self) -> bool:
