@@ -29,7 +29,14 @@ def mixture(random: Random) -> list[GenerateRequest]:
                 id=f"scored{i}", prompt_ids=list(range(3, 3 + prompt)), params=scored, max_tokens=tokens, seed=i
             ),
             request(f"embedded{i}", prompt, 0, pooling=Pooling()),
-            request(f"thinks{i}", prompt, tokens, thinking=budget(random.randrange(1, 9), inside=True)),
+            GenerateRequest(
+                id=f"thinks{i}",
+                prompt_ids=list(range(5, 5 + prompt)),
+                params=SamplingParams(logprobs=0),
+                max_tokens=tokens,
+                seed=i,
+                thinking=budget(random.randrange(1, 9), inside=True),
+            ),
             request(f"guided{i}", prompt, tokens, guide=Guide(calls=0)),
         ]
     random.shuffle(made)
@@ -40,6 +47,7 @@ def check(one: GenerateRequest, deltas: list[Delta]) -> None:
     tokens, prompt = tokens_of(deltas), list(one.prompt_ids)
     assert deltas[-1].finish_reason is FinishReason.LENGTH
     scores = [d.prompt_logprobs for d in deltas if d.prompt_logprobs]
+    assert all(len(d.logprobs) == len(d.token_ids) for d in deltas if d.logprobs)
     if one.thinking is not None:
         assert tokens == expected(one, hashed_token)
     elif one.max_tokens:
