@@ -73,6 +73,8 @@ def _operation(endpoint: Endpoint, models: Sequence[str]) -> dict[str, Any]:
     errors = _POST_ERRORS if post else _GET_ERRORS
     responses: dict[str, Any] = {"200": {"description": "the answer", "content": content}}
     responses |= {code: {"description": text, "content": error} for code, text in errors.items()}
+    if endpoint.path == "/v1/engine/events":
+        responses["429"] = {"description": "too many look on already", "content": error}
     if endpoint.path in ("/health", "/ready"):
         responses["503"] = {"description": "no; the body says why", "content": content}
     out: dict[str, Any] = {
