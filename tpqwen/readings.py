@@ -53,6 +53,6 @@ class Readings:
             device=stats.device,
             busy_ratio=ratio,
             busy_seconds_total=stats.busy_s_total,
-            memory_bytes=int(stats.gpu.get("memory_used_bytes", stats.memory_allocated_bytes)),
+            memory_bytes=int(stats.gpu.get("memory_used_bytes", stats.memory_allocated_bytes)) or None,  # 0: on a CPU
             memory_total_bytes=None if total is None else int(total),
         )

@@ -118,7 +118,7 @@ def test_a_ranks_load_is_what_it_was_busy_between_two_readings() -> None:
         RankLoad(0, True, "cuda:0", None, 5.0, 40, 80),
         RankLoad(1, True, "cuda:0", None, 3.0, 7, None),
     ]
-    readings.observe([stats(0, 6.0)], 2, now=12.0)
-    assert readings.latest() == [RankLoad(0, True, "cuda:0", 0.5, 6.0, 7, None), RankLoad(1, False)]
+    readings.observe([stats(0, 6.0, memory_used_bytes=0.0)], 2, now=12.0)
+    assert readings.latest() == [RankLoad(0, True, "cuda:0", 0.5, 6.0, None, None), RankLoad(1, False)]
     readings.observe([stats(0, 9.0), stats(1, 0.5)], 2, now=13.0)  # more than could be; a new process
     assert [r.busy_ratio for r in readings.latest()] == [1.0, None]
