@@ -61,12 +61,12 @@ _ERROR = {
 
 
 _EVENT = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}}
+_KINDS: dict[str, dict[str, Any]] = {"application/json": {"type": "object"}, "text/event-stream": _EVENT}
 
 
 def _operation(endpoint: Endpoint, models: Sequence[str]) -> dict[str, Any]:
     post = endpoint.method == "POST"
-    kind = {"type": "object"} if endpoint.kind == "application/json" else {"type": "string"}
-    content: dict[str, Any] = {endpoint.kind: {"schema": kind}}
+    content: dict[str, Any] = {endpoint.kind: {"schema": _KINDS.get(endpoint.kind, {"type": "string"})}}
     if endpoint.streams:
         content["text/event-stream"] = {"schema": _EVENT}
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
