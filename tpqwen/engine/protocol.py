@@ -37,7 +37,7 @@ class EngineState:
 
 @dataclass(frozen=True)
 class Work:
-    """What an engine has done since it was first asked: steps, the seconds that they took, tokens put out."""
+    """What an engine has done so far: steps, the seconds that they took, tokens put out."""
 
     steps: int = 0
     seconds: float = 0.0
