@@ -40,6 +40,7 @@ from tpqwen.model.qwen3 import Qwen3
 from tpqwen.model.sizing import derive
 from tpqwen.model.weights import check_folder
 from tpqwen.parallel.group import TPGroup
+from tpqwen.readings import Readings
 from tpqwen.recovery import Supervisor
 from tpqwen.step import Capacity
 from tpqwen.text.chat import ChatFormat, GenerationDefaults
@@ -95,6 +96,7 @@ class Qwen3Server:
         self._supervisor: Supervisor | None = None
         self._client: EngineClient | None = None
         self._exporter: Exporter | None = None
+        self._readings = Readings()
         self._text: TextProcesses | None = None
         self._grammars = GrammarService(self._folder, self._model.vocab_size)
         self._tasks: list[asyncio.Task[None]] = []
@@ -105,7 +107,11 @@ class Qwen3Server:
     def served_name(self) -> str:
         """The model's id in answers."""
         m = self._config.model
-        return m.served_model_name or ("tpqwen-demo" if m.model.endswith("embedded/model") else m.model)
+        return m.served_model_name or ("tpqwen-demo" if self._is_embedded else m.model)
+
+    @property
+    def _is_embedded(self) -> bool:
+        return self._config.model.model.endswith("embedded/model")
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Serve after the constructor: load everything, then say that this replica is there."""
@@ -129,7 +135,7 @@ class Qwen3Server:
             self._info(capacity, chat),
             self._metrics,
             self._settings(),
-            elsewhere=Elsewhere(self._text, self._grammars),
+            elsewhere=Elsewhere(self._text, self._grammars, self._readings.latest),
             access=self._access(),
         )
 
@@ -224,6 +230,7 @@ class Qwen3Server:
             if self._supervisor.group is not None:
                 stats = await asyncio.to_thread(self._supervisor.group.stats)
                 self._metrics.observe_ranks(stats, self._config.parallel.tp)
+                self._readings.observe(stats, self._config.parallel.tp, time.monotonic())
             await asyncio.sleep(RANK_STATS_EVERY_S)
 
     def _info(self, capacity: Capacity, chat: ChatFormat) -> ModelInfo:
@@ -244,6 +251,7 @@ class Qwen3Server:
             created=int(time.time()),
             tp=self._config.parallel.tp,
             versions=versions,
+            demonstration=self._is_embedded,
         )
 
 

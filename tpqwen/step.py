@@ -183,6 +183,27 @@ class StepStats(msgspec.Struct, frozen=True, array_like=True):
     busy_s: float = 0.0
 
 
+class SlotView(msgspec.Struct, frozen=True, array_like=True):
+    """A taken slot, for people who look on: nothing of whose request it is or what it says."""
+
+    slot: int
+    phase: str  # prefill | decode
+    num_tokens: int  # prompt and output so far
+    num_computed: int  # of those, in the KV cache by steps that have ended
+
+
+class Snapshot(msgspec.Struct, frozen=True, array_like=True):
+    """What the scheduler holds at one moment."""
+
+    num_slots: int
+    slots: list[SlotView]  # the taken ones
+    blocks_used: int
+    blocks_cached: int
+    blocks_free: int
+    num_waiting: int
+    waiting_tokens: int
+
+
 _step_decoder = msgspec.msgpack.Decoder(StepInput)
 _output_decoder = msgspec.msgpack.Decoder(StepOutput)
 encode = msgspec.msgpack.Encoder().encode

@@ -133,6 +133,17 @@ def test_the_other_apis_answer_through_serve_to_their_own_clients(server):
     assert "/v1/messages" in httpx.get(f"{server}/openapi.json", timeout=60).json()["paths"]
 
 
+def test_the_page_and_the_engines_events_come_through_serve(server):
+    assert httpx.get(f"{server}/", timeout=20).headers["content-security-policy"].startswith("default-src 'none'")
+    with httpx.stream("GET", f"{server}/v1/engine/events", timeout=20) as answer:
+        shown = (json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: "))
+        event = next(e for e in shown if e["ranks"])
+    assert (event["state"], event["slots"], event["queue"]["requests"]) == ("ready", {"total": 32, "running": []}, 0)
+    assert sum(event["blocks"].values()) > 0
+    assert [(r["rank"], r["up"], r["device"]) for r in event["ranks"]] == [(0, True, "cpu"), (1, True, "cpu")]
+    assert httpx.get(f"{server}/v1/models", timeout=20).json()["data"][0]["demonstration"] is True
+
+
 def ask(server: str, **changes: Any) -> dict[str, Any]:
     """A chat's first choice."""
     question = {

@@ -40,9 +40,8 @@ def loaded(task: Task) -> Any:
     modes = [GenerationMode.POSITIVE, GenerationMode.NEGATIVE]
     project = ProjectConfig(generation=GenerationConfig(modes=modes, allow_x00=True))
     config = SchemathesisConfig(projects=ProjectsConfig(default=project))
-    return schemathesis.openapi.from_asgi(
-        "/openapi.json", make_server(task=task, compiler=FakeCompiler()).app, config=config
-    )
+    server = make_server(task=task, compiler=FakeCompiler(), events_every_s=0.001, events_for_s=0.01)
+    return schemathesis.openapi.from_asgi("/openapi.json", server.app, config=config)
 
 
 def check(case: Any) -> None:

@@ -42,6 +42,7 @@ class Connection:
     sent: list[bytes] = field(default_factory=list)
     complete: bool = False
     stuck: bool = False  # the client takes nothing more
+    method: str = "POST"
 
     def __post_init__(self) -> None:
         self._gone = asyncio.Event()
@@ -50,11 +51,11 @@ class Connection:
 
     async def run(self) -> None:
         """The exchange; ends when the app returns."""
-        raw = json.dumps(self.body).encode()
+        raw = json.dumps(self.body).encode() if self.method == "POST" else b""
         headers = {"content-type": "application/json", "content-length": str(len(raw)), **self.headers}
         scope = {
             "type": "http",
-            "method": "POST",
+            "method": self.method,
             "path": self.path,
             "query_string": b"",
             "headers": [(k.encode(), v.encode()) for k, v in headers.items()],
@@ -68,8 +69,12 @@ class Connection:
     async def until(self, text: str) -> None:
         """Wait until the text has been sent."""
         while text.encode() not in b"".join(self.sent):
-            self._changed.clear()
-            await asyncio.wait_for(self._changed.wait(), 10)
+            await self.changed()
+
+    async def changed(self) -> None:
+        """Wait until more has been sent."""
+        self._changed.clear()
+        await asyncio.wait_for(self._changed.wait(), 10)
 
     @property
     def events(self) -> list[Any]:

@@ -14,10 +14,11 @@ from tpqwen.api.access import Access
 from tpqwen.api.app import Elsewhere, build_app
 from tpqwen.api.hooks import FinishedSequence
 from tpqwen.api.info import ApiSettings, ModelInfo
-from tpqwen.engine.protocol import EngineState
+from tpqwen.engine.protocol import EngineState, Work
 from tpqwen.model.config import Task
+from tpqwen.readings import RankLoad
 from tpqwen.request import Delta, FinishReason, GenerateRequest, TokenLogprob
-from tpqwen.step import Capacity
+from tpqwen.step import Capacity, Snapshot
 from tpqwen.structure import Compiler
 from tpqwen.text.chat import ChatFormat, GenerationDefaults
 from tpqwen.text.sequences import Limits
@@ -46,12 +47,19 @@ class FakeEngine:
     requests: list[GenerateRequest] = field(default_factory=list)
     live: set[str] = field(default_factory=set)
     produced: int = 0
+    snapshot: Snapshot | None = None  # what whoever looks is shown
+    looks: int = 0
+    work: Work = field(default_factory=Work)
 
     capacity = CAPACITY
 
     @property
     def state(self) -> EngineState:
         return self.current
+
+    async def look(self, timeout_s: float) -> Snapshot | None:
+        self.looks += 1
+        return self.snapshot
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
         self.requests.append(request)
@@ -171,6 +179,7 @@ def make_server(
     task: Task = Task.GENERATE,
     compiler: Compiler | None = None,
     access: Access | None = None,
+    ranks: Callable[[], list[RankLoad]] = list,
     **settings: Any,
 ) -> Server:
     """An app with the fixture's tokenizer, over a fake engine."""
@@ -195,7 +204,7 @@ def make_server(
         info,
         hooks,
         ApiSettings(**settings),
-        elsewhere=Elsewhere(text_service or ThreadText(chat, MAX_MODEL_LEN), compiler),
+        elsewhere=Elsewhere(text_service or ThreadText(chat, MAX_MODEL_LEN), compiler, ranks),
         access=access,
     )
     return Server(engine, hooks, app, chat)

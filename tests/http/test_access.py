@@ -31,11 +31,11 @@ def ask(server: Server, key: str = ALICE, **body: Any) -> Any:
     return exchange(server.app, "POST", COMPLETIONS, json={"prompt": "hello", **body}, headers=bearer(key))
 
 
-def test_every_route_but_health_is_closed_without_a_key() -> None:
+def test_every_route_but_health_and_static_pages_is_closed_without_a_key() -> None:
     server = closed()
     routes = server.app.routes
     assert {path for _, path in routes} >= {CHAT, COMPLETIONS, "/v1/models", "/metrics", "/version", *OPEN_PATHS}
-    assert {"/health", "/ready"} == OPEN_PATHS
+    assert {"/health", "/ready", "/", "/docs"} == OPEN_PATHS
     for method, path in [*routes, ("GET", "/nothing"), ("DELETE", CHAT), ("GET", "/healthy"), ("GET", "/health/x")]:
         answer = exchange(server.app, method, path)
         if path in OPEN_PATHS:

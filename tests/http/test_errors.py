@@ -262,7 +262,7 @@ def test_transport_errors_have_the_same_body() -> None:
     check_error(answer, 405, "method_not_allowed")
     assert answer.headers["allow"] == "GET, HEAD"
     check_error(exchange(app, "GET", "/v1/nothing"), 404, "not_found")
-    check_error(exchange(app, "GET", "/"), 404, "not_found")
+    check_error(exchange(app, "GET", "/v1/"), 404, "not_found")
     assert ("other", "GET", 404) in server.hooks.named("http")
     still_serves(server)
 

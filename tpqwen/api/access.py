@@ -22,7 +22,7 @@ from tpqwen.api.running import Running
 from tpqwen.errors import RequestError
 from tpqwen.request import GenerateRequest
 
-OPEN_PATHS = frozenset({"/health", "/ready"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/", "/docs"})  # the last two are the same bytes everywhere: no data
 METRICS_PATH = "/metrics"
 
 

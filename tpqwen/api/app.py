@@ -17,6 +17,7 @@ from tpqwen.api.answers import Answer, ChatAnswer, CompletionAnswer, Frame, Whol
 from tpqwen.api.body import LongBodies, read_json
 from tpqwen.api.calls import Call, Prepared, check_tools, prepare, read_chat, read_completion
 from tpqwen.api.deadline import Deadline
+from tpqwen.api.events import EngineEvents
 from tpqwen.api.exchange import Exchange
 from tpqwen.api.failures import ClientLeft, failure
 from tpqwen.api.guiding import guided
@@ -24,6 +25,7 @@ from tpqwen.api.hooks import RequestHooks
 from tpqwen.api.info import ApiSettings, ModelInfo
 from tpqwen.api.messages_answer import MessagesAnswer, error_body
 from tpqwen.api.openapi import document, page
+from tpqwen.api.page import PAGE, PAGE_HEADERS
 from tpqwen.api.responses_answer import ResponsesAnswer
 from tpqwen.api.running import Running
 from tpqwen.api.stream import EventStream, collect, send_events
@@ -32,6 +34,7 @@ from tpqwen.api.translation import client_names
 from tpqwen.engine.protocol import Engine
 from tpqwen.errors import EngineError, Overloaded, RequestError
 from tpqwen.model.config import Task
+from tpqwen.readings import RankLoad
 from tpqwen.structure import Compiler
 from tpqwen.text.chat import ChatFormat, Variant
 from tpqwen.text.pipeline import OutputText
@@ -50,10 +53,11 @@ Handler = Callable[[Exchange], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """What is done in other processes: prompts rendered, grammars compiled."""
+    """What is done in other processes: prompts rendered, grammars compiled. ranks: their last readings."""
 
     text: TextService
     compiler: Compiler | None = None
+    ranks: Callable[[], list[RankLoad]] = list
 
 
 def build_app(
@@ -118,6 +122,7 @@ class _Api:
         self._long = LongBodies(settings.thread_above_bytes)
         tokens = TokenRoutes(text, elsewhere.text, info, settings, self._long)
         self._access = access
+        events = EngineEvents(engine, elsewhere.ranks, settings)
         self._routes: dict[str, dict[str, Handler]] = {
             "/v1/chat/completions": {"POST": lambda exchange: self._generate(exchange, _CHAT)},
             "/v1/completions": {"POST": lambda exchange: self._generate(exchange, _COMPLETION)},
@@ -130,12 +135,14 @@ class _Api:
             "/detokenize": {"POST": tokens.detokenize},
             "/v1/models": {"GET": self._models},
             "/v1/models/{id}": {"GET": self._model},
+            "/v1/engine/events": {"GET": events.show},
             "/health": {"GET": self._health},
             "/ready": {"GET": self._ready},
             "/metrics": {"GET": self._metrics},
             "/version": {"GET": self._version},
             "/openapi.json": {"GET": self._openapi},
             "/docs": {"GET": self._docs},
+            "/": {"GET": self._page},
         }
 
     @property
@@ -294,6 +301,7 @@ class _Api:
             "created": self._info.created,
             "owned_by": self._info.owned_by,
             "max_model_len": self._info.limits.max_model_len,
+            "demonstration": self._info.demonstration,
             "capabilities": {
                 "completion": generates,
                 "chat": generates and variant is not Variant.BASE,
@@ -330,6 +338,9 @@ class _Api:
 
     async def _docs(self, exchange: Exchange) -> None:
         await exchange.reply(page().encode(), kind="text/html; charset=utf-8")
+
+    async def _page(self, exchange: Exchange) -> None:
+        await exchange.reply(PAGE, 200, "text/html; charset=utf-8", **PAGE_HEADERS)
 
     def _record(self, exchange: Exchange, route: str, status: int) -> None:
         seconds = time.monotonic() - exchange.arrived

@@ -32,7 +32,7 @@ class Endpoint:
     @property
     def name(self) -> str:
         """Its name in headings: the path without what all have in common."""
-        return self.path.removeprefix("/v1/").strip("/").replace("/", " ")
+        return self.path.removeprefix("/v1/").strip("/").replace("/", " ") or "page"
 
 
 ENDPOINTS = (
@@ -47,6 +47,12 @@ ENDPOINTS = (
     Endpoint("POST", "/detokenize", "Text of token ids", DETOKENIZE),
     Endpoint("GET", "/v1/models", "What is served"),
     Endpoint("GET", "/v1/models/{id}", "One model: id, created, owned_by, max_model_len, capabilities"),
+    Endpoint(
+        "GET",
+        "/v1/engine/events",
+        "The engine once a second as server-sent events: slots, blocks, queue, step time, ranks",
+        kind="text/event-stream",
+    ),
     Endpoint("GET", "/health", "200 while this process lives, 503 when its engine is dead for good"),
     Endpoint("GET", "/ready", "200 only while new requests are taken, else 503; says why"),
     Endpoint(
@@ -58,4 +64,5 @@ ENDPOINTS = (
     Endpoint("GET", "/version", "Versions of tpqwen, torch, ray, CUDA; model, tp"),
     Endpoint("GET", "/openapi.json", "This surface as an OpenAPI document"),
     Endpoint("GET", "/docs", "This surface as a page", kind="text/html"),
+    Endpoint("GET", "/", "A page for people: chat, and the engine at work", kind="text/html"),
 )

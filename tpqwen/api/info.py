@@ -24,6 +24,7 @@ class ModelInfo:
     task: Task = Task.GENERATE
     hidden_size: int = 0  # numbers in an embedding
     yes_no: tuple[int, int] = (0, 0)  # a reranker's answers, token ids
+    demonstration: bool = False  # the small model that ships inside
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -35,7 +36,8 @@ class ApiSettings:
     """send_request_id: whether answers carry x-request-id (off behind a proxy that adds its own).
 
     thread_above_bytes: longer bodies are parsed in a thread. inline_below: prompts of completions with at most so many
-    characters are tokenized on the event loop, which takes under a millisecond for each thousand.
+    characters are tokenized on the event loop, which takes under a millisecond for each thousand. events_for_s: a
+    stream of engine events ends after so long, which is less than Serve waits for a replica that it drains.
     """
 
     max_body_bytes: int = 4 * 1024 * 1024
@@ -47,3 +49,5 @@ class ApiSettings:
     inline_below: int = 8 * 1024
     first_token_timeout_s: float = 0.0  # from the request's arrival; 0: no such deadline
     total_timeout_s: float = 0.0
+    events_every_s: float = 1.0
+    events_for_s: float = 60.0

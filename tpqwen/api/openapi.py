@@ -61,18 +61,20 @@ _ERROR = {
 
 
 _EVENT = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}}
+_KINDS: dict[str, dict[str, Any]] = {"application/json": {"type": "object"}, "text/event-stream": _EVENT}
 
 
 def _operation(endpoint: Endpoint, models: Sequence[str]) -> dict[str, Any]:
     post = endpoint.method == "POST"
-    kind = {"type": "object"} if endpoint.kind == "application/json" else {"type": "string"}
-    content: dict[str, Any] = {endpoint.kind: {"schema": kind}}
+    content: dict[str, Any] = {endpoint.kind: {"schema": _KINDS.get(endpoint.kind, {"type": "string"})}}
     if endpoint.streams:
         content["text/event-stream"] = {"schema": _EVENT}
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     errors = _POST_ERRORS if post else _GET_ERRORS
     responses: dict[str, Any] = {"200": {"description": "the answer", "content": content}}
     responses |= {code: {"description": text, "content": error} for code, text in errors.items()}
+    if endpoint.path == "/v1/engine/events":
+        responses["429"] = {"description": "too many look on already", "content": error}
     if endpoint.path in ("/health", "/ready"):
         responses["503"] = {"description": "no; the body says why", "content": content}
     out: dict[str, Any] = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 
 from starlette.types import Send
 
@@ -53,6 +53,18 @@ class EventStream:
             self._last_write = time.monotonic()
             self._writing_since = None
 
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """`watch` runs beside the block; whoever does not read ends the task as if they had left."""
+        task = asyncio.current_task()
+        assert task is not None
+        watcher = asyncio.create_task(self.watch(task.cancel))
+        try:
+            yield
+        finally:
+            watcher.cancel()
+            await asyncio.gather(watcher, return_exceptions=True)
+
     async def watch(self, give_up: Callable[[], object]) -> None:
         """Runs until cancelled, or until give_up was called."""
         every = self._settings.comment_every_s
@@ -80,18 +92,15 @@ async def send_events(
 
     An error before the first byte is raised; after it, it is one event and the stream ends without [DONE].
     """
-    watcher = asyncio.create_task(stream.watch(_canceller()))
-    try:
-        await _write_events(running, answer, call, stream, deadline)
-    except Exception as error:
-        if not stream.begun:
-            raise
-        failed = failure(error, request_id)
-        await stream.write(answer.failed(failed), last=True)
-        return failed.status
-    finally:
-        watcher.cancel()
-        await asyncio.gather(watcher, return_exceptions=True)
+    async with stream.watched():
+        try:
+            await _write_events(running, answer, call, stream, deadline)
+        except Exception as error:
+            if not stream.begun:
+                raise
+            failed = failure(error, request_id)
+            await stream.write(answer.failed(failed), last=True)
+            return failed.status
     return 200
 
 
@@ -116,10 +125,3 @@ async def _write_events(running: Running, answer: Answer, call: Call, stream: Ev
             if data:
                 await stream.write(data)
     await stream.write(answer.ending(running.usage), last=True)
-
-
-def _canceller() -> Callable[[], object]:
-    """Ends the task that calls this, as if its client had left."""
-    task = asyncio.current_task()
-    assert task is not None
-    return task.cancel

@@ -15,11 +15,11 @@ from tpqwen.engine.cadence import Cadence
 from tpqwen.engine.gate import Gate, Place
 from tpqwen.engine.inbox import Inbox
 from tpqwen.engine.line import Line
-from tpqwen.engine.messages import Abort, Add, Batch, Command, Dead, Lost, Refused, Report, Resumed, Stop
-from tpqwen.engine.protocol import EngineState, Life
+from tpqwen.engine.messages import Abort, Add, Batch, Command, Dead, Look, Lost, Refused, Report, Resumed, Seen, Stop
+from tpqwen.engine.protocol import EngineState, Life, Work
 from tpqwen.errors import EngineError, Overloaded, RequestError
 from tpqwen.request import Delta, FinishReason, GenerateRequest
-from tpqwen.step import Capacity, StepStats
+from tpqwen.step import Capacity, Snapshot, StepStats
 from tpqwen.transport.channel import Receiver, Sender
 
 MAX_UNREAD = 4096  # tokens; a client that is so far behind will not catch up
@@ -83,6 +83,8 @@ class EngineClient:
         self._heard = 0.0  # when the engine last said something, or got its first request after a while
         self._loop = asyncio.get_running_loop()
         self._closed = False
+        self._work = Work()
+        self._look: asyncio.Future[Snapshot | None] | None = None  # what the engine was asked and has not answered
         self._line: Line | None = Line(commands, reports, self._loop, self._take)
 
     @property
@@ -92,6 +94,10 @@ class EngineClient:
     @property
     def state(self) -> EngineState:
         return self._life.state
+
+    @property
+    def work(self) -> Work:
+        return self._work
 
     @property
     def num_open(self) -> int:
@@ -131,6 +137,22 @@ class EngineClient:
             if not finished:
                 self.send(Abort(request.id))
 
+    async def look(self, timeout_s: float) -> Snapshot | None:
+        """What the scheduler holds; None while there is no engine, or when it does not answer in time.
+
+        A question that is still open is not asked again, so that one who is busy or stuck does not get them all later.
+        """
+        if self._line is None or self._closed or self._life.dead is not None:
+            return None
+        if self._look is None:
+            self._look = self._loop.create_future()
+            self.send(Look())
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.shield(self._look)
+        except TimeoutError:
+            return None
+
     def drain(self) -> None:
         """Take no new requests; the open ones go on."""
         self._life.draining = True
@@ -145,6 +167,7 @@ class EngineClient:
 
     def detach(self) -> None:
         """The engine process is gone: what it still had to say is not listened to. Until `reattach` nothing is sent."""
+        self._answer_look(None)
         if self._line is not None:
             self._line.close()
             self._line = None
@@ -224,6 +247,9 @@ class EngineClient:
 
     def _take(self, report: Report) -> None:
         """One report, on the event loop."""
+        if isinstance(report, Seen):  # says nothing about whether requests get on
+            self._answer_look(report.snapshot)
+            return
         self._heard = time.monotonic()
         if isinstance(report, Batch):
             self._take_batch(report)
@@ -241,11 +267,17 @@ class EngineClient:
         else:
             self.fail(report.reason, report.code)
 
+    def _answer_look(self, snapshot: Snapshot | None) -> None:
+        asked, self._look = self._look, None
+        if asked is not None and not asked.done():
+            asked.set_result(snapshot)
+
     def _take_batch(self, batch: Batch) -> None:
         self._cadence.observe(len(batch.deltas), self._heard)
         for delta in batch.deltas:
             self._take_delta(delta)
         if batch.stats is not None:
+            self._work = self._work.plus(batch.stats)
             self._gate.observe(batch.stats)
             if self._on_stats is not None:
                 self._on_stats(batch.stats)

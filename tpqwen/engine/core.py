@@ -117,7 +117,7 @@ class EngineCore:
         if step is not None:
             self._in_flight.append((step, self._clock(), self._deadlines.of(step)))
             if _log.isEnabledFor(logging.DEBUG):
-                parts = (f"{self.scheduler.holder(c.slot)}:{c.start}+{c.num_tokens}" for c in step.chunks)
+                parts = (f"{self.scheduler.rows.holder(c.slot)}:{c.start}+{c.num_tokens}" for c in step.chunks)
                 _log.debug("submit step=%d prompts=%s", step.step, ",".join(parts))
             self.executor.submit(step)
         stats = None

@@ -17,18 +17,21 @@ from tpqwen.engine.messages import (
     Batch,
     Command,
     Dead,
+    Look,
     Lost,
     RanksLost,
     Refused,
     Report,
     Resume,
     Resumed,
+    Seen,
     decode_command,
     encode,
 )
 from tpqwen.errors import EngineError, RankDied, RequestError
 from tpqwen.executor.protocol import Executor
 from tpqwen.request import Delta, FinishReason
+from tpqwen.scheduler.snapshot import snapshot
 from tpqwen.transport.channel import Receiver, Sender
 
 SEND_TIMEOUT_S = 30.0
@@ -91,6 +94,8 @@ class EngineLoop:
                 self._lose(RankDied(command.reason, rank=command.rank))
         elif isinstance(command, Resume):
             self._resume(command)
+        elif isinstance(command, Look):
+            self._send(Seen(snapshot(self._core.scheduler)))
         else:
             self._stopped = True
 

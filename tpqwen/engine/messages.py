@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from tpqwen.request import Delta, GenerateRequest
-from tpqwen.step import Capacity, StepStats
+from tpqwen.step import Capacity, Snapshot, StepStats
 
 
 class Add(msgspec.Struct, frozen=True, array_like=True, tag=1):
@@ -43,6 +43,10 @@ class Resume(msgspec.Struct, frozen=True, array_like=True, tag=5):
     epoch: int
     capacity: Capacity
     answers: list[dict[str, Any] | None]
+
+
+class Look(msgspec.Struct, frozen=True, array_like=True, tag=6):
+    """Say once, between two steps, what the scheduler holds."""
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True, tag=11):
@@ -88,8 +92,14 @@ class Resumed(msgspec.Struct, frozen=True, array_like=True, tag=15):
     replay_s: float
 
 
-Command = Add | Abort | RanksLost | Stop | Resume
-Report = Batch | Refused | Dead | Lost | Resumed
+class Seen(msgspec.Struct, frozen=True, array_like=True, tag=16):
+    """The answer to Look."""
+
+    snapshot: Snapshot
+
+
+Command = Add | Abort | RanksLost | Stop | Resume | Look
+Report = Batch | Refused | Dead | Lost | Resumed | Seen
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(Command).decode

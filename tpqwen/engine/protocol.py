@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from tpqwen.request import Delta, GenerateRequest
-from tpqwen.step import Capacity
+from tpqwen.step import Capacity, Snapshot, StepStats
 
 QUEUE_DURING_REPAIR_S = 30.0  # then new requests are refused instead
 
@@ -33,6 +33,23 @@ class EngineState:
     def error_code(self) -> str:
         """The code of a request refused in this state because something is broken."""
         return "engine_dead" if self.name == "dead" else "rank_dead"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an engine has done so far: steps, the seconds that they took, tokens put out."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+
+    def plus(self, stats: StepStats) -> Work:
+        """With one more step."""
+        return Work(self.steps + 1, self.seconds + stats.duration_s, self.tokens + stats.output_tokens)
+
+    def since(self, earlier: Work) -> Work:
+        """The difference."""
+        return Work(self.steps - earlier.steps, self.seconds - earlier.seconds, self.tokens - earlier.tokens)
 
 
 @dataclass
@@ -72,6 +89,13 @@ class Engine(Protocol):
     @property
     def state(self) -> EngineState:
         """What /health and /ready answer from; a local value, never a call."""
+
+    @property
+    def work(self) -> Work:
+        """All steps heard of so far; a local value."""
+
+    async def look(self, timeout_s: float) -> Snapshot | None:
+        """What the scheduler holds now; None when the engine does not say so in time. Costs it nothing otherwise."""
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
         """The request's deltas, the last one terminal. Closing the iterator aborts the request.

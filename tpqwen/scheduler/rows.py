@@ -84,6 +84,12 @@ class Rows:
     def running(self) -> list[Sequence]:
         return [s for s in self.sequences if s is not None]
 
+    def holder(self, slot: int) -> str:
+        """The id of the request that a taken slot belongs to."""
+        sequence = self.sequences[slot]
+        assert sequence is not None
+        return sequence.request.id
+
     def take(self, sequence: Sequence, computed: int) -> None:
         """Give the sequence a slot; `computed` positions are in its blocks already."""
         slot = heapq.heappop(self._free)

@@ -91,11 +91,10 @@ class Scheduler:
     def num_running(self) -> int:
         return self._rows.num_slots - self._rows.num_free
 
-    def holder(self, slot: int) -> str:
-        """The id of the request that a taken slot belongs to."""
-        sequence = self._rows.sequences[slot]
-        assert sequence is not None
-        return sequence.request.id
+    @property
+    def rows(self) -> Rows:
+        """What holds the slots."""
+        return self._rows
 
     def add(self, request: GenerateRequest, now: float) -> Delta | None:
         """Queue a request; output_ids it brings along count as produced. Returns a delta if it has ended already, or
