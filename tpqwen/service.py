@@ -240,6 +240,7 @@ class Qwen3Server:
         versions["transformers"] = version("transformers")
         if torch.version.cuda:
             versions["cuda"] = torch.version.cuda
+            versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
         m = self._config.model
         task = detect_task(self._folder, m.model, m.task)
         return ModelInfo(
