@@ -27,16 +27,16 @@ Totals = dict[str, tuple[int, int, int]]  # key id -> requests, tokens, running
 _log = logging.getLogger(__name__)
 
 
-class Ledger:
-    """The totals of every replica that wrote lately."""
+class Pages:
+    """What every replica wrote lately: its totals here, its metrics in board.py."""
 
     def __init__(self) -> None:
-        self._pages: dict[str, tuple[float, Totals]] = {}
+        self._pages: dict[str, tuple[float, Any]] = {}
 
-    def exchange(self, replica: str, totals: Totals) -> dict[str, Totals]:
-        """Write this replica's totals; returns those of all others."""
+    def exchange(self, replica: str, page: Any) -> dict[str, Any]:
+        """Write this replica's page; returns those of all others."""
         now = time.monotonic()
-        self._pages[replica] = (now, totals)
+        self._pages[replica] = (now, page)
         self._pages = {name: page for name, page in self._pages.items() if now - page[0] < SILENT_S}
         return {name: page for name, (_, page) in self._pages.items() if name != replica}
 
@@ -75,7 +75,7 @@ async def share_limits(limiter: Limiter, replica: str, app: str) -> None:
         totals = {key: (u.requests, u.tokens, u.running) for key, u in limiter.usage().items()}
         try:
             if ledger is None:
-                ledger = await asyncio.to_thread(_ledger, app)
+                ledger = await asyncio.to_thread(open_pages, NAME, app)
             pages = await asyncio.wait_for(ledger.exchange.remote(replica, totals), TIMEOUT_S)
         except (RayError, ValueError, TimeoutError) as error:
             if working:
@@ -87,7 +87,8 @@ async def share_limits(limiter: Limiter, replica: str, app: str) -> None:
         limiter.others_took(reader.grown(pages))
 
 
-def _ledger(app: str) -> Any:
-    """The application's ledger: found, or made by whoever comes first. It ends with the replica that made it."""
-    options = {"name": f"{NAME}-{app}", "namespace": NAME, "get_if_exists": True, "num_cpus": 0, "max_restarts": 0}
-    return ray.remote(Ledger).options(**options).remote()
+def open_pages(name: str, app: str) -> Any:
+    """The application's pages of that name: found, or made by whoever comes first. They end with the replica that made
+    them."""
+    options = {"name": f"{name}-{app}", "namespace": NAME, "get_if_exists": True, "num_cpus": 0, "max_restarts": 0}
+    return ray.remote(Pages).options(**options).remote()

@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +27,7 @@ from tpqwen.api.access import Access
 from tpqwen.api.app import Elsewhere
 from tpqwen.api.app import build_app as build_api
 from tpqwen.api.info import ApiSettings, ModelInfo
+from tpqwen.board import MetricsBoard
 from tpqwen.compiler import GrammarService
 from tpqwen.config import Config, api_keys_text, resolve_device
 from tpqwen.engine.client import EngineClient
@@ -135,6 +137,7 @@ class Qwen3Server:
             self._info(capacity, chat),
             self._metrics,
             self._settings(),
+            all_metrics=self._board(),
             elsewhere=Elsewhere(self._text, self._grammars, self._readings.latest),
             access=self._access(),
         )
@@ -203,6 +206,13 @@ class Qwen3Server:
             self._tasks.append(asyncio.create_task(file.follow(keys)))
         _log.info("API keys in force ids=%s", ",".join(keys.ids))
         return access
+
+    def _board(self) -> Callable[[], Awaitable[str]]:
+        """The metrics of all replicas, which this one's are left for."""
+        context = serve.get_replica_context()
+        board = MetricsBoard(context.replica_tag, context.app_name, self._metrics.metrics_text)
+        self._tasks.append(asyncio.create_task(board.keep()))
+        return board.everyone
 
     def _export_metrics(self) -> None:
         options = self._config.server

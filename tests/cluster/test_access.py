@@ -105,6 +105,17 @@ def test_a_new_key_is_in_force_and_an_old_one_is_not_without_a_restart(server: S
     assert {pid for pid in children_of({os.getpid()}) if title(pid) == "tpqwen replica"} == replicas
 
 
+def test_metrics_are_those_of_both_replicas_unless_one_is_asked_for_its_own(server: Server) -> None:
+    def replicas(path: str) -> set[str]:
+        text = httpx.get(f"{server.url}{path}", headers={"authorization": f"Bearer {BOB}"}, timeout=20).text
+        return {part.split('"', 1)[0] for part in text.split('replica="')[1:]}
+
+    until(lambda: replicas("/metrics") == {"0", "1"}, "the metrics of both replicas")
+    assert len(replicas("/metrics?scope=local")) == 1
+    text = httpx.get(f"{server.url}/metrics", headers={"authorization": f"Bearer {BOB}"}, timeout=20).text
+    assert text.count("# TYPE tpqwen_requests_running gauge") == 1
+
+
 def test_the_ledger_ends_with_the_application(server: Server) -> None:
     from ray import serve
     from ray.util import list_named_actors
@@ -114,6 +125,6 @@ def test_the_ledger_ends_with_the_application(server: Server) -> None:
     def ledgers() -> list[str]:
         return [actor["name"] for actor in list_named_actors(all_namespaces=True) if actor["namespace"] == NAME]
 
-    assert ledgers() == [f"{NAME}-tpqwen"]
+    assert sorted(ledgers()) == [f"{NAME}-tpqwen", "tpqwen-metrics-tpqwen"]
     serve.delete("tpqwen")
     until(lambda: not ledgers(), "the end of the ledger")

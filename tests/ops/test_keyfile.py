@@ -14,7 +14,7 @@ from tpqwen.api.keys import Keyring
 from tpqwen.api.limits import Limiter, Usage
 from tpqwen.errors import ConfigError
 from tpqwen.keyfile import KeyFile, find_keys
-from tpqwen.ledger import Ledger, Reader
+from tpqwen.ledger import Pages, Reader
 
 ALICE, BOB = "tpq_alice_0123456789abcdef", "tpq_bob_0123456789abcdefgh"
 
@@ -97,7 +97,7 @@ def test_replicas_share_a_limit_over_the_ledger() -> None:
     key = ring.find(ALICE)
     assert key is not None
     ledger, limiters, readers = (
-        Ledger(),
+        Pages(),
         [Limiter(ring, lambda: now[0]) for _ in range(3)],
         [Reader() for _ in range(3)],
     )
