@@ -65,30 +65,42 @@ class Reader:
         return sums
 
 
+class SharedPages:
+    """One replica's way to the application's pages of one name. It says once when they are not to be had."""
+
+    def __init__(self, name: str, replica: str, app: str) -> None:
+        self._name = name
+        self._replica = replica
+        self._app = app
+        self._actor: Any = None  # held all the time: an actor that nobody of its maker's process holds is ended by Ray
+        self._working = True
+
+    async def exchange(self, page: Any) -> dict[str, Any] | None:
+        """Leave this replica's page; the others' by replica, or None when the pages are not to be had."""
+        try:
+            if self._actor is None:
+                self._actor = await asyncio.to_thread(self._open)
+            others: dict[str, Any] = await asyncio.wait_for(self._actor.exchange.remote(self._replica, page), TIMEOUT_S)
+        except (RayError, ValueError, TimeoutError) as error:
+            if self._working:
+                _log.warning("this replica stands alone until %s answers again error=%s", self._name, error)
+            self._working, self._actor = False, None
+            return None
+        self._working = True
+        return others
+
+    def _open(self) -> Any:
+        """Found, or made by whoever comes first. They end with the replica that made them."""
+        name = f"{self._name}-{self._app}"
+        options = {"name": name, "namespace": NAME, "get_if_exists": True, "num_cpus": 0, "max_restarts": 0}
+        return ray.remote(Pages).options(**options).remote()
+
+
 async def share_limits(limiter: Limiter, replica: str, app: str) -> None:
-    """Runs until cancelled: one round of the ledger of this application every ROUND_S."""
-    reader = Reader()
-    working = True
-    ledger: Any = None  # held all the time: an actor that nobody of its maker's process holds is ended by Ray
+    """Runs until cancelled: one round of the ledger of this application every ROUND_S. Without the ledger the limits
+    count on this replica alone."""
+    reader, ledger = Reader(), SharedPages(NAME, replica, app)
     while True:
         await asyncio.sleep(ROUND_S)
-        totals = {key: (u.requests, u.tokens, u.running) for key, u in limiter.usage().items()}
-        try:
-            if ledger is None:
-                ledger = await asyncio.to_thread(open_pages, NAME, app)
-            pages = await asyncio.wait_for(ledger.exchange.remote(replica, totals), TIMEOUT_S)
-        except (RayError, ValueError, TimeoutError) as error:
-            if working:
-                _log.warning("limits count on this replica alone until the ledger answers again error=%s", error)
-            working, ledger = False, None
-            limiter.others_took({})
-            continue
-        working = True
-        limiter.others_took(reader.grown(pages))
-
-
-def open_pages(name: str, app: str) -> Any:
-    """The application's pages of that name: found, or made by whoever comes first. They end with the replica that made
-    them."""
-    options = {"name": f"{name}-{app}", "namespace": NAME, "get_if_exists": True, "num_cpus": 0, "max_restarts": 0}
-    return ray.remote(Pages).options(**options).remote()
+        pages = await ledger.exchange({key: (u.requests, u.tokens, u.running) for key, u in limiter.usage().items()})
+        limiter.others_took({} if pages is None else reader.grown(pages))

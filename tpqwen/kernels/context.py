@@ -64,11 +64,6 @@ class PrefillRows:
         """Longest chunk, tokens."""
         return max(self.num_query)
 
-    @property
-    def fresh(self) -> bool:
-        """Every chunk starts at position 0: its keys are exactly its own."""
-        return self.num_query == self.num_context
-
 
 @dataclass(frozen=True, eq=False)
 class StepContext:

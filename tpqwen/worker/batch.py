@@ -39,7 +39,6 @@ class ChunkBatch:
     rows: PrefillRows
     sampled: torch.Tensor  # int64, index of each sampling chunk's last token among the prefill tokens
     sampled_slots: torch.Tensor  # int32
-    sampled_slots_host: tuple[int, ...]
     targets: torch.Tensor | None = None  # int32, of all chunks that carry some, one after another
     scored: tuple[ScoredChunk, ...] = ()
 
@@ -126,7 +125,6 @@ def chunk_parts(chunks: tuple[Chunk, ...]) -> list[Ints]:
 def chunk_batch(
     parts: list[torch.Tensor],
     lengths: tuple[tuple[int, ...], tuple[int, ...]],
-    sampled_slots_host: tuple[int, ...],
     state: SlotState,
     block_size: int,
 ) -> ChunkBatch:
@@ -155,7 +153,6 @@ def chunk_batch(
         rows=rows,
         sampled=sampled.long(),
         sampled_slots=sampled_slots,
-        sampled_slots_host=sampled_slots_host,
     )
 
 
@@ -169,7 +166,7 @@ def eager_chunks(
     """The chunks of a pass that is launched kernel by kernel. targets: `target_part` on the device."""
     counts = tuple(c.num_tokens for c in chunks)
     lengths = (counts, tuple(c.start + c.num_tokens for c in chunks))
-    batch = chunk_batch(parts, lengths, tuple(c.slot for c in chunks if c.sample), state, block_size)
+    batch = chunk_batch(parts, lengths, state, block_size)
     return batch if targets is None else replace(batch, targets=targets, scored=tuple(_scored(chunks, state)))
 
 

@@ -68,7 +68,7 @@ class MixedGraphs:
         lengths = ((tokens, *[0] * (MIXED_CHUNKS - 1)), (tokens + 1, *[1] * (MIXED_CHUNKS - 1)))
 
         def run(slots_B: torch.Tensor) -> Sampled | None:
-            return self._runner.mixed(slots_B, chunk_batch(parts, lengths, (), state, size), kind, ())
+            return self._runner.mixed(slots_B, chunk_batch(parts, lengths, state, size), kind, ())
 
         return capture(self._decode, width, run)
 
