@@ -42,13 +42,15 @@ class OfflineEngine:
 
     def new_core(self) -> EngineCore:
         """A fresh scheduler and an empty cache over the same loaded ranks."""
-        return EngineCore(
+        core = EngineCore(
             self.executor,
             self.capacity,
             schedule=self.config.schedule,
             prefix_cache=self.config.cache.prefix_cache,
             epoch=getattr(self.executor, "epoch", 0),
         )
+        core.paced = False
+        return core
 
     @property
     def limits(self) -> Limits:

@@ -7,12 +7,13 @@ import pytest
 from tests.fakes import FakeExecutor, tiny_capacity
 from tpqwen.engine.core import EngineCore
 from tpqwen.request import GenerateRequest, SamplingParams
-from tpqwen.scheduler.pace import LEAST, STALL, Pace, tokens_within, work_of
+from tpqwen.scheduler.pace import FRESH, LEAST, STALL, Pace, tokens_within, work_of
 from tpqwen.step import Chunk, StepInput, StepStats, packed
 
 
-def stats(phase: str, duration_s: float, prompt_tokens: int = 0) -> StepStats:
-    return StepStats(duration_s, phase, 0, 0, 0, 0, 0, 0, 0, 0, 0, prompt_tokens, 0)
+def stats(phase: str, duration_s: float, prompt_tokens: int = 0, rows: int = 8) -> StepStats:
+    num_tokens = prompt_tokens + (rows if phase != "prefill" else 0)
+    return StepStats(duration_s, phase, num_tokens, 0, 0, 0, 0, 0, 0, 0, 0, prompt_tokens, 0)
 
 
 def chunk(start: int, tokens: int) -> StepInput:
@@ -37,7 +38,44 @@ def test_the_limit_is_what_some_decode_steps_of_time_can_compute() -> None:
     assert pace.limit == pytest.approx(STALL * 0.01 / 1e-5)
     for _ in range(100):  # prompt tokens have become ten times as expensive; the decode rows' own part does not count
         pace.observe(chunk(0, 1000), stats("mixed", 0.11, 1000))
+        pace.observe(DECODE, stats("decode", 0.01))
     assert pace.limit == pytest.approx(STALL * 0.01 / 1e-4)
+
+
+def test_steps_with_prompts_alone_count_only_until_a_mixed_one_was_seen() -> None:
+    pace = Pace(0.0)
+    pace.observe(DECODE, stats("decode", 0.01))
+    for phase, duration_s in (("prefill", 0.1), ("mixed", 0.11), ("prefill", 0.4)):
+        pace.observe(chunk(0, 10_000), stats(phase, duration_s, 10_000))
+        assert pace.limit == pytest.approx(STALL * 0.01 / 1e-5)
+
+
+def test_a_decode_step_is_wanted_when_the_last_was_long_ago_or_had_other_rows() -> None:
+    pace = Pace(0.0)
+    for rows in (8, 32):
+        pace.observe(DECODE, stats("decode", 0.01, rows=rows))
+        pace.observe(chunk(0, 1000), stats("mixed", 0.02, 1000, rows))
+        limit = pace.limit
+        assert limit
+        pace.observe(chunk(0, 1000), stats("mixed", 0.02, 1000, rows + rows // 4))
+        assert pace.limit == pytest.approx(limit), "about as many rows"
+        pace.observe(chunk(0, 1000), stats("mixed", 0.02, 1000, 2 * rows))
+        assert pace.limit == 0
+        pace.observe(DECODE, stats("decode", 0.03, rows=2 * rows))
+        assert pace.limit == pytest.approx(3 * limit), "of other rows nothing is kept"
+        for _ in range(FRESH):
+            assert pace.limit
+            pace.observe(chunk(0, 1000), stats("mixed", 0.04, 1000, 2 * rows))
+        assert pace.limit == 0
+
+
+def test_one_slow_step_counts_for_a_few_times_the_usual_at_most() -> None:
+    pace = Pace(0.0)
+    for _ in range(3):
+        pace.observe(DECODE, stats("decode", 0.01))
+        pace.observe(chunk(0, 1000), stats("mixed", 0.02, 1000))
+    pace.observe(chunk(0, 1000), stats("mixed", 30.0, 1000))
+    assert pace.limit == pytest.approx(STALL * 0.01 / (0.8e-5 + 0.2 * 4e-5))
 
 
 def test_tokens_that_see_a_long_context_count_for_more() -> None:

@@ -106,6 +106,14 @@ def test_decode_rows_come_before_a_long_prompt_which_takes_what_is_left() -> Non
     assert [c.sample for c in chunks] == [False] * 4 + [True]
 
 
+def test_a_prompt_is_not_begun_with_a_scrap_of_a_step() -> None:
+    pair = Pair(tiny_capacity(num_blocks=900, max_batched_tokens=160, max_model_len=900))
+    pair.add(request("a", 152), request("b", list(range(1000, 1160))), request("c", list(range(2000, 2009))))
+    assert [c.num_tokens for c in pair.step().chunks] == [152], "eight of 160 tokens are left"
+    assert [c.num_tokens for c in pair.step().chunks] == [159], "decode rows come first"
+    assert [c.num_tokens for c in pair.step().chunks] == [1, 9], "what fits whole is no scrap"
+
+
 def test_a_long_prompt_is_computed_gently_only_while_streams_outnumber_prompts() -> None:
     pair = Pair(tiny_capacity(num_blocks=900, max_batched_tokens=600, max_model_len=900))
     pair.add(*(request(name, max_tokens=50) for name in "abcdef"))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tpqwen.kernels import attention, prefill, reference
+from tpqwen.kernels import attention, paged_prefill, prefill, reference
 from tpqwen.kernels.attention_table import MAX_SPLITS, DecodePlan, decode_plan, num_splits
 from tpqwen.kernels.launch import launch_options, pdl_supported
 
@@ -189,7 +189,7 @@ def test_qk_norm_rope_write_equals_the_reference(
     assert not keys.isnan().any()
 
 
-SMALL = prefill.PrefillPlan(queries=16, keys=16, warps=4, stages=2, tma=False)
+SMALL = paged_prefill.PrefillPlan(queries=16, keys=16, warps=4, stages=2, tma=False)
 CHUNKS = [  # (tokens of the chunk, tokens in the cache with it)
     [(40, 40)],
     [(5, 5), (33, 70), (0, 16), (1, 33), (16, 48)],
@@ -227,9 +227,39 @@ def test_paged_prefill_equals_the_reference(
     expected = reference.paged_prefill(q.double(), *clean(cache), cache.tables, starts_C, lengths_C, 64, 0.3)
     plan = SMALL._replace(tma=tma)
     out = torch.full_like(q, NAN)
-    prefill.paged_prefill(q, cache.k, cache.v, cache.tables, starts_C, lengths_C, 64, 0.3, out=out, plan=plan)
+    paged_prefill.paged_prefill(q, cache.k, cache.v, cache.tables, starts_C, lengths_C, 64, 0.3, out=out, plan=plan)
     assert error(out, expected) < TOLERANCE[dtype]
     assert not out[starts[-1] :].any()
+
+
+@pytest.mark.parametrize(("chunks", "tma"), [([(5, 700)], False), ([(20, 331), (40, 40), (1, 257)], True)])
+def test_prefill_split_over_keys_equals_the_reference(
+    chunks: list[tuple[int, int]], tma: bool, device: torch.device, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(len(chunks))
+    cache, q, starts, lengths = chunked(chunks, 2, 2, 16, dtype, device)
+    starts_C, lengths_C = (torch.tensor(x, dtype=torch.int32, device=device) for x in (starts, lengths))
+    expected = reference.paged_prefill(q.double(), *clean(cache), cache.tables, starts_C, lengths_C, 64, 0.3)
+    scratch = paged_prefill.prefill_scratch(4, 16, device)
+    assert paged_prefill.num_splits(len(q), 4, 16) > 1
+    rows = (cache.tables, starts_C, lengths_C, 64, 0.3)
+    for _ in range(2):  # the counters are left as they were found
+        scratch.partial.fill_(NAN)
+        scratch.stats.fill_(NAN)
+        out = torch.full_like(q, NAN)
+        paged_prefill.paged_prefill(q, cache.k, cache.v, *rows, out=out, plan=SMALL._replace(tma=tma), scratch=scratch)
+        assert error(out, expected) < TOLERANCE[dtype]
+        assert not out[starts[-1] :].any()
+        assert not scratch.arrived.any()
+        assert not scratch.stats[: 2 * len(chunks)].isnan().all(), "nothing was split"
+
+
+@pytest.mark.parametrize("num_heads", [1, 4, 16, 64])
+def test_splits_fit_into_the_scratch(num_heads: int) -> None:
+    for tokens in range(1, 3000):
+        splits = paged_prefill.num_splits(tokens, num_heads, 64)
+        assert splits == 1 or splits * tokens <= paged_prefill.SPLIT_ROWS
+        assert splits * num_heads * -(-tokens // 64) <= max(paged_prefill.PROGRAMS, num_heads * -(-tokens // 64))
 
 
 def test_paged_prefill_leaves_out_long_whole_prompts(device: torch.device, dtype: torch.dtype) -> None:
@@ -240,7 +270,7 @@ def test_paged_prefill_leaves_out_long_whole_prompts(device: torch.device, dtype
     expected = reference.paged_prefill(q.double(), *clean(cache), cache.tables, starts_C, lengths_C, 64, 0.3)
     out = torch.full_like(q, NAN)
     rows = (cache.tables, starts_C, lengths_C, 64, 0.3)
-    prefill.paged_prefill(q, cache.k, cache.v, *rows, out=out, plan=SMALL, skip_from=33)
+    paged_prefill.paged_prefill(q, cache.k, cache.v, *rows, out=out, plan=SMALL, skip_from=33)
     assert out[:33].isnan().all()
     assert error(out[33:], expected[33:]) < TOLERANCE[dtype]
 

@@ -56,6 +56,7 @@ class EngineCore:
             queue_timeout_s=queue_timeout_s,
         )
         self.draining = False
+        self.paced = True  # prompts are computed gently beside running streams; not where nobody watches
         self._depth = max(1, min(options.depth, executor.depth))
         self._clock = clock
         self._in_flight: deque[tuple[StepInput, float, float]] = deque()  # with time of submission and seconds allowed
@@ -113,7 +114,7 @@ class EngineCore:
         self._deltas += self.scheduler.expire(self._clock())
         step = None
         if len(self._in_flight) < self._depth:
-            step = self.scheduler.schedule(self._clock(), self._pace.limit)
+            step = self.scheduler.schedule(self._clock(), self._pace.limit if self.paced else None)
         if step is not None:
             self._in_flight.append((step, self._clock(), self._deadlines.of(step)))
             if _log.isEnabledFor(logging.DEBUG):

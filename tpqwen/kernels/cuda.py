@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from tpqwen.kernels import attention, gemm, norm, prefill, sampling, stepping
+from tpqwen.kernels import attention, gemm, norm, paged_prefill, prefill, sampling, stepping
 from tpqwen.kernels.context import StepContext
 
 MAX_DECODE_ROWS = 1024
@@ -32,12 +32,11 @@ def attend(
     width = qkv_TF.shape[1] - 2 * kv_heads * head_dim
     count = ctx.num_decode
     norms = (q_norm_D, k_norm_D, eps, ctx.cos_sin)
-    chunks = _attend_chunks(qkv_TF[count:], norms, k_cache, v_cache, ctx, scale) if ctx.prefill is not None else None
-    if not count and chunks is not None:
-        return chunks
+    if ctx.prefill is not None and not count:
+        return _attend_chunks(qkv_TF, norms, k_cache, v_cache, ctx, scale)
     out = torch.empty((len(qkv_TF), width), dtype=qkv_TF.dtype, device=qkv_TF.device)
-    if chunks is not None:
-        out[count:] = chunks
+    if ctx.prefill is not None:
+        _attend_chunks(qkv_TF[count:], norms, k_cache, v_cache, ctx, scale, out[count:])
     attention.decode_attention(
         qkv_TF[:count],
         *norms,
@@ -63,6 +62,7 @@ def _attend_chunks(
     v_cache: torch.Tensor,
     ctx: StepContext,
     scale: float,
+    out_TF: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of the chunks, [T, N * D]: long whole prompts by cuDNN, the rest in one launch of our own."""
     rows = ctx.prefill
@@ -73,11 +73,16 @@ def _attend_chunks(
     v_TKD = qkv_TF[:, -shape[1] * shape[2] :].view(shape)
     where = (ctx.positions_T[ctx.num_decode :], k_cache, v_cache, ctx.cache_slots_T[ctx.num_decode :])
     q_TND = prefill.qk_norm_rope_write(qkv_TF, *norms, *where, k_out=k_TKD)
+    out = None if out_TF is None else out_TF.view(q_TND.shape)
     starts = [0, *itertools.accumulate(rows.num_query)]
     if k_TKD is not None and all(long):
-        return prefill.fresh_prefill(q_TND, k_TKD, v_TKD, starts, scale).flatten(1)
+        attended = prefill.fresh_prefill(q_TND, k_TKD, v_TKD, starts, scale)
+        return (attended if out is None else out.copy_(attended)).flatten(1)
     tables, skip_from = (rows.tables_CM, rows.query_start, rows.lengths_C), LONG if any(long) else 0
-    out = prefill.paged_prefill(q_TND, k_cache, v_cache, *tables, rows.max_query, scale, skip_from=skip_from)
+    scratch = _prefill_scratch(*q_TND.shape[1:], q_TND.device)
+    out = paged_prefill.paged_prefill(
+        q_TND, k_cache, v_cache, *tables, rows.max_query, scale, skip_from=skip_from, scratch=scratch, out=out
+    )
     for chunk in itertools.compress(range(len(long)), long):
         assert k_TKD is not None
         span = slice(starts[chunk], starts[chunk + 1])
@@ -99,6 +104,11 @@ def linear_add(x_TI: torch.Tensor, weight_HI: torch.Tensor, residual_TH: torch.T
 @cache
 def _scratch(kv_heads: int, group: int, head_dim: int, device: torch.device) -> attention.DecodeScratch:
     return attention.decode_scratch(MAX_DECODE_ROWS, kv_heads, group, head_dim, device)
+
+
+@cache
+def _prefill_scratch(num_heads: int, head_dim: int, device: torch.device) -> paged_prefill.PrefillScratch:
+    return paged_prefill.prefill_scratch(num_heads, head_dim, device)
 
 
 OPERATIONS = {

@@ -32,6 +32,7 @@ def derive(config: Config, model: ModelConfig) -> Sizes:
     """Options where given, defaults by device otherwise. Raises ConfigError naming both numbers.
 
     A CPU computes in float32: it is faster there than bfloat16 emulation and makes runs exactly comparable.
+    A GPU's budget of 16,384 tokens is a prompt's, and decode rows come on top: no prompt loses its last tokens to them.
     Blocks of 64 tokens make one (block, head) tile 16 KB in bfloat16, one contiguous read for the attention kernel.
     """
     device = resolve_device(config.parallel.device)
@@ -51,5 +52,5 @@ def derive(config: Config, model: ModelConfig) -> Sizes:
         block_size=config.cache.block_size or (64 if cuda else 16),
         max_model_len=max_len,
         max_num_seqs=seqs,
-        max_batched_tokens=max(config.schedule.max_batched_tokens or (16384 if cuda else 512), seqs),
+        max_batched_tokens=max(config.schedule.max_batched_tokens or (16384 + seqs if cuda else 512), seqs),
     )

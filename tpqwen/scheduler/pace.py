@@ -13,6 +13,9 @@ STALL = 1.5  # what prompts may add to a step, in decode steps; with the decode 
 LEAST = 128  # tokens: below it a step is mostly overhead, and the prompt would never get done
 OUTNUMBER = 4  # streams per waiting prompt from which their pace comes first
 NEWEST = 0.2  # weight of the newest measurement
+FRESH = 32  # steps with prompts for which the time of a decode step holds, while about as many rows decode
+OUTLIER = 4.0  # a measurement counts for at most so many times what was known: a step may have compiled a kernel
+SCRAP = 1 / 16  # of a step's tokens
 
 
 def work_of(start: int, num_tokens: int, context_cost: float) -> float:
@@ -26,6 +29,11 @@ def tokens_within(work: float, start: int, context_cost: float) -> int:
     return max(LEAST, int(2 * work / (first + math.sqrt(first * first + 2 * context_cost * work))))
 
 
+def is_scrap(budget: int, num_tokens: int, whole_budget: int) -> bool:
+    """Whether what is left of a step's budget is too little to begin a prompt with: computed at once it is cheaper."""
+    return budget < num_tokens and budget < SCRAP * whole_budget
+
+
 class Pace:
     """Learns the duration of a decode step and the cost of a prompt's work from the steps that ran."""
 
@@ -33,23 +41,41 @@ class Pace:
         self._context_cost = context_cost
         self._decode_s: float | None = None
         self._s_per_work: float | None = None
+        self._mixed = False
+        self._rows = 0  # of the decode step measured last
+        self._age = 0  # steps with prompts since then
 
     @property
     def limit(self) -> float | None:
-        """Work of a step that also decodes; None until both have been measured."""
+        """Work of a step that also decodes; None until both have been measured.
+
+        0 when the last decode step without prompts was too long ago or had other rows: then one is wanted, to measure.
+        """
         if self._decode_s is None or not self._s_per_work:
             return None
-        return STALL * self._decode_s / self._s_per_work
+        return 0.0 if self._age >= FRESH else STALL * self._decode_s / self._s_per_work
 
     def observe(self, step: StepInput, stats: StepStats) -> None:
-        """Learn from a step and what was seen of it."""
+        """Learn from a step and what was seen of it.
+
+        Steps with prompts alone are larger and dearer or cheaper by the token: they count until a mixed one was seen.
+        """
+        rows = stats.num_tokens - stats.prompt_tokens
+        alike = abs(rows - self._rows) <= self._rows // 4
         if stats.phase == "decode":
-            self._decode_s = _mean(self._decode_s, stats.duration_s)
-        elif stats.prompt_tokens >= LEAST:
-            own = self._decode_s if stats.phase == "mixed" and self._decode_s is not None else 0.0
-            work = sum(work_of(c.start, c.num_tokens, self._context_cost) for c in step.chunks)
-            self._s_per_work = _mean(self._s_per_work, max(0.0, stats.duration_s - own) / work)
+            self._decode_s = _mean(self._decode_s if alike else None, stats.duration_s)
+            self._rows, self._age = rows, 0
+            return
+        mixed = stats.phase == "mixed" and self._decode_s is not None
+        if mixed:
+            self._age = self._age + 1 if alike else FRESH
+        if stats.prompt_tokens < LEAST or (self._mixed and not mixed):
+            return
+        own = self._decode_s if mixed and self._decode_s is not None else 0.0
+        work = sum(work_of(c.start, c.num_tokens, self._context_cost) for c in step.chunks)
+        self._s_per_work = _mean(self._s_per_work, max(0.0, stats.duration_s - own) / work)
+        self._mixed |= mixed
 
 
 def _mean(old: float | None, new: float) -> float:
-    return new if old is None else (1 - NEWEST) * old + NEWEST * new
+    return new if not old else (1 - NEWEST) * old + NEWEST * min(new, OUTLIER * old)

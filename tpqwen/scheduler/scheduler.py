@@ -18,7 +18,7 @@ from tpqwen.errors import EngineError, RequestError
 from tpqwen.request import Delta, FinishReason, GenerateRequest
 from tpqwen.scheduler.admission import Admission, Verdict
 from tpqwen.scheduler.flight import Draft, Flight, Part, Tally
-from tpqwen.scheduler.pace import OUTNUMBER, tokens_within, work_of
+from tpqwen.scheduler.pace import OUTNUMBER, is_scrap, tokens_within, work_of
 from tpqwen.scheduler.patience import Patience
 from tpqwen.scheduler.rows import Longs, Mask, Rows, RowSet
 from tpqwen.scheduler.sequence import CRASH_BUDGET, Sequence, State, admission, by_order, row_params
@@ -315,6 +315,8 @@ class Scheduler:
             if budget <= 0 or (gentle is not None and gentle <= 0):
                 break
             if sequence.slot < 0:
+                if draft.chunks and is_scrap(budget, sequence.num_tokens, self.capacity.max_batched_tokens):
+                    break
                 verdict = Verdict.FULL if full else self._admission.enter(sequence)
                 full = verdict is Verdict.FULL
                 if verdict is not Verdict.ENTERED:

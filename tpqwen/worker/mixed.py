@@ -20,7 +20,7 @@ from tpqwen.worker.sampler import SampleKind
 from tpqwen.worker.slots import MIXED_CHUNKS
 
 ROWS = (0, 8, 32, 64, 128, 256)
-TOKENS = (64, 256, 512, 1024, 2048)
+TOKENS = (64, 128, 256, 512, 1024, 2048)
 
 
 class MixedGraphs:
