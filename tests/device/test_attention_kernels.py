@@ -23,7 +23,6 @@ WHOLE = DecodePlan(tile=16, warps=4, stages=1, programs=1, min_tiles=1)
 SPLIT = DecodePlan(tile=16, warps=4, stages=3, programs=48, min_tiles=1)
 FINE = DecodePlan(tile=16, warps=4, stages=1, programs=128, min_tiles=1)
 COARSE = DecodePlan(tile=32, warps=4, stages=5, programs=24, min_tiles=2)
-TMA = SPLIT._replace(tma=True)
 
 
 @dataclass
@@ -101,7 +100,6 @@ def forget_last_token(cache: Paged, lengths: list[int]) -> torch.Tensor:
         (16, 1, 16, 16, SPLIT, [1, 33, 0]),
         (2, 2, 32, 16, SPLIT._replace(hold=True), [1, 17, 18, 0, 90]),
         (4, 1, 32, 64, COARSE._replace(hold=True), [1, 33, 0, 200]),
-        (2, 2, 64, 64, TMA, [1, 16, 17, 40, 0, 130]),
         (2, 1, 16, 16, FINE, [520, 3]),  # a long row beside a short one: every split is used
     ],
 )

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tpqwen.kernels.attention_table import DecodePlan, decode_plan, num_splits
 from tpqwen.kernels.launch import launch_options, prefetch_l2, release_next, wait_previous
@@ -80,12 +79,11 @@ def _prefetch(k_cache, v_cache, table, begin, end, head, block_stride, SHAPE: tl
 
 
 @triton.jit
-def _tile_step(q, k, v, valid, state, qk_scale, MASK: tl.constexpr):
-    """Online softmax over one tile [TILE, D] of keys and values. MASK: only the `valid` ones count."""
+def _tile_step(q, k, v, valid, state, qk_scale):
+    """Online softmax over one tile [TILE, D] of keys and values."""
     m, l, acc = state
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
-    if MASK:
-        s = tl.where(valid[None, :], s, -float("inf"))
+    s = tl.where(valid[None, :], s, -float("inf"))
     m_new = tl.maximum(m, tl.max(s, 1))
     alpha = tl.exp2(m - m_new)
     p = tl.exp2(s - m_new[:, None])
@@ -99,7 +97,6 @@ def _attend(
     q,
     state,
     caches,
-    tma,
     table,
     first,
     last,
@@ -109,28 +106,18 @@ def _attend(
     qk_scale,
     SHAPE: tl.constexpr,
     STAGES: tl.constexpr,
-    TMA: tl.constexpr,
 ):
-    """Tiles first .. last: q [GP, D] in the cache's dtype to (m, l, acc). TMA: full tiles come by descriptors."""
+    """Tiles first .. last: q [GP, D] in the cache's dtype to (m, l, acc)."""
     P: tl.constexpr = SHAPE[0]
     D: tl.constexpr = SHAPE[1]
     TILE: tl.constexpr = SHAPE[2]
-    K: tl.constexpr = SHAPE[3]
-    every = tl.arange(0, TILE) >= 0
-    if TMA:
-        whole = tl.maximum(tl.minimum(past // TILE, last), first)
-        for tile in tl.range(first, whole, num_stages=STAGES):
-            start = tile * TILE
-            at = (tl.load(table + start // P) * K + head) * P + start % P
-            state = _tile_step(q, tma[0].load([at, 0]), tma[1].load([at, 0]), every, state, qk_scale, False)
-        first = whole
-    for tile in tl.range(first, last, num_stages=1 if TMA else STAGES):
+    for tile in tl.range(first, last, num_stages=STAGES):
         start = tile * TILE
         offsets = _tile_pointers(table, start, head, block_stride, P, D, TILE)
         valid = start + tl.arange(0, TILE) < past
         k = tl.load(caches[0] + offsets, mask=valid[:, None], other=0.0)
         v = tl.load(caches[1] + offsets, mask=valid[:, None], other=0.0)
-        state = _tile_step(q, k, v, valid, state, qk_scale, True)
+        state = _tile_step(q, k, v, valid, state, qk_scale)
     return state
 
 
@@ -179,8 +166,6 @@ def _decode_kernel(
     positions,
     k_cache,
     v_cache,
-    k_tma,
-    v_tma,
     slots,
     tables,
     table_rows,
@@ -197,7 +182,6 @@ def _decode_kernel(
     EARLY: tl.constexpr,
     PREFETCH: tl.constexpr,
     HOLD: tl.constexpr,
-    TMA: tl.constexpr,
     K: tl.constexpr,
     G: tl.constexpr,
     GP: tl.constexpr,
@@ -278,11 +262,9 @@ def _decode_kernel(
         state = (tl.full([GP], -float("inf"), tl.float32), tl.zeros([GP], tl.float32), tl.zeros([GP, D], tl.float32))
         if HOLD:
             if first < last:
-                state = _tile_step(q, k_held, v_held, held_valid, state, qk_scale, True)
+                state = _tile_step(q, k_held, v_held, held_valid, state, qk_scale)
             first += 1
-        m, l, acc = _attend(
-            q, state, caches, (k_tma, v_tma), table, first, last, past, head, block_stride, qk_scale, SHAPE, STAGES, TMA
-        )  # fmt: skip
+        m, l, acc = _attend(q, state, caches, table, first, last, past, head, block_stride, qk_scale, SHAPE, STAGES)
         s_new = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 1) * qk_scale
         s_new = tl.where(owner, s_new, -float("inf"))
         m_new = tl.maximum(m, s_new)
@@ -314,14 +296,6 @@ def _decode_kernel(
                 tl.store(arrived + row * K + head, 0)
 
 
-def cache_tiles(k_cache: torch.Tensor, v_cache: torch.Tensor, tokens: int) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """TMA descriptors of a contiguous cache [blocks, K, P, D] as rows of D, read `tokens` at a time."""
-    assert k_cache.is_contiguous() and v_cache.is_contiguous()
-    k_rows, v_rows = (c.view(-1, c.shape[-1]) for c in (k_cache, v_cache))
-    shape = [tokens, k_rows.shape[1]]
-    return TensorDescriptor.from_tensor(k_rows, shape), TensorDescriptor.from_tensor(v_rows, shape)
-
-
 def _constants(plan: DecodePlan, splits: int, group: int, k_cache: torch.Tensor) -> dict[str, object]:
     """What the kernel is compiled for."""
     _, kv_heads, block_size, head_dim = k_cache.shape
@@ -333,8 +307,7 @@ def _constants(plan: DecodePlan, splits: int, group: int, k_cache: torch.Tensor)
         "G": group,
         "GP": max(16, padded),
         "GS": padded,
-        "TMA": plan.tma,
-        "SHAPE": (block_size, head_dim, min(plan.tile, block_size), kv_heads),
+        "SHAPE": (block_size, head_dim, min(plan.tile, block_size)),
         "STAGES": plan.stages,
         "S": splits,
         "S_POW2": max(2, triton.next_power_of_2(splits)),
@@ -380,8 +353,7 @@ def decode_attention(
     assert qkv_BF.stride(-1) == 1 and out.is_contiguous() and tables_SM.stride(1) == 1
     assert splits == 1 or batch * kv_heads * splits <= len(scratch.partial), "the scratch is for fewer rows"
     assert batch * kv_heads <= len(scratch.arrived)
-    described = cache_tiles(k_cache, v_cache, min(plan.tile, block_size)) if plan.tma else (k_cache, v_cache)
-    tensors = (qkv_BF, q_norm_D, k_norm_D, cos_sin, positions_B, k_cache, v_cache, *described, cache_slots_B)
+    tensors = (qkv_BF, q_norm_D, k_norm_D, cos_sin, positions_B, k_cache, v_cache, cache_slots_B)
     _decode_kernel[(kv_heads, batch, splits)](
         *tensors,
         tables_SM,

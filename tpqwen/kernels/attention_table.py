@@ -16,7 +16,6 @@ class DecodePlan(NamedTuple):
     min_tiles: least work worth a split. prefetch: tiles of K and V asked into L2 first of all. hold: the first tile
     waits in registers before the queries are there, which pays where a program has few tiles.
     stages: depth of the tile loop; table entry and tile are two dependent loads, so 5 keeps two tiles in flight.
-    tma: full tiles come by TMA descriptors.
     """
 
     tile: int
@@ -24,27 +23,29 @@ class DecodePlan(NamedTuple):
     stages: int
     programs: int
     min_tiles: int
-    prefetch: int = 0
+    prefetch: int = 4
     hold: bool = False
-    tma: bool = False
 
 
 # (G, D): plans by largest batch of the bucket, ascending.
 PLANS: dict[tuple[int, int], tuple[tuple[int, DecodePlan], ...]] = {
     (2, 128): (
-        (4, DecodePlan(tile=64, warps=4, stages=2, programs=128, min_tiles=1, hold=True)),
-        (24, DecodePlan(tile=64, warps=4, stages=2, programs=384, min_tiles=1, hold=True, tma=True)),
-        (48, DecodePlan(tile=64, warps=4, stages=4, programs=256, min_tiles=1, hold=True, tma=True)),
-        (96, DecodePlan(tile=64, warps=2, stages=3, programs=512, min_tiles=1, tma=True)),
-        (1 << 30, DecodePlan(tile=64, warps=4, stages=3, programs=2048, min_tiles=1)),
+        (4, DecodePlan(tile=64, warps=4, stages=2, programs=128, min_tiles=1, prefetch=0, hold=True)),
+        (8, DecodePlan(tile=64, warps=4, stages=2, programs=192, min_tiles=2, prefetch=0, hold=True)),
+        (24, DecodePlan(tile=64, warps=4, stages=2, programs=384, min_tiles=1, prefetch=2)),
+        (48, DecodePlan(tile=64, warps=4, stages=2, programs=256, min_tiles=4, prefetch=0, hold=True)),
+        (96, DecodePlan(tile=32, warps=2, stages=2, programs=512, min_tiles=1, prefetch=0)),
+        (1 << 30, DecodePlan(tile=64, warps=4, stages=2, programs=2048, min_tiles=8, prefetch=0)),
     ),
 }
 OTHER_PLANS: tuple[tuple[int, DecodePlan], ...] = (
-    (4, DecodePlan(tile=64, warps=4, stages=2, programs=128, min_tiles=1, hold=True)),
-    (24, DecodePlan(tile=64, warps=2, stages=2, programs=384, min_tiles=1, hold=True, tma=True)),
-    (48, DecodePlan(tile=64, warps=4, stages=4, programs=256, min_tiles=1, hold=True, tma=True)),
+    (2, DecodePlan(tile=64, warps=2, stages=2, programs=128, min_tiles=1, prefetch=2)),
+    (4, DecodePlan(tile=64, warps=2, stages=5, programs=384, min_tiles=1, prefetch=0)),
+    (8, DecodePlan(tile=32, warps=2, stages=4, programs=512, min_tiles=1, prefetch=2)),
+    (24, DecodePlan(tile=64, warps=4, stages=4, programs=256, min_tiles=2, prefetch=0)),
+    (48, DecodePlan(tile=64, warps=4, stages=2, programs=256, min_tiles=4, prefetch=0)),
     (96, DecodePlan(tile=32, warps=2, stages=5, programs=512, min_tiles=1, prefetch=2)),
-    (1 << 30, DecodePlan(tile=64, warps=4, stages=4, programs=2048, min_tiles=1)),
+    (1 << 30, DecodePlan(tile=64, warps=4, stages=4, programs=2048, min_tiles=1, prefetch=0)),
 )
 
 

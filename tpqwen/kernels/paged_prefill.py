@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tpqwen.kernels.attention import cache_tiles
 from tpqwen.kernels.launch import launch_options, release_next, wait_previous
 
 PROGRAMS = 264  # that fill a large GPU: two on each of 132 multiprocessors
@@ -241,6 +241,12 @@ def _prefill_kernel(
         tl.store(out + at * (K * G * D) + query_head * D + d, nothing, mask=at < num_tokens)
 
 
+def _descriptors(caches: tuple[torch.Tensor, torch.Tensor], keys: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+    k_rows, v_rows = (c.view(-1, c.shape[-1]) for c in caches)
+    shape = [keys, k_rows.shape[1]]
+    return TensorDescriptor.from_tensor(k_rows, shape), TensorDescriptor.from_tensor(v_rows, shape)
+
+
 def paged_prefill(
     q_TND: torch.Tensor,
     k_cache: torch.Tensor,
@@ -269,7 +275,7 @@ def paged_prefill(
     num_chunks = len(lengths_C)
     assert k_cache.is_contiguous() and v_cache.is_contiguous() and q_TND.stride()[1:] == (head_dim, 1)
     out = torch.empty_like(q_TND, memory_format=torch.contiguous_format) if out is None else out
-    k, v = cache_tiles(k_cache, v_cache, keys) if plan.tma else (k_cache, v_cache)
+    k, v = _descriptors((k_cache, v_cache), keys) if plan.tma else (k_cache, v_cache)
     splits = num_splits(num_tokens, num_heads, queries) if scratch is not None and num_chunks < MAX_CHUNKS else 1
     _prefill_kernel[(num_heads, num_tokens // queries + num_chunks + 1, splits)](
         q_TND,
