@@ -31,19 +31,19 @@ class DecodePlan(NamedTuple):
 PLANS: dict[tuple[int, int], tuple[tuple[int, DecodePlan], ...]] = {
     (2, 128): (
         (4, DecodePlan(tile=64, warps=4, stages=2, programs=128, min_tiles=1, prefetch=0, hold=True)),
-        (8, DecodePlan(tile=64, warps=4, stages=2, programs=192, min_tiles=2, prefetch=0, hold=True)),
+        (8, DecodePlan(tile=64, warps=4, stages=2, programs=384, min_tiles=1, prefetch=0, hold=True)),
         (24, DecodePlan(tile=64, warps=4, stages=2, programs=384, min_tiles=1, prefetch=2)),
         (48, DecodePlan(tile=64, warps=4, stages=2, programs=256, min_tiles=4, prefetch=0, hold=True)),
-        (96, DecodePlan(tile=32, warps=2, stages=2, programs=512, min_tiles=1, prefetch=0)),
+        (96, DecodePlan(tile=64, warps=4, stages=2, programs=512, min_tiles=4, prefetch=0)),
         (1 << 30, DecodePlan(tile=64, warps=4, stages=2, programs=2048, min_tiles=8, prefetch=0)),
     ),
 }
 OTHER_PLANS: tuple[tuple[int, DecodePlan], ...] = (
-    (2, DecodePlan(tile=64, warps=2, stages=2, programs=128, min_tiles=1, prefetch=2)),
+    (2, DecodePlan(tile=64, warps=4, stages=2, programs=128, min_tiles=1, prefetch=0, hold=True)),
     (4, DecodePlan(tile=64, warps=2, stages=5, programs=384, min_tiles=1, prefetch=0)),
     (8, DecodePlan(tile=32, warps=2, stages=4, programs=512, min_tiles=1, prefetch=2)),
     (24, DecodePlan(tile=64, warps=4, stages=4, programs=256, min_tiles=2, prefetch=0)),
-    (48, DecodePlan(tile=64, warps=4, stages=2, programs=256, min_tiles=4, prefetch=0)),
+    (48, DecodePlan(tile=64, warps=4, stages=3, programs=256, min_tiles=4, prefetch=0, hold=True)),
     (96, DecodePlan(tile=32, warps=2, stages=5, programs=512, min_tiles=1, prefetch=2)),
     (1 << 30, DecodePlan(tile=64, warps=4, stages=4, programs=2048, min_tiles=1, prefetch=0)),
 )
