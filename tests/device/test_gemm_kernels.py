@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tpqwen.kernels import gemm, norm, reference
-from tpqwen.kernels.gemm_table import TABLE, Config, choose, default_config, fit
+from tpqwen.kernels.gemm_table import TABLE, Config, choose, default_config, fit, shared_bytes
 
 EPS = 1e-6
 GEMV = Config("gemv", 4, 128, warps=4, stages=2)
@@ -114,14 +114,18 @@ def test_many_rows_and_odd_widths_go_to_torch(device: torch.device) -> None:
     assert gemm.linear_add(h[:0], w, h.new_empty(0, 40)).shape == (0, 40)
 
 
+@pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 32, 64, 128])
-def test_every_choice_covers_its_width_and_fits_the_workspace(rows: int) -> None:
+def test_every_choice_covers_its_width_and_fits_workspace_and_shared_memory(rows: int, itemsize: int) -> None:
     shapes = [(6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (4096, 1024), (1024, 2048), (6144, 1024)]
     shapes += [(1024, 3072), (151936, 1024), (2560, 9728), (5120, 25600), (1536, 5120), (5120, 8 * 192), (64, 64)]
     scratch = gemm.Workspace(torch.device("cpu"))
-    chosen = [(k, fit(default_config(rows, n, k), rows, k), n) for n, k in shapes]
+    chosen = [(k, fit(default_config(rows, n, k), rows, k, itemsize), n) for n, k in shapes]
     chosen += [
-        (k, fit(config, rows, k), n) for (_, n, k), row in TABLE.items() for largest, config in row if rows <= largest
+        (k, fit(config, rows, k, itemsize), n)
+        for (_, n, k), row in TABLE.items()
+        for largest, config in row
+        if rows <= largest
     ]
     for width, config, weights in chosen:
         if config.path == "torch":
@@ -129,6 +133,7 @@ def test_every_choice_covers_its_width_and_fits_the_workspace(rows: int) -> None
         assert width % (config.split * config.block_k) == 0
         assert config.block_k >= 64
         assert config.prefetch <= width // config.split
+        assert config.path == "gemv" or 0 < shared_bytes(config, rows, itemsize) <= 227 * 1024
         tiles = -(-weights // config.block_n)
         assert config.split == 1 or scratch.fits(tiles, config.split, (config.block_n + 1) * max(16, rows))
 

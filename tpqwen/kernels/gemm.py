@@ -390,5 +390,5 @@ def linear_add(
 
 def _config(given: Config | None, operation: str, x_TK: torch.Tensor, weight: torch.Tensor) -> Config:
     if given is None:
-        return choose(operation, len(x_TK), *weight.shape)
-    return fit(given, len(x_TK), weight.shape[1])
+        return choose(operation, len(x_TK), *weight.shape, weight.itemsize)
+    return fit(given, len(x_TK), weight.shape[1], weight.itemsize)

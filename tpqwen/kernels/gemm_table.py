@@ -9,6 +9,7 @@ MAX_ROWS = 128  # of one launch of our kernels; more go to cuBLAS
 GEMV_ROWS = 4
 NARROWEST = 64  # columns: the smallest block_k, so K must be a multiple of it
 PROGRAMS = 132  # multiprocessors of H100 and H200
+SHARED_BYTES = 227 * 1024  # that one program may take there
 
 
 class Config(NamedTuple):
@@ -119,8 +120,14 @@ def default_config(rows: int, weights: int, width: int) -> Config:
     return _dot(64, 128, 4, 6, split)
 
 
-def fit(config: Config, rows: int, width: int) -> Config:
-    """The configuration made valid for `rows` batch rows and K = `width`, or the torch path if none is."""
+def shared_bytes(config: Config, rows: int, itemsize: int) -> int:
+    """Shared memory of a dot program: its pipeline's tiles of the weight and of the rows."""
+    return config.stages * (config.block_n + max(16, 1 << (rows - 1).bit_length())) * config.block_k * itemsize
+
+
+def fit(config: Config, rows: int, width: int, itemsize: int = 2) -> Config:
+    """The configuration made valid for `rows` batch rows, K = `width` and numbers of `itemsize` bytes, or the torch
+    path if none is. The table was measured for two bytes; wider numbers take fewer stages."""
     if config.path == "torch" or rows > MAX_ROWS or width % NARROWEST or (config.path == "gemv" and rows > GEMV_ROWS):
         return Config("torch")
     block_k, split = config.block_k, config.split if config.path == "dot" else 1
@@ -130,6 +137,11 @@ def fit(config: Config, rows: int, width: int) -> Config:
         block_k //= 2
     tiles = width // split // block_k
     stages = min(config.stages, tiles) if config.path == "gemv" else config.stages
+    while (
+        config.path == "dot"
+        and shared_bytes(config._replace(block_k=block_k, stages=stages), rows, itemsize) > SHARED_BYTES
+    ):
+        stages -= 1
     pieces = max(config.warps * 32 // config.block_n, 1) if config.bulk else 1
     columns = min(config.prefetch, (tiles - stages) * block_k if config.path == "gemv" else tiles * block_k)
     columns -= columns % (pieces * 64)
@@ -137,11 +149,11 @@ def fit(config: Config, rows: int, width: int) -> Config:
 
 
 @functools.cache
-def choose(operation: str, rows: int, weights: int, width: int) -> Config:
+def choose(operation: str, rows: int, weights: int, width: int, itemsize: int = 2) -> Config:
     """The configuration of "plain", "norm", "silu" or "add" on `rows` rows and a [weights, width] weight."""
     if rows > MAX_ROWS:
         return Config("torch")
     for largest, config in TABLE.get((operation, weights, width), ()):
         if rows <= largest:
-            return fit(config, rows, width)
-    return fit(default_config(rows, weights, width), rows, width)
+            return fit(config, rows, width, itemsize)
+    return fit(default_config(rows, weights, width), rows, width, itemsize)
