@@ -42,7 +42,7 @@ class Pair:
         return step
 
     def collect(self) -> list[Delta]:
-        deltas = self.scheduler.update(self.executor.collect(1.0))
+        deltas = list(self.scheduler.update(self.executor.collect(1.0)))
         self.scheduler.check()
         self.deltas += deltas
         return deltas
@@ -406,7 +406,7 @@ def test_after_a_reset_everything_is_recomputed_in_the_old_order_and_nothing_is_
     pair.executor.restart(7)
     assert pair.scheduler.reset(7, pair.scheduler.capacity) == []
     pair.scheduler.check()
-    assert pair.scheduler.update(late) == []
+    assert not pair.scheduler.update(late)
     step = pair.submit()
     assert (step.epoch, step.step, len(step.admits)) == (7, 0, 2)
     assert [c.start for c in step.chunks] == [0, 0]
