@@ -39,9 +39,7 @@ def main() -> None:
     parser.add_argument("--rows", default="1,32,256")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", default=EMBEDDED_MODEL)
-    parser.add_argument(
-        "--profile", action="store_true", help="by function, at the last number of rows"
-    )
+    parser.add_argument("--profile", action="store_true", help="by function, at the last number of rows")
     args = parser.parse_args()
     options = {"model": args.model, "random_weights": True, "prefix_cache": False, "device": args.device}
     small = (
@@ -107,8 +105,8 @@ def measure(engine: OfflineEngine, count: int, *, show: bool) -> None:
     total = medians["step"] - medians["collect"] * (engine.config.parallel.device == "cuda")
     stages = ", ".join(f"{n} {medians[n]:.0f}" for n in ("schedule", "submit", "collect", "update", "rest"))
     print(
-        f"{count} rows: {total:.0f} us (mean {means['step']:.0f}) = {stages}; a report: encode {medians['encode']:.0f}, "
-        f"decode {medians['decode']:.0f}, {len(data)} bytes",
+        f"{count} rows: {total:.0f} us (mean {means['step']:.0f}) = {stages}; "
+        f"a report: encode {medians['encode']:.0f}, decode {medians['decode']:.0f}, {len(data)} bytes",
         flush=True,
     )
     if show:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 
 from tpqwen.budget import REPAIRS, Budget
@@ -17,6 +17,7 @@ from tpqwen.executor.protocol import Executor
 from tpqwen.model.config import ModelConfig, check_parallel
 from tpqwen.model.hub import resolve_model
 from tpqwen.request import Deltas, GenerateRequest, SamplingParams
+from tpqwen.step import StepStats
 from tpqwen.text.sequences import Limits, expand
 
 
@@ -31,6 +32,7 @@ class OfflineEngine:
         self.executor = self._make_executor()
         self.capacity = self.executor.start()
         self.core = self.new_core()
+        self.on_stats: Callable[[StepStats], None] | None = None  # hears of every step that ended
         self._repairs = Budget(REPAIRS)
 
     def _make_executor(self) -> Executor:
@@ -82,13 +84,16 @@ class OfflineEngine:
     def _step(self) -> Deltas:
         """One step. Ranks that die under it are replaced, and it takes longer. Raises EngineError."""
         try:
-            return self.core.step().deltas
+            result = self.core.step()
         except RankDied as error:
             if not self._repairs.take(time.monotonic()):
                 raise
             capacity = self.executor.repair(error)
             self.core.restart(getattr(self.executor, "epoch", 0), capacity)
             return Deltas(others=self.core.take_deltas())
+        if self.on_stats is not None and result.stats is not None:
+            self.on_stats(result.stats)
+        return result.deltas
 
     def close(self) -> None:
         """Stop the ranks and free their memory. Idempotent."""

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tpqwen.bench import compare, offline
-from tpqwen.bench.workloads import WORKLOADS
+from tpqwen.bench import compare
 from tpqwen.config import Config
 
 
@@ -29,19 +28,3 @@ def test_compare_measures_checks_and_reports(tmp_path: Path, capsys: pytest.Capt
     assert "commit" in figures["environment"]
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "batched" in capsys.readouterr().out
-
-
-def test_offline_bench_saves_and_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tpqwen.bench.workloads import fixed
-
-    monkeypatch.setitem(WORKLOADS, "seed_100x50", lambda seed: fixed(4, 8, 6, seed))
-    parser = argparse.ArgumentParser()
-    offline.add_arguments(parser)
-    monkeypatch.setattr("tpqwen.bench.workloads.MAX_ID", 500)
-    saved = tmp_path / "a.json"
-    config = Config.load({"device": "cpu"}, {})
-    assert offline.run(parser.parse_args(["seed_100x50", "--save", str(saved)]), config) == 0
-    results = json.loads(saved.read_text())["results"]
-    assert [r["workload"] for r in results] == ["seed_100x50"] * 2
-    assert all(r["tok_s"] > 0 for r in results)
-    assert offline.run(parser.parse_args(["seed_100x50", "--compare", str(saved)]), config) == 0

@@ -111,6 +111,7 @@ class EngineCore:
         May return without deltas, so that the caller can take in requests between two submits. Raises RankDied or
         EngineError with all requests intact; no step may follow before `restart`.
         """
+        begin = time.perf_counter()
         self._deltas += self.scheduler.expire(self._clock())
         step = None
         if len(self._in_flight) < self._depth:
@@ -123,7 +124,7 @@ class EngineCore:
             self.executor.submit(step)
         deltas, stats = Deltas(), None
         if self._in_flight and (step is None or len(self._in_flight) == self._depth or self.executor.ready()):
-            deltas, stats = self._collect()
+            deltas, stats = self._collect(begin)
         if self._deltas:
             deltas.others[:0] = self.take_deltas()
         return StepResult(deltas, stats)
@@ -149,9 +150,12 @@ class EngineCore:
         deltas, self._deltas = self._deltas, []
         return deltas
 
-    def _collect(self) -> tuple[Deltas, StepStats | None]:
+    def _collect(self, begin: float) -> tuple[Deltas, StepStats | None]:
+        """The oldest step's result. begin: when this thread began to work for the step, on perf_counter's clock."""
         step, submitted, allowed_s = self._in_flight[0]
+        asked = time.perf_counter()
         output = self.executor.collect(allowed_s)
+        waited_s = time.perf_counter() - asked
         if output.error:
             raise EngineError(output.error)
         if output.epoch != step.epoch:  # a late result of ranks that are gone
@@ -165,6 +169,7 @@ class EngineCore:
         if _log.isEnabledFor(logging.DEBUG):
             parts = (f"{d.id}:{d.index}+{len(d.token_ids)}" for d in deltas)
             _log.debug("collect step=%d ms=%.2f outputs=%s", step.step, duration_s * 1e3, ",".join(parts))
-        stats = self.scheduler.step_stats(duration_s, output.busy_s)
+        host_s = time.perf_counter() - begin - waited_s
+        stats = self.scheduler.step_stats(duration_s, output.busy_s, output.idle_s, host_s)
         self._pace.observe(step, stats)
         return deltas, stats

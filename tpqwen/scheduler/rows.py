@@ -195,7 +195,7 @@ class Rows:
         return stop, index >= rows.last
 
     def quiet(self, rows: RowSet) -> int:
-        """For how many steps none of these rows will make its last token or need a block."""
+        """For how many steps none of these rows will make its last token or need a block; -1 if one has made it."""
         left, room = self.left[rows.slots], self.capacity[rows.slots] - self.computed[rows.slots]
         return int(min(left.min() - 1, room.min())) if len(rows) else 0
 

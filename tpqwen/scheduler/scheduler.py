@@ -212,7 +212,7 @@ class Scheduler:
         deltas.others[:0] = bad
         return deltas
 
-    def step_stats(self, duration_s: float, busy_s: float) -> StepStats:
+    def step_stats(self, duration_s: float, busy_s: float, idle_s: float | None, host_s: float) -> StepStats:
         """Of the step updated last. Counts of events are since the last call."""
         flight, tally, self._tally = self._collected, self._tally, Tally()
         phase = "decode" if not flight.num_chunk_tokens else "mixed" if flight.num_decode else "prefill"
@@ -231,6 +231,8 @@ class Scheduler:
             prompt_tokens=flight.num_chunk_tokens,
             output_tokens=tally.output_tokens,
             busy_s=busy_s,
+            idle_s=idle_s,
+            host_s=host_s,
         )
 
     def check(self) -> None:
@@ -257,11 +259,13 @@ class Scheduler:
         decode, rows = self._current_rows(), self._rows
         if self._quiet:
             return False
-        short = rows.computed[decode.slots] >= rows.capacity[decode.slots]
-        if not short.any():
+        room = rows.capacity[decode.slots] - rows.computed[decode.slots]
+        if room.all():
             return False
         before = self._tally.preemptions
         plenty = self.pool.num_available >= 2 * AHEAD * len(decode)
+        # with plenty also those that need one soon, so that the ranks are told once and then not for long
+        short = room < np.minimum(rows.left[decode.slots], rows.block_size) if plenty else room == 0
         needy = [decode.sequences[i] for i in np.flatnonzero(short)]
         for sequence in sorted(needy, key=by_order):
             if sequence.slot >= 0 and self._make_room(sequence):
@@ -361,13 +365,10 @@ class Scheduler:
         rows, slots = self._rows, decode.slots
         rows.computed[slots] += 1
         rows.left[slots] -= 1
-        if not draft.sampled and self._quiet:
-            self._quiet -= 1
-        elif draft.sampled or not rows.left[slots].all():
+        self._quiet = self._quiet - 1 if self._quiet else rows.quiet(decode)
+        if draft.sampled or self._quiet < 0:
             self._decoding += draft.sampled
-            self._decode_rows = None
-        else:
-            self._quiet = rows.quiet(decode)
+            self._decode_rows, self._quiet = None, 0
         unchanged = self._sent is not None and (self._sent is slots or np.array_equal(self._sent, slots))
         self._sent = slots
         all_rows = decode.joined(rows.row_set(draft.sampled)) if draft.sampled else decode
@@ -379,8 +380,8 @@ class Scheduler:
             chunks=tuple(draft.chunks),
             decode=None if unchanged else packed(slots),
         )
-        num_chunk_tokens = step.num_chunk_tokens
-        self._flights.append(Flight(step.step, all_rows, rows.releases, len(decode), draft.parts, num_chunk_tokens))
+        counts = len(decode), draft.parts, step.num_chunk_tokens
+        self._flights.append(Flight(step.step, all_rows, rows.releases, *counts))
         self._next_step += 1
         return step
 
@@ -395,7 +396,8 @@ class Scheduler:
         logprobs, pooled = by_live_row(output.logprobs, live), by_live_row(output.pooled, live)
         own = stop | full
         own[num_decode:] = True
-        own[[*logprobs, *pooled]] = True
+        for row in (*logprobs, *pooled):
+            own[row] = True
         deltas, others = as_deltas(rows, tokens, index, own)
         self._tally.output_tokens += len(rows)
         for row, delta in others.items():
