@@ -249,7 +249,7 @@ class ServerMetrics:
         self._child("kv_cache_config_info", str(block_size), str(num_blocks), dtype).set(1)
 
     def model_load_seconds(self, stage: str, seconds: float) -> None:
-        """Seconds that stage `download`, `weights`, `kv_alloc`, `warmup` or `graphs` took."""
+        """Seconds that a stage took: `download`, or one of Capacity.load_seconds."""
         self._child("model_load_seconds", stage).set(seconds)
 
     def build_info(self, version: str, ray: str, torch: str, cuda: str) -> None:

@@ -153,7 +153,7 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     max_batched_tokens: int  # tokens in one step, decode rows included
     context_cost: float = 0.0  # how much a token of context adds to the computation of a prompt token
     kv_dtype: str = ""
-    load_seconds: dict[str, float] = {}  # stage -> seconds: weights, kv_alloc, warmup, graphs
+    load_seconds: dict[str, float] = {}  # stage -> seconds: weights, kernels, warmup, kv_alloc
 
 
 class RankStats(msgspec.Struct, frozen=True, kw_only=True):
