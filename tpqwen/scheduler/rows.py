@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpqwen.errors import EngineError
-from tpqwen.scheduler.sequence import Sequence, State
+from tpqwen.scheduler.sequence import Sequence, State, by_order
 from tpqwen.step import Ints
 
 Longs = NDArray[np.int64]
 Mask = NDArray[np.bool_]
+AT_ONCE = 16  # rows that are given blocks ahead in one step
 END_ROWS = 4  # end ids of a slot that are compared in one numpy call; Qwen3 has 2, a request may add more
 
 
@@ -76,6 +77,7 @@ class Rows:
     def __init__(self, num_slots: int, block_size: int, longest: int) -> None:
         self.num_slots = num_slots
         self.block_size = block_size
+        self._low = block_size // 8  # positions left in a row's blocks, from which on it is about to need more
         self.computed = np.zeros(num_slots, np.int64)  # positions scheduled to be in the cache
         self.capacity = np.zeros(num_slots, np.int64)  # positions that its blocks hold
         self.left = np.zeros(num_slots, np.int64)  # output tokens that may still be scheduled
@@ -195,9 +197,24 @@ class Rows:
         return stop, index >= rows.last
 
     def quiet(self, rows: RowSet) -> int:
-        """For how many steps none of these rows will make its last token or need a block; -1 if one has made it."""
-        left, room = self.left[rows.slots], self.capacity[rows.slots] - self.computed[rows.slots]
-        return int(min(left.min() - 1, room.min())) if len(rows) else 0
+        """For how many steps none of these rows will make its last token or be needy; -1 if one has made it."""
+        if not len(rows):
+            return 0
+        room = self.capacity[rows.slots] - self.computed[rows.slots]
+        return min(int(self.left[rows.slots].min()) - 1, max(0, int(room.min()) - self._low))
+
+    def needy(self, rows: RowSet, *, ahead: bool) -> list[Sequence]:
+        """Those that are to get blocks now, in order: their next position has none.
+
+        ahead: once one is about to need some, also others that will need some within a block, the nearest first and
+        not many, so that there are long pauses between such steps and none of them takes long.
+        """
+        room = self.capacity[rows.slots] - self.computed[rows.slots]
+        chosen = np.flatnonzero(room == 0)
+        if ahead and len(room) and room.min() <= self._low:
+            nearest = np.argsort(room, kind="stable")[: max(len(chosen), AT_ONCE)]
+            chosen = nearest[room[nearest] < np.minimum(self.left[rows.slots[nearest]], self.block_size)]
+        return sorted((rows.sequences[i] for i in chosen.tolist()), key=by_order)
 
     def growth(self, horizon: int) -> int:
         """Blocks that all running sequences together still take if each makes `horizon` more tokens or ends before."""

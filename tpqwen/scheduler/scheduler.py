@@ -259,15 +259,9 @@ class Scheduler:
         decode, rows = self._current_rows(), self._rows
         if self._quiet:
             return False
-        room = rows.capacity[decode.slots] - rows.computed[decode.slots]
-        if room.all():
-            return False
         before = self._tally.preemptions
         plenty = self.pool.num_available >= 2 * AHEAD * len(decode)
-        # with plenty also those that need one soon, so that the ranks are told once and then not for long
-        short = room < np.minimum(rows.left[decode.slots], rows.block_size) if plenty else room == 0
-        needy = [decode.sequences[i] for i in np.flatnonzero(short)]
-        for sequence in sorted(needy, key=by_order):
+        for sequence in rows.needy(decode, ahead=plenty):
             if sequence.slot >= 0 and self._make_room(sequence):
                 missing = int(rows.computed[sequence.slot] + rows.left[sequence.slot] - rows.capacity[sequence.slot])
                 self._give(sequence, min(AHEAD, -(-missing // rows.block_size)) if plenty else 1, draft)
