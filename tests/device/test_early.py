@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -103,10 +104,11 @@ def test_parts_run_at_once_beside_the_body_and_are_waited_for() -> None:
         body.wait(30)
         done.append(torch.is_inference_mode_enabled())
 
+    interval = sys.getswitchinterval()
     with compiled_beside(lambda: [part, part, part], threads=3):
-        assert not done
+        assert not done and sys.getswitchinterval() < interval
         body.set()
-    assert done == [True] * 3
+    assert done == [True] * 3 and sys.getswitchinterval() == interval
 
 
 def test_what_fails_early_is_no_error_and_a_failing_body_is_one() -> None:

@@ -1,5 +1,6 @@
-"""Kernels of the first steps, compiled beside the loading of weights: on a machine that never compiled them they take
-longer than a small model's weights, and both only wait, one for the compiler, the other for the disk.
+"""Kernels of the first steps, compiled beside the loading of weights.
+
+On a machine that never compiled them they take longer than a small model's weights, which only wait for the disk.
 
 What a pass launches is decided in many places by shapes, so nothing here lists kernels: the parts of the first passes
 run on a model of one layer, of the real widths and full of zeros, each part in a thread of its own.
@@ -8,6 +9,7 @@ run on a model of one layer, of the real widths and full of zeros, each part in 
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +26,8 @@ from tpqwen.worker.runner import Runner
 from tpqwen.worker.sampler import SampleKind
 from tpqwen.worker.slots import MIXED_CHUNKS
 
-THREADS = 12
+THREADS = 8
+SWITCH_S = 1e-4  # compiling threads give the interpreter up all the time, and wait for it so long each time; 5 ms else
 WHOLE = 2048  # tokens of a prompt that is launched kernel by kernel
 NUM_BLOCKS = 2  # of the runner's cache; what is written goes to the null block
 KINDS = (SampleKind(), SampleKind(candidates=True))  # by temperature alone, and with Qwen3's own top_k
@@ -52,12 +55,15 @@ def compiled_beside(make: Callable[[], list[Part]], threads: int = THREADS) -> I
 
     A part that fails is no error: whoever needs the kernel compiles it again, and there it is one.
     """
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_S)
     thread = threading.Thread(target=_run, args=(make, threads), name="early", daemon=True)
     thread.start()
     try:
         yield
     finally:
         thread.join()
+        sys.setswitchinterval(interval)
 
 
 def _run(make: Callable[[], list[Part]], threads: int) -> None:
