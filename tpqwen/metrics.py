@@ -98,6 +98,8 @@ FAMILIES = (
     Family("request_generation_tokens", "histogram", "Output length of ended sequences, tokens.", buckets=LEN),
     Family("step_duration_seconds", "histogram", "One engine step.", ("phase",), STEP, PHASES),
     Family("step_tokens", "histogram", "Tokens computed in one step.", ("phase",), STEP_TOKENS, PHASES),
+    Family("step_host_seconds_total", "counter", "What the engine's thread worked for steps, waiting left out."),
+    Family("decode_idle_seconds_total", "counter", "Time between two decode steps in which the GPU did nothing."),
     Family(
         "tp_step_skew_seconds",
         "histogram",
@@ -192,6 +194,9 @@ class ServerMetrics:
         self._child("preemptions_total").inc(stats.preemptions)
         self._child("step_duration_seconds", stats.phase).observe(stats.duration_s)
         self._child("step_tokens", stats.phase).observe(stats.num_tokens)
+        self._child("step_host_seconds_total").inc(stats.host_s)
+        if stats.idle_s is not None:
+            self._child("decode_idle_seconds_total").inc(stats.idle_s)
 
     def observe_ranks(self, ranks: Iterable[RankStats], tp: int) -> None:
         """Every few seconds: what the ranks answered. A rank of 0..tp-1 that did not answer counts as down."""
@@ -249,7 +254,7 @@ class ServerMetrics:
         self._child("kv_cache_config_info", str(block_size), str(num_blocks), dtype).set(1)
 
     def model_load_seconds(self, stage: str, seconds: float) -> None:
-        """Seconds that stage `download`, `weights`, `kv_alloc`, `warmup` or `graphs` took."""
+        """Seconds that a stage took: `download`, or one of Capacity.load_seconds."""
         self._child("model_load_seconds", stage).set(seconds)
 
     def build_info(self, version: str, ray: str, torch: str, cuda: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 
 from tpqwen.budget import REPAIRS, Budget
@@ -16,7 +16,8 @@ from tpqwen.executor.local import LocalExecutor
 from tpqwen.executor.protocol import Executor
 from tpqwen.model.config import ModelConfig, check_parallel
 from tpqwen.model.hub import resolve_model
-from tpqwen.request import Delta, GenerateRequest, SamplingParams
+from tpqwen.request import Deltas, GenerateRequest, SamplingParams
+from tpqwen.step import StepStats
 from tpqwen.text.sequences import Limits, expand
 
 
@@ -31,6 +32,7 @@ class OfflineEngine:
         self.executor = self._make_executor()
         self.capacity = self.executor.start()
         self.core = self.new_core()
+        self.on_stats: Callable[[StepStats], None] | None = None  # hears of every step that ended
         self._repairs = Budget(REPAIRS)
 
     def _make_executor(self) -> Executor:
@@ -62,7 +64,7 @@ class OfflineEngine:
         """One sequence (params.n must be 1) with its defaults resolved. Raises RequestError."""
         return expand(secrets.token_hex(8), prompt_ids, params, self.limits)[0]
 
-    def run(self, requests: Iterable[GenerateRequest]) -> Iterator[list[Delta]]:
+    def run(self, requests: Iterable[GenerateRequest]) -> Iterator[Deltas]:
         """Deltas step by step until every request has ended. Abandoning the iterator aborts what is left."""
         open_ids = set()
         for r in requests:
@@ -71,7 +73,7 @@ class OfflineEngine:
         try:
             while open_ids:
                 deltas = self._step()
-                open_ids.difference_update(d.id for d in deltas if d.finish_reason)
+                open_ids.difference_update(d.id for d in deltas.others if d.finish_reason)
                 yield deltas
         finally:
             for request_id in open_ids:
@@ -79,16 +81,19 @@ class OfflineEngine:
             while open_ids and self.core.has_work:
                 self._step()
 
-    def _step(self) -> list[Delta]:
+    def _step(self) -> Deltas:
         """One step. Ranks that die under it are replaced, and it takes longer. Raises EngineError."""
         try:
-            return self.core.step().deltas
+            result = self.core.step()
         except RankDied as error:
             if not self._repairs.take(time.monotonic()):
                 raise
             capacity = self.executor.repair(error)
             self.core.restart(getattr(self.executor, "epoch", 0), capacity)
-            return self.core.take_deltas()
+            return Deltas(others=self.core.take_deltas())
+        if self.on_stats is not None and result.stats is not None:
+            self.on_stats(result.stats)
+        return result.deltas
 
     def close(self) -> None:
         """Stop the ranks and free their memory. Idempotent."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import StrEnum
 
 import msgspec
@@ -164,3 +165,24 @@ class Delta(msgspec.Struct, kw_only=True):
     prompt_logprobs: list[TokenLogprob] | None = None  # of prompt tokens 1, 2, ...; set on the first delta only
     pooled: bytes | None = None  # float32, what `pooling` asked for
     resumed: int = 0  # how often the request was recomputed after a fault
+
+
+class Deltas(msgspec.Struct, frozen=True, array_like=True):
+    """What one step produced for all requests. Most get one token and nothing else: those are arrays, the first three.
+
+    A request that is in both got its single token before the other delta. Iterating makes a Delta of each.
+    """
+
+    ids: list[str] = []
+    indexes: bytes = b""  # int32, the output index of each one's token
+    tokens: bytes = b""  # int32
+    others: list[Delta] = []
+
+    def __iter__(self) -> Iterator[Delta]:
+        indexes, tokens = memoryview(self.indexes).cast("i"), memoryview(self.tokens).cast("i")
+        for name, index, token in zip(self.ids, indexes, tokens, strict=True):
+            yield Delta(id=name, index=index, token_ids=[token])
+        yield from self.others
+
+    def __len__(self) -> int:
+        return len(self.ids) + len(self.others)

@@ -114,6 +114,11 @@ class StepInput(msgspec.Struct, frozen=True, array_like=True):
     def num_chunk_tokens(self) -> int:
         return sum(c.num_tokens for c in self.chunks)
 
+    @property
+    def edits_slots(self) -> bool:
+        """Whether it says anything but "the same rows once more", chunks apart."""
+        return self.decode is not None or bool(self.blocks or self.admits)
+
 
 class StepOutput(msgspec.Struct, frozen=True, array_like=True):
     """What rank 0 answers. tokens: int32 bytes, one per sampled row in StepInput's row order.
@@ -122,7 +127,8 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True):
     logprobs: (index into tokens, TokenLogprob) for the rows that asked. busy_s: device time of the step, seconds,
     0.0 where it is not measured. error: the rank's own failure in words; then nothing else is valid.
     prompt_logprobs: (index into StepInput.chunks, one for each of its targets). pooled: (index into tokens, float32
-    bytes) for the rows with params.pooling.
+    bytes) for the rows with params.pooling. idle_s: seconds that the device did nothing between the step before and
+    this one; None unless both only decode and it is measured.
     """
 
     epoch: int
@@ -134,6 +140,7 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True):
     error: str = ""
     prompt_logprobs: tuple[tuple[int, list[TokenLogprob]], ...] = ()
     pooled: tuple[tuple[int, bytes], ...] = ()
+    idle_s: float | None = None
 
 
 class Capacity(msgspec.Struct, frozen=True, kw_only=True):
@@ -146,7 +153,7 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     max_batched_tokens: int  # tokens in one step, decode rows included
     context_cost: float = 0.0  # how much a token of context adds to the computation of a prompt token
     kv_dtype: str = ""
-    load_seconds: dict[str, float] = {}  # stage -> seconds: weights, kv_alloc, warmup, graphs
+    load_seconds: dict[str, float] = {}  # stage -> seconds: weights, kernels, warmup, kv_alloc
 
 
 class RankStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -181,6 +188,8 @@ class StepStats(msgspec.Struct, frozen=True, array_like=True):
     prompt_tokens: int  # prompt tokens computed in this step
     output_tokens: int
     busy_s: float = 0.0
+    idle_s: float | None = None  # device time between the step before and this one, where both only decode
+    host_s: float = 0.0  # what the engine's thread worked for it, without waiting for its result
 
 
 class SlotView(msgspec.Struct, frozen=True, array_like=True):

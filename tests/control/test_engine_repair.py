@@ -35,8 +35,13 @@ from tpqwen.engine.messages import (
 )
 from tpqwen.engine.protocol import EngineState
 from tpqwen.errors import EngineError, RankDied
-from tpqwen.request import Delta, FinishReason, Pooling
+from tpqwen.request import Delta, Deltas, FinishReason, Pooling
+from tpqwen.step import packed
 from tpqwen.transport.channel import QueueChannel
+
+
+def single(name: str, index: int, token: int) -> Deltas:
+    return Deltas([name], packed([index]), packed([token]))
 
 
 class Engine:
@@ -194,8 +199,8 @@ def test_a_token_lost_or_repeated_on_the_way_ends_the_request_instead_of_spoilin
         client = EngineClient(commands, reports, tiny_capacity(), ScheduleOptions())
         task = asyncio.create_task(deltas_of(client, request("one")))
         await until(lambda: client.num_open == 1)
-        reports.send(encode(Batch([Delta(id="one", index=0, token_ids=[5])])), 1.0)
-        reports.send(encode(Batch([Delta(id="one", index=2, token_ids=[6])])), 1.0)
+        reports.send(encode(Batch(single("one", 0, 5))), 1.0)
+        reports.send(encode(Batch(single("one", 2, 6))), 1.0)
         deltas = await task
         assert [d.token_ids for d in deltas] == [[5], []]
         assert (deltas[-1].finish_reason, deltas[-1].error_code) == (FinishReason.ERROR, "internal")
@@ -256,9 +261,9 @@ def test_what_has_ended_but_was_not_read_yet_is_neither_waited_for_nor_begun_aga
         async with aclosing(client.generate(request("one", max_tokens=2))) as stream:
             first = asyncio.ensure_future(anext(stream))
             await until(lambda: client.num_open == 1)
-            reports.send(encode(Batch([Delta(id="one", index=0, token_ids=[5])])), 1.0)
+            reports.send(encode(Batch(single("one", 0, 5))), 1.0)
             assert (await first).token_ids == [5]
-            reports.send(encode(Batch([Delta(id="one", index=1, token_ids=[], **end)])), 1.0)
+            reports.send(encode(Batch(Deltas(others=[Delta(id="one", index=1, token_ids=[], **end)]))), 1.0)
             await until(lambda: client.silent_s == 0.0)
             later = time.monotonic() + 1000
             monkeypatch.setattr(client_module, "time", SimpleNamespace(monotonic=lambda: later))

@@ -42,7 +42,7 @@ class Pair:
         return step
 
     def collect(self) -> list[Delta]:
-        deltas = self.scheduler.update(self.executor.collect(1.0))
+        deltas = list(self.scheduler.update(self.executor.collect(1.0)))
         self.scheduler.check()
         self.deltas += deltas
         return deltas
@@ -236,7 +236,7 @@ def test_a_repeated_prompt_is_taken_from_the_cache_but_for_its_last_block() -> N
     assert [(c.start, c.num_tokens) for c in step.chunks] == [(12, 4), (0, 16), (16, 3)]
     first = {d.id: d.cached_tokens for d in pair.deltas if d.index == 0}
     assert first == {"a": 0, "b": 12, "salted": 0, "longer": 16}
-    stats = pair.scheduler.step_stats(0.5, 0.25)
+    stats = pair.scheduler.step_stats(0.5, 0.25, None, 0.125)
     assert (stats.prefix_queried_tokens, stats.prefix_hit_tokens) == (16 + 16 + 16 + 19, 28)
 
 
@@ -406,7 +406,7 @@ def test_after_a_reset_everything_is_recomputed_in_the_old_order_and_nothing_is_
     pair.executor.restart(7)
     assert pair.scheduler.reset(7, pair.scheduler.capacity) == []
     pair.scheduler.check()
-    assert pair.scheduler.update(late) == []
+    assert not pair.scheduler.update(late)
     step = pair.submit()
     assert (step.epoch, step.step, len(step.admits)) == (7, 0, 2)
     assert [c.start for c in step.chunks] == [0, 0]
@@ -461,7 +461,7 @@ def test_stats_describe_the_step_that_was_collected() -> None:
     stats = []
     for _ in range(3):
         pair.step()
-        stats.append(pair.scheduler.step_stats(0.1, 0.05))
+        stats.append(pair.scheduler.step_stats(0.1, 0.05, None, 0.0))
     assert [s.phase for s in stats] == ["prefill", "mixed", "decode"]
     assert [(s.num_tokens, s.prompt_tokens, s.output_tokens) for s in stats] == [(16, 16, 1), (5, 4, 2), (2, 0, 2)]
     assert (stats[2].num_running, stats[2].num_waiting, stats[2].preemptions) == (2, 0, 0)

@@ -50,7 +50,7 @@ def test_a_prompt_alone_ends_without_tokens_even_when_it_fills_the_context() -> 
         assert (delta.token_ids, delta.finish_reason, delta.index) == ([], FinishReason.LENGTH, 0)
     assert ints(deltas["a"].pooled or b"").tolist() == request("a", full).prompt_ids
     assert len(deltas["b"].prompt_logprobs or ()) == 4
-    assert pair.scheduler.step_stats(0.0, 0.0).output_tokens == 0
+    assert pair.scheduler.step_stats(0.0, 0.0, None, 0.0).output_tokens == 0
 
 
 def test_a_prompt_alone_that_no_longer_fits_after_a_reset_ends_and_holds_nobody_up() -> None:

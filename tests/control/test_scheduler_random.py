@@ -69,8 +69,8 @@ class Run:
         return True
 
     def collect(self) -> None:
-        self._take(self.scheduler.update(self.executor.collect(1.0)))
-        self.preemptions += self.scheduler.step_stats(0.0, 0.0).preemptions
+        self._take(list(self.scheduler.update(self.executor.collect(1.0))))
+        self.preemptions += self.scheduler.step_stats(0.0, 0.0, None, 0.0).preemptions
         self.scheduler.check()
 
     def restart(self) -> None:

@@ -90,6 +90,7 @@ def test_the_closing_tokens_count_and_are_cut_at_max_tokens(max_tokens: int) -> 
     pair.run()
     assert pair.tokens("a") == expected(r, thinks())
     assert len(pair.tokens("a")) == max_tokens
+    assert pair.scheduler.step_stats(0.0, 0.0, None, 0.0).output_tokens == max_tokens
     assert pair.deltas[-1].finish_reason is FinishReason.LENGTH
     assert not pair.scheduler.has_work
 

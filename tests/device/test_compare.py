@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from tpqwen.bench import compare, offline
-from tpqwen.bench.workloads import WORKLOADS
+from tpqwen.bench import compare
+from tpqwen.bench.compare import Comparison
 from tpqwen.config import Config
+from tpqwen.offline import OfflineEngine
+from tpqwen.request import SamplingParams
 
 
 def test_compare_measures_checks_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,17 +35,45 @@ def test_compare_measures_checks_and_reports(tmp_path: Path, capsys: pytest.Capt
     assert "batched" in capsys.readouterr().out
 
 
-def test_offline_bench_saves_and_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tpqwen.bench.workloads import fixed
+class Scripted(Comparison):
+    """Knows how far apart any two tokens are: their difference in hundredths."""
 
-    monkeypatch.setitem(WORKLOADS, "seed_100x50", lambda seed: fixed(4, 8, 6, seed))
-    parser = argparse.ArgumentParser()
-    offline.add_arguments(parser)
-    monkeypatch.setattr("tpqwen.bench.workloads.MAX_ID", 500)
-    saved = tmp_path / "a.json"
-    config = Config.load({"device": "cpu"}, {})
-    assert offline.run(parser.parse_args(["seed_100x50", "--save", str(saved)]), config) == 0
-    results = json.loads(saved.read_text())["results"]
-    assert [r["workload"] for r in results] == ["seed_100x50"] * 2
-    assert all(r["tok_s"] > 0 for r in results)
-    assert offline.run(parser.parse_args(["seed_100x50", "--compare", str(saved)]), config) == 0
+    def __init__(self, dtype: str) -> None:
+        self.engine = SimpleNamespace(capacity=SimpleNamespace(kv_dtype=dtype))  # type: ignore[assignment]
+        self.asked: list[list[int]] = []
+
+    def _gap(self, ids: list[int], one: int, other: int) -> float:
+        self.asked.append(ids)
+        return abs(one - other) / 100
+
+
+@pytest.mark.parametrize(
+    ("dtype", "token", "holds", "text"),
+    [
+        ("bfloat16", 7, True, "agree of all"),
+        ("bfloat16", 9, True, "agree but for near ties: 1 of 3 sequences part, at tokens up to 0.020 apart"),
+        ("bfloat16", 27, False, "DIFFER: 1 of 3 sequences part, at tokens up to 0.200 apart"),
+        ("float32", 8, False, "DIFFER: 1 of 3 sequences part, at tokens up to 0.010 apart"),
+    ],
+)
+def test_sequences_may_part_only_at_ties_of_16_bit_numbers(dtype: str, token: int, holds: bool, text: str) -> None:
+    comparison = Scripted(dtype)
+    batched = [[5, 6, 7, 8], [1, 2, 3, 4], [0, 0, 0, 0]]
+    outputs = {"naive": [[5, 6, token, 8 if token == 7 else 99]], "cached": batched[:2], "batched": batched}
+    agreement = comparison.agreement([[1, 2], [3], [4]], outputs)
+    assert agreement.holds is holds
+    assert str(agreement) == f"greedy tokens {text}".replace("agree of all", "of all methods agree")
+    assert comparison.asked == ([] if token == 7 else [[1, 2, 5, 6]])
+
+
+def test_the_gap_of_two_tokens_is_that_of_their_log_probabilities() -> None:
+    engine = OfflineEngine(Config.load({"device": "cpu"}, {}))
+    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, logprobs=3)
+    deltas = [d for step in engine.run([engine.request([5, 6, 7], params)]) for d in step]
+    score = deltas[0].logprobs[0]  # type: ignore[index]
+    assert score is not None
+    comparison = Comparison(engine)
+    gap = comparison._gap([5, 6, 7], score.top_ids[0], score.top_ids[2])
+    assert gap == pytest.approx(score.top_logprobs[0] - score.top_logprobs[2], abs=1e-5)
+    assert comparison._gap([5, 6, 7], score.top_ids[0], -1) == math.inf, "a token that is not among the likeliest"
+    engine.close()

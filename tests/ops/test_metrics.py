@@ -21,7 +21,8 @@ OPERATIONS_PAGE = """
     engine_restarts_total recovery_seconds time_to_first_token_seconds inter_token_latency_seconds
     request_time_per_output_token_seconds e2e_request_latency_seconds request_decode_time_seconds
     request_queue_time_seconds request_prefill_time_seconds request_prompt_tokens request_generation_tokens
-    step_duration_seconds step_tokens tp_step_skew_seconds tp_rank_up tp_rank_busy_seconds_total http_requests_total
+    step_duration_seconds step_tokens step_host_seconds_total decode_idle_seconds_total
+    tp_step_skew_seconds tp_rank_up tp_rank_busy_seconds_total http_requests_total
     http_request_duration_seconds gpu_utilization_ratio gpu_memory_used_bytes gpu_memory_total_bytes gpu_power_watts
     gpu_temperature_celsius gpu_sm_clock_hertz gpu_torch_allocated_bytes gpu_energy_joules_total gpu_throttled
 """
@@ -93,7 +94,9 @@ def test_steps_set_gauges_and_add_to_counters():
     metrics.observe(
         step(phase="prefill", prompt_tokens=100, prefix_queried_tokens=160, prefix_hit_tokens=60, preemptions=2)
     )
-    metrics.observe(step())
+    metrics.observe(step(host_s=0.25, idle_s=0.125))
+    assert value(metrics, "step_host_seconds_total") == 0.25
+    assert value(metrics, "decode_idle_seconds_total") == 0.125
     assert value(metrics, "requests_running") == 3
     assert value(metrics, "requests_waiting") == 1
     assert value(metrics, "kv_cache_usage_ratio") == pytest.approx(0.3)

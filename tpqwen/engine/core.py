@@ -12,7 +12,7 @@ from tpqwen.config import ScheduleOptions
 from tpqwen.engine.deadlines import Deadlines
 from tpqwen.errors import EngineError, Overloaded
 from tpqwen.executor.protocol import Executor
-from tpqwen.request import Delta, GenerateRequest
+from tpqwen.request import Delta, Deltas, GenerateRequest
 from tpqwen.scheduler.pace import Pace
 from tpqwen.scheduler.scheduler import Scheduler
 from tpqwen.step import Capacity, StepInput, StepStats
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 class StepResult:
     """What one call of `step` brought. stats is None when no step's result came in."""
 
-    deltas: list[Delta]
+    deltas: Deltas
     stats: StepStats | None
 
 
@@ -111,6 +111,7 @@ class EngineCore:
         May return without deltas, so that the caller can take in requests between two submits. Raises RankDied or
         EngineError with all requests intact; no step may follow before `restart`.
         """
+        begin = time.perf_counter()
         self._deltas += self.scheduler.expire(self._clock())
         step = None
         if len(self._in_flight) < self._depth:
@@ -121,10 +122,11 @@ class EngineCore:
                 parts = (f"{self.scheduler.rows.holder(c.slot)}:{c.start}+{c.num_tokens}" for c in step.chunks)
                 _log.debug("submit step=%d prompts=%s", step.step, ",".join(parts))
             self.executor.submit(step)
-        stats = None
+        deltas, stats = Deltas(), None
         if self._in_flight and (step is None or len(self._in_flight) == self._depth or self.executor.ready()):
-            stats = self._collect()
-        deltas, self._deltas = self._deltas, []
+            deltas, stats = self._collect(begin)
+        if self._deltas:
+            deltas.others[:0] = self.take_deltas()
         return StepResult(deltas, stats)
 
     def restart(self, epoch: int, capacity: Capacity, executor: Executor | None = None) -> None:
@@ -148,13 +150,16 @@ class EngineCore:
         deltas, self._deltas = self._deltas, []
         return deltas
 
-    def _collect(self) -> StepStats | None:
+    def _collect(self, begin: float) -> tuple[Deltas, StepStats | None]:
+        """The oldest step's result. begin: when this thread began to work for the step, on perf_counter's clock."""
         step, submitted, allowed_s = self._in_flight[0]
+        asked = time.perf_counter()
         output = self.executor.collect(allowed_s)
+        waited_s = time.perf_counter() - asked
         if output.error:
             raise EngineError(output.error)
         if output.epoch != step.epoch:  # a late result of ranks that are gone
-            return None
+            return Deltas(), None
         self._in_flight.popleft()
         now = self._clock()
         duration_s = now - max(submitted, self._last_collect)  # it began when the one before it ended
@@ -164,7 +169,7 @@ class EngineCore:
         if _log.isEnabledFor(logging.DEBUG):
             parts = (f"{d.id}:{d.index}+{len(d.token_ids)}" for d in deltas)
             _log.debug("collect step=%d ms=%.2f outputs=%s", step.step, duration_s * 1e3, ",".join(parts))
-        self._deltas += deltas
-        stats = self.scheduler.step_stats(duration_s, output.busy_s)
+        host_s = time.perf_counter() - begin - waited_s
+        stats = self.scheduler.step_stats(duration_s, output.busy_s, output.idle_s, host_s)
         self._pace.observe(step, stats)
-        return stats
+        return deltas, stats

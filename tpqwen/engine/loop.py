@@ -30,7 +30,7 @@ from tpqwen.engine.messages import (
 )
 from tpqwen.errors import EngineError, RankDied, RequestError
 from tpqwen.executor.protocol import Executor
-from tpqwen.request import Delta, FinishReason
+from tpqwen.request import Delta, Deltas, FinishReason
 from tpqwen.scheduler.snapshot import snapshot
 from tpqwen.transport.channel import Receiver, Sender
 
@@ -112,7 +112,7 @@ class EngineLoop:
                 error=str(self._dead),
                 error_code=self._dead.code,
             )
-            self._send(Batch([delta]))
+            self._send(Batch(Deltas(others=[delta])))
             return
         try:
             self._core.add(request)
@@ -160,7 +160,7 @@ class EngineLoop:
             self._lost = False
         self._resumed_at = time.monotonic()
         if not self._core.has_work:
-            self._tell_resumed(StepResult([], None))
+            self._tell_resumed(StepResult(Deltas(), None))
 
     def _tell_resumed(self, result: StepResult) -> None:
         if self._resumed_at is not None and (_has_output(result) or not self._core.has_work):
@@ -181,7 +181,7 @@ class EngineLoop:
     def _send_deltas(self) -> None:
         """What the core has to say outside of steps."""
         if deltas := self._core.take_deltas():
-            self._send(Batch(deltas))
+            self._send(Batch(Deltas(others=deltas)))
 
     def _send(self, report: Report) -> None:
         self._reports.send(encode(report), SEND_TIMEOUT_S)

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from tpqwen.request import Delta, GenerateRequest
+from tpqwen.request import Deltas, GenerateRequest
 from tpqwen.step import Capacity, Snapshot, StepStats
 
 
@@ -52,7 +52,7 @@ class Look(msgspec.Struct, frozen=True, array_like=True, tag=6):
 class Batch(msgspec.Struct, frozen=True, array_like=True, tag=11):
     """All that one step brought."""
 
-    deltas: list[Delta]
+    deltas: Deltas
     stats: StepStats | None = None
 
 

@@ -33,6 +33,7 @@ class SlotTensors:
     min_p: torch.Tensor  # fp32
     turn: torch.Tensor  # int32 [1]
     ring: torch.Tensor  # int32 [passes, S]
+    stamps: torch.Tensor  # int64 [passes, 2]: a GPU's clock in ns at the pass's begin and end, pinned like the ring
 
     @property
     def padding_slot(self) -> int:

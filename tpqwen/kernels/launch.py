@@ -40,6 +40,11 @@ def pdl_supported(device: torch.device) -> bool:
     return _pdl_supported(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def stamps_time(device: torch.device) -> bool:
+    """Whether kernels on this device can read its clock. Never in the interpreter."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
 def launch_options(device: torch.device) -> dict[str, bool]:
     """Keyword arguments of a kernel launch: the constexpr PDL, and launch_pdl where the device supports it."""
     return {"PDL": True, "launch_pdl": True} if pdl_supported(device) else {"PDL": False}

@@ -11,14 +11,21 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import globaltimer
 
 from tpqwen.kernels.context import DecodeInputs, SlotTensors
-from tpqwen.kernels.launch import launch_options, release_next, wait_previous
+from tpqwen.kernels.launch import launch_options, release_next, stamps_time, wait_previous
 from tpqwen.kernels.sampling import COLDEST, FEW, NO_ID, gumbel, random_words
 
 BEGIN_ROWS = 128  # rows of one program
 EDITS = 256
 MAX_WIDTH = 1024  # slices that finish_step looks at in one go
+
+
+@triton.jit
+def _place(turn, RING: tl.constexpr):
+    """Of the turn-th pass in the ring; the count of passes may have wrapped, and below 0 % is C's."""
+    return (turn % RING + RING) % RING
 
 
 @triton.jit(do_not_specialize=["B", "padding"])
@@ -28,6 +35,7 @@ def _begin_kernel(
     length,
     last_token,
     turn,
+    stamps,
     ids,
     positions,
     cache_slots,
@@ -37,6 +45,8 @@ def _begin_kernel(
     table_stride,
     P: tl.constexpr,
     ROWS: tl.constexpr,
+    RING: tl.constexpr,
+    STAMP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     release_next(PDL)
@@ -54,7 +64,10 @@ def _begin_kernel(
     tl.store(lengths + row, after, mask=inside)
     tl.store(length + slot, after, mask=active)
     if tl.program_id(0) == 0:
-        tl.store(turn, tl.load(turn) + 1)
+        count = tl.load(turn)
+        if STAMP:
+            tl.store(stamps + _place(count, RING) * 2, globaltimer())
+        tl.store(turn, count + 1)
 
 
 def begin_step(state: SlotTensors, slots_B: torch.Tensor, block_size: int) -> DecodeInputs:
@@ -68,6 +81,7 @@ def begin_step(state: SlotTensors, slots_B: torch.Tensor, block_size: int) -> De
         state.length,
         state.last_token,
         state.turn,
+        state.stamps,
         ids,
         positions,
         cache_slots,
@@ -77,6 +91,8 @@ def begin_step(state: SlotTensors, slots_B: torch.Tensor, block_size: int) -> De
         state.tables_SM.stride(0),
         block_size,
         BEGIN_ROWS,
+        len(state.stamps),
+        stamps_time(device),
         num_warps=4,
         **launch_options(device),
     )
@@ -139,12 +155,14 @@ def _finish_kernel(
     last_token,
     turn,
     ring,
+    stamps,
     tokens,
     S,
     C,
     padding,
     RING: tl.constexpr,
     RING_WIDTH: tl.constexpr,
+    STAMP: tl.constexpr,
     WIDTH: tl.constexpr,
     KEPT: tl.constexpr,
     PDL: tl.constexpr,
@@ -175,11 +193,13 @@ def _finish_kernel(
     good = (best > float("-inf")) & (best < float("inf"))
     token = tl.where(good, token, -1).to(tl.int32)
     tl.store(tokens + row, token)
-    at = ((tl.load(turn) - 1) % RING + RING) % RING  # the count of passes may have wrapped: below 0 % is C's
+    at = _place(tl.load(turn) - 1, RING)
     tl.store(ring + at * RING_WIDTH + row, token)
     if slot != padding:
         tl.store(last_token + slot, tl.maximum(token, 0))
         tl.store(out_index + slot, index + 1)
+    if STAMP:
+        tl.store(stamps + at * 2 + 1, globaltimer(), mask=row == tl.num_programs(0) - 1)
 
 
 def finish_step(
@@ -212,12 +232,14 @@ def finish_step(
         state.last_token,
         state.turn,
         state.ring,
+        state.stamps,
         tokens,
         slices,
         values.shape[1],
         state.padding_slot,
         RING=len(state.ring),
         RING_WIDTH=state.ring.stride(0),
+        STAMP=stamps_time(slots_R.device),
         WIDTH=width,
         KEPT=0 if candidates is None else triton.next_power_of_2(values.shape[1]),
         num_warps=max(1, width // 256),

@@ -100,6 +100,7 @@ class Admission:
         Safe while steps in flight still write to the blocks: steps run in order on the device, a new owner's writes
         come in a later step, and findable blocks lie below `settled`, where steps in flight never write.
         """
+        self._rows.write_back(sequence)
         if trusted:
             self._register(sequence, sequence.settled // self._rows.block_size)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from tpqwen.scheduler.rows import Longs, RowSet
+from tpqwen.scheduler.rows import RowSet
 from tpqwen.scheduler.sequence import Sequence
 from tpqwen.step import Admit, Chunk
 
@@ -32,11 +32,14 @@ class Draft:
 
 @dataclass(slots=True)
 class Flight:
-    """A step whose result is still to come. rows: the first num_decode decode, the others are sampling chunks."""
+    """A step whose result is still to come. rows: the first num_decode decode, the others are sampling chunks.
+
+    releases: Rows.releases when it was scheduled; all its rows are live while none came since.
+    """
 
     step: int
     rows: RowSet
-    generations: Longs
+    releases: int
     num_decode: int
     parts: list[Part]
     num_chunk_tokens: int

@@ -1,77 +1,94 @@
-"""Running sequences as arrays: per-slot counters, and cached row sets, so that a steady step is a few numpy calls."""
+"""Running sequences as arrays: counters and output of each slot, and cached row sets, so that a steady step is a few
+numpy calls, however many rows it has."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tpqwen.scheduler.sequence import Sequence
+from tpqwen.errors import EngineError
+from tpqwen.scheduler.sequence import Sequence, State, by_order
 from tpqwen.step import Ints
 
 Longs = NDArray[np.int64]
 Mask = NDArray[np.bool_]
+AT_ONCE = 16  # rows that are given blocks ahead in one step
 END_ROWS = 4  # end ids of a slot that are compared in one numpy call; Qwen3 has 2, a request may add more
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowSet:
-    """Rows of one step in order, with what `update` needs of each row laid out for bulk work."""
+    """R rows of one step in order, with what `update` needs of each row laid out for bulk work.
+
+    generations: of the slots when they were put together; a slot that changed hands since has another.
+    """
 
     slots: Longs
+    generations: Longs
     sequences: list[Sequence]
     ids: list[str]
-    appends: list[Callable[[int], None]]
-
-    @staticmethod
-    def of(sequences: list[Sequence]) -> RowSet:
-        return RowSet(
-            np.array([s.slot for s in sequences], np.int64),
-            list(sequences),  # the caller goes on changing its own
-            [s.request.id for s in sequences],
-            [s.tokens.append for s in sequences],
-        )
+    ends: Ints  # [END_ROWS, R] end ids, -1 where there are fewer
+    first_end: Longs  # output index from which on they count
+    last: Longs  # output index of the last token allowed
 
     def joined(self, other: RowSet) -> RowSet:
         """These rows, then the others."""
         return RowSet(
             np.concatenate((self.slots, other.slots)),
+            np.concatenate((self.generations, other.generations)),
             self.sequences + other.sequences,
             self.ids + other.ids,
-            self.appends + other.appends,
+            np.concatenate((self.ends, other.ends), axis=1),
+            np.concatenate((self.first_end, other.first_end)),
+            np.concatenate((self.last, other.last)),
         )
 
-    def picked(self, indexes: Longs) -> RowSet:
-        """Only the rows at these indexes."""
-        at = indexes.tolist()
+    def picked(self, mask: Mask) -> RowSet:
+        """Only the rows where the mask is set."""
+        flags = mask.tolist()
         return RowSet(
-            self.slots[indexes],
-            [self.sequences[i] for i in at],
-            [self.ids[i] for i in at],
-            [self.appends[i] for i in at],
+            self.slots[mask],
+            self.generations[mask],
+            list(compress(self.sequences, flags)),
+            list(compress(self.ids, flags)),
+            self.ends[:, mask],
+            self.first_end[mask],
+            self.last[mask],
         )
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
-class Rows:
-    """Counters of each slot. "Scheduled" includes steps in flight; an empty slot has 0 everywhere."""
+_NONE = np.empty(0, np.int64)
+NO_ROWS = RowSet(_NONE, _NONE, [], [], np.empty((END_ROWS, 0), np.int32), _NONE, _NONE)
 
-    def __init__(self, num_slots: int, block_size: int) -> None:
+
+class Rows:
+    """Counters and output of each slot. "Scheduled" includes steps in flight; an empty slot has 0 in all counters.
+
+    longest: tokens that a sequence may have at most.
+    """
+
+    def __init__(self, num_slots: int, block_size: int, longest: int) -> None:
         self.num_slots = num_slots
         self.block_size = block_size
+        self._low = block_size // 8  # positions left in a row's blocks, from which on it is about to need more
         self.computed = np.zeros(num_slots, np.int64)  # positions scheduled to be in the cache
         self.capacity = np.zeros(num_slots, np.int64)  # positions that its blocks hold
         self.left = np.zeros(num_slots, np.int64)  # output tokens that may still be scheduled
         self.produced = np.zeros(num_slots, np.int64)  # output tokens known here
         self.generation = np.zeros(num_slots, np.int64)  # how often the slot changed hands
+        self.releases = 0  # how often any did
+        # output tokens by slot and index, from the one on that the sequence had when it came; zeros take no memory
+        self._output: Ints = np.zeros((num_slots, longest), np.int32)
         self.sequences: list[Sequence | None] = [None] * num_slots
-        self._max_output = np.zeros(num_slots, np.int64)
-        self._min_tokens = np.zeros(num_slots, np.int64)
+        self._last = np.zeros(num_slots, np.int64)
+        self._first_end = np.zeros(num_slots, np.int64)
         self._ends: Ints = np.full((END_ROWS, num_slots), -1, np.int32)
         self._many_ends: dict[int, frozenset[int]] = {}  # slot -> end ids, where they are more than END_ROWS
         self._free = list(range(num_slots))  # a heap: low slots first
@@ -99,14 +116,27 @@ class Rows:
         self.resize(sequence)
         self.produced[slot] = sequence.num_output
         self.left[slot] = sequence.max_output - sequence.num_output
-        self._max_output[slot] = sequence.max_output
-        self._min_tokens[slot] = sequence.request.min_tokens
+        self._last[slot] = sequence.max_output - 1
+        self._first_end[slot] = sequence.request.min_tokens
         ends = sequence.request.end_ids
         self._ends[:, slot] = -1
         if len(ends) <= END_ROWS:
             self._ends[: len(ends), slot] = ends
         else:
             self._many_ends[slot] = frozenset(ends)
+
+    def row_set(self, sequences: list[Sequence]) -> RowSet:
+        """Rows of these sequences, which all hold slots."""
+        slots = np.array([s.slot for s in sequences], np.int64)
+        return RowSet(
+            slots,
+            self.generation[slots],
+            list(sequences),  # the caller goes on changing its own
+            [s.request.id for s in sequences],
+            self._ends[:, slots],
+            self._first_end[slots],
+            self._last[slots],
+        )
 
     def resize(self, sequence: Sequence) -> None:
         """Note how much the sequence's blocks hold now."""
@@ -116,6 +146,7 @@ class Rows:
         """Take the slot back. Rows of steps in flight no longer match its generation."""
         slot = sequence.slot
         self.generation[slot] += 1
+        self.releases += 1
         for counter in (self.computed, self.capacity, self.left, self.produced):
             counter[slot] = 0
         self._many_ends.pop(slot, None)
@@ -123,14 +154,67 @@ class Rows:
         sequence.slot = -1
         heapq.heappush(self._free, slot)
 
-    def ended(self, slots: Longs, tokens: Ints, index: Longs) -> tuple[Mask, Mask]:
+    def append(self, rows: RowSet, tokens: Ints) -> Longs:
+        """One more output token of each row. Returns their output indexes."""
+        index = self.produced[rows.slots]
+        self._output[rows.slots, index] = tokens
+        self.produced[rows.slots] = index + 1
+        return index
+
+    def write_back(self, sequence: Sequence) -> None:
+        """Bring the sequence's own tokens up to date, which its slot's output runs ahead of."""
+        known, slot = sequence.num_output, sequence.slot
+        sequence.tokens.frombytes(self._output[slot, known : self.produced[slot]].tobytes())
+
+    def up_to_date(self) -> list[Sequence]:
+        """All that run, each with its own tokens up to date."""
+        for sequence in self.running:
+            self.write_back(sequence)
+        return self.running
+
+    def check(self, s: Sequence) -> None:
+        """Raise EngineError unless a running sequence and its slot say the same. Writes nothing back."""
+        slot, produced = s.slot, int(self.produced[s.slot])
+        state = (s.state, len(s.blocks) * self.block_size, self.sequences[slot])
+        if state != (State.RUNNING, self.capacity[slot], s) or s.num_output > produced:
+            raise EngineError(f"request {s.request.id} in slot {slot} does not match its row")
+        settled = s.num_chunked if s.num_chunked < s.num_prefill else s.num_prompt + produced - 1
+        if not settled <= self.computed[slot] <= self.capacity[slot] or self.left[slot] < 0:
+            raise EngineError(f"request {s.request.id} has settled {settled}, computed {self.computed[slot]}")
+
+    def live(self, rows: RowSet) -> Mask:
+        """Which of the rows still hold their slots."""
+        same: Mask = self.generation[rows.slots] == rows.generations
+        return same
+
+    def ended(self, rows: RowSet, tokens: Ints, index: Longs) -> tuple[Mask, Mask]:
         """Whether each row's token at output position `index` is an end token, and whether it is the last allowed."""
-        stop = (self._ends[:, slots] == tokens).any(0)
+        stop = (rows.ends == tokens).any(0)
         if self._many_ends:
-            for i, (slot, token) in enumerate(zip(slots.tolist(), tokens.tolist(), strict=True)):
+            for i, (slot, token) in enumerate(zip(rows.slots.tolist(), tokens.tolist(), strict=True)):
                 stop[i] |= token in self._many_ends.get(slot, ())
-        stop &= index >= self._min_tokens[slots]
-        return stop, index + 1 >= self._max_output[slots]
+        stop &= index >= rows.first_end
+        return stop, index >= rows.last
+
+    def quiet(self, rows: RowSet) -> int:
+        """For how many steps none of these rows will make its last token or be needy; -1 if one has made it."""
+        if not len(rows):
+            return 0
+        room = self.capacity[rows.slots] - self.computed[rows.slots]
+        return min(int(self.left[rows.slots].min()) - 1, max(0, int(room.min()) - self._low))
+
+    def needy(self, rows: RowSet, *, ahead: bool) -> list[Sequence]:
+        """Those that are to get blocks now, in order: their next position has none.
+
+        ahead: once one is about to need some, also others that will need some within a block, the nearest first and
+        not many, so that there are long pauses between such steps and none of them takes long.
+        """
+        room = self.capacity[rows.slots] - self.computed[rows.slots]
+        chosen = np.flatnonzero(room == 0)
+        if ahead and len(room) and room.min() <= self._low:
+            nearest = np.argsort(room, kind="stable")[: max(len(chosen), AT_ONCE)]
+            chosen = nearest[room[nearest] < np.minimum(self.left[rows.slots[nearest]], self.block_size)]
+        return sorted((rows.sequences[i] for i in chosen.tolist()), key=by_order)
 
     def growth(self, horizon: int) -> int:
         """Blocks that all running sequences together still take if each makes `horizon` more tokens or ends before."""

@@ -15,18 +15,18 @@ import numpy as np
 from tpqwen.cache.blocks import BlockPool
 from tpqwen.cache.prefix import PrefixCache
 from tpqwen.errors import EngineError, RequestError
-from tpqwen.request import Delta, FinishReason, GenerateRequest
+from tpqwen.request import Delta, Deltas, FinishReason, GenerateRequest
 from tpqwen.scheduler.admission import Admission, Verdict
 from tpqwen.scheduler.flight import Draft, Flight, Part, Tally
+from tpqwen.scheduler.outcome import as_deltas, by_live_row
 from tpqwen.scheduler.pace import OUTNUMBER, is_scrap, tokens_within, work_of
 from tpqwen.scheduler.patience import Patience
-from tpqwen.scheduler.rows import Longs, Mask, Rows, RowSet
+from tpqwen.scheduler.rows import NO_ROWS, Longs, Rows, RowSet
 from tpqwen.scheduler.sequence import CRASH_BUDGET, Sequence, State, admission, by_order, row_params
 from tpqwen.scheduler.shares import Shares
 from tpqwen.step import Capacity, Chunk, Ints, StepInput, StepOutput, StepStats, ints, packed
 
 AHEAD = 4  # blocks given to a decode row at once while there are plenty
-_NO_ROWS = RowSet.of([])
 
 
 class Scheduler:
@@ -45,7 +45,7 @@ class Scheduler:
         self._watched: set[str] = set()  # ids of those with a thinking budget
         self._arrivals = 0
         self._tally = Tally()
-        self._collected = Flight(-1, _NO_ROWS, _NO_ROWS.slots, 0, [], 0)
+        self._collected = Flight(-1, NO_ROWS, 0, 0, [], 0)
         self._begin(epoch, capacity)
 
     def _begin(self, epoch: int, capacity: Capacity) -> None:
@@ -54,7 +54,8 @@ class Scheduler:
         self.epoch = epoch
         self.pool = BlockPool(capacity.num_blocks)
         # a decode row always takes one token of the budget, so more rows than that could never run
-        self._rows = Rows(min(capacity.max_num_seqs, capacity.max_batched_tokens), capacity.block_size)
+        num_rows = min(capacity.max_num_seqs, capacity.max_batched_tokens)
+        self._rows = Rows(num_rows, capacity.block_size, self.context_limit)
         prefix = PrefixCache(self.pool, capacity.block_size, enabled=self._prefix_cache)
         self._admission = Admission(self.pool, prefix, self._rows)
         self._flights: deque[Flight] = deque()
@@ -62,6 +63,7 @@ class Scheduler:
         self._prefilling: list[Sequence] = []  # running with tokens still to compute, by order
         self._decoding: list[Sequence] = []  # running with nothing to prefill, may hold some that have left
         self._decode_rows: RowSet | None = None  # of _decoding; None when it changed
+        self._quiet = 0  # further steps in which none of them ends or needs a block, as far as was looked
         self._sent: Longs | None = None  # decode slots as the ranks know them
 
     @property
@@ -151,6 +153,7 @@ class Scheduler:
         Returns error deltas of those that no longer fit into the new capacity or ran in CRASH_BUDGET crashes. One that
         ran in ALONE_AFTER crashes goes on alone.
         """
+        self._rows.up_to_date()
         sequences = sorted(self._sequences.values(), key=by_order)
         self._begin(epoch, capacity)
         deltas = []
@@ -176,42 +179,40 @@ class Scheduler:
         draft = Draft()
         preempted = self._grow(draft)
         decode = self._current_rows()
-        budget = self.capacity.max_batched_tokens - len(decode)
-        if gentle is not None and len(decode) < OUTNUMBER * (len(self._prefilling) + self.num_waiting):
-            gentle = None
-        self._prefill(draft, budget, now, gentle, admit=not preempted)
+        if prompts := len(self._prefilling) + self.num_waiting:
+            budget = self.capacity.max_batched_tokens - len(decode)
+            if gentle is not None and len(decode) < OUTNUMBER * prompts:
+                gentle = None
+            self._prefill(draft, budget, now, gentle, admit=not preempted)
         if not len(decode) and not draft.chunks:
             return None
         return self._commit(draft, decode)
 
-    def update(self, output: StepOutput) -> list[Delta]:
+    def update(self, output: StepOutput) -> Deltas:
         """Take in the result of the oldest step in flight. Late results of an earlier epoch are dropped.
 
         Raises EngineError when the result is not the one expected.
         """
         if output.epoch != self.epoch:
-            return []
+            return Deltas()
         flight = self._flights[0] if self._flights else None
         tokens = ints(output.tokens)
         if flight is None or flight.step != output.step or len(flight.rows) != len(tokens):
             wanted = f"step {flight.step} with {len(flight.rows)} tokens" if flight else "no step"
             raise EngineError(f"got step {output.step} with {len(tokens)} tokens, expected {wanted}")
         self._collected = self._flights.popleft()
-        generation = self._rows.generation
         scores = dict(output.prompt_logprobs)  # chunks come in order, so theirs follow those known
         for index, part in enumerate(flight.parts):
-            if generation[part.slot] == part.generation:
+            if self._rows.generation[part.slot] == part.generation:
                 self._admission.settle(part.sequence, part.end)
                 part.sequence.prompt_scores += scores.get(index, ())
-        live = generation[flight.rows.slots] == flight.generations
-        deltas = self._end_bad([flight.rows.sequences[i] for i in output.bad_rows if live[i]])
-        if deltas:
-            live = generation[flight.rows.slots] == flight.generations
-        made = self._append(flight, tokens, live, output)
-        self._tally.output_tokens += len(made)
-        return deltas + made
+        live = self._rows.live(flight.rows) if output.bad_rows else ()
+        bad = self._end_bad([flight.rows.sequences[i] for i in output.bad_rows if live[i]])
+        deltas = self._append(flight, tokens, output)
+        deltas.others[:0] = bad
+        return deltas
 
-    def step_stats(self, duration_s: float, busy_s: float) -> StepStats:
+    def step_stats(self, duration_s: float, busy_s: float, idle_s: float | None, host_s: float) -> StepStats:
         """Of the step updated last. Counts of events are since the last call."""
         flight, tally, self._tally = self._collected, self._tally, Tally()
         phase = "decode" if not flight.num_chunk_tokens else "mixed" if flight.num_decode else "prefill"
@@ -230,19 +231,16 @@ class Scheduler:
             prompt_tokens=flight.num_chunk_tokens,
             output_tokens=tally.output_tokens,
             busy_s=busy_s,
+            idle_s=idle_s,
+            host_s=host_s,
         )
 
     def check(self) -> None:
         """Raise EngineError unless every invariant holds. For tests, and for the engine when it is idle."""
         running, waiting = self._rows.running, self._admission.waiting
         self.pool.check(s.blocks for s in running)
-        rows = self._rows
         for s in running:
-            state = (s.state, len(s.blocks) * rows.block_size, s.num_output, rows.sequences[s.slot])
-            if state != (State.RUNNING, rows.capacity[s.slot], rows.produced[s.slot], s):
-                raise EngineError(f"request {s.request.id} in slot {s.slot} does not match its row")
-            if not s.settled <= rows.computed[s.slot] <= rows.capacity[s.slot] or rows.left[s.slot] < 0:
-                raise EngineError(f"request {s.request.id} has settled {s.settled}, computed {rows.computed[s.slot]}")
+            self._rows.check(s)
         if waiting != sorted(waiting, key=by_order) or any(s.blocks or s.slot >= 0 for s in waiting):
             raise EngineError("the queue is out of order, or a waiting request holds blocks")
         if {*running, *waiting} != {*self._sequences.values()} or len(running) + len(waiting) != len(self._sequences):
@@ -252,19 +250,18 @@ class Scheduler:
         if self._decode_rows is None:
             left = self._rows.left.tolist()
             self._decoding = [s for s in self._decoding if s.slot >= 0 and left[s.slot]]
-            self._decode_rows = RowSet.of(self._decoding)
+            self._decode_rows = self._rows.row_set(self._decoding)
+            self._quiet = 0
         return self._decode_rows
 
     def _grow(self, draft: Draft) -> bool:
         """A block for every decode row whose next position has none, the oldest first. True if some were preempted."""
         decode, rows = self._current_rows(), self._rows
-        short = rows.computed[decode.slots] >= rows.capacity[decode.slots]
-        if not short.any():
+        if self._quiet:
             return False
         before = self._tally.preemptions
         plenty = self.pool.num_available >= 2 * AHEAD * len(decode)
-        needy = [decode.sequences[i] for i in np.flatnonzero(short)]
-        for sequence in sorted(needy, key=by_order):
+        for sequence in rows.needy(decode, ahead=plenty):
             if sequence.slot >= 0 and self._make_room(sequence):
                 missing = int(rows.computed[sequence.slot] + rows.left[sequence.slot] - rows.capacity[sequence.slot])
                 self._give(sequence, min(AHEAD, -(-missing // rows.block_size)) if plenty else 1, draft)
@@ -362,12 +359,13 @@ class Scheduler:
         rows, slots = self._rows, decode.slots
         rows.computed[slots] += 1
         rows.left[slots] -= 1
-        if draft.sampled or not rows.left[slots].all():
+        self._quiet = self._quiet - 1 if self._quiet else rows.quiet(decode)
+        if draft.sampled or self._quiet < 0:
             self._decoding += draft.sampled
-            self._decode_rows = None
+            self._decode_rows, self._quiet = None, 0
         unchanged = self._sent is not None and (self._sent is slots or np.array_equal(self._sent, slots))
         self._sent = slots
-        all_rows = decode.joined(RowSet.of(draft.sampled)) if draft.sampled else decode
+        all_rows = decode.joined(rows.row_set(draft.sampled)) if draft.sampled else decode
         step = StepInput(
             epoch=self.epoch,
             step=self._next_step,
@@ -376,51 +374,47 @@ class Scheduler:
             chunks=tuple(draft.chunks),
             decode=None if unchanged else packed(slots),
         )
-        born = rows.generation[all_rows.slots]
-        self._flights.append(Flight(step.step, all_rows, born, len(decode), draft.parts, step.num_chunk_tokens))
+        counts = len(decode), draft.parts, step.num_chunk_tokens
+        self._flights.append(Flight(step.step, all_rows, rows.releases, *counts))
         self._next_step += 1
         return step
 
-    def _append(self, flight: Flight, tokens: Ints, live: Mask, output: StepOutput) -> list[Delta]:
+    def _append(self, flight: Flight, tokens: Ints, output: StepOutput) -> Deltas:
         """Append each live row's token to its sequence; their deltas, with those that end ended."""
-        rows, num_decode = flight.rows, flight.num_decode
-        if not live.all():
-            picked = np.flatnonzero(live)
-            rows, tokens, num_decode = rows.picked(picked), tokens[picked], int(live[:num_decode].sum())
-        index = self._rows.produced[rows.slots]
-        self._rows.produced[rows.slots] = index + 1
-        values = tokens.tolist()
-        for append, token in zip(rows.appends, values, strict=True):
-            append(token)
-        deltas = [
-            Delta(id=name, index=i, token_ids=[token])
-            for name, i, token in zip(rows.ids, index.tolist(), values, strict=True)
-        ]
-        if output.logprobs or output.pooled:
-            place = (np.cumsum(live) - 1).tolist()
-            for row, logprob in output.logprobs:
-                if live[row]:
-                    deltas[place[row]].logprobs = [logprob]
-            for row, pooled in output.pooled:
-                if live[row]:
-                    deltas[place[row]].pooled = pooled
-        for sequence, delta in zip(rows.sequences[num_decode:], deltas[num_decode:], strict=True):
-            sequence.describe(delta)
-            self._tally.output_tokens -= not delta.token_ids
-        self._end_rows(rows, tokens, index, deltas)
-        return deltas + self._close_thinking(rows, values) if self._watched else deltas
+        rows, num_decode, live = flight.rows, flight.num_decode, None
+        if self._rows.releases != flight.releases:
+            live = self._rows.live(rows)
+            rows, tokens, num_decode = rows.picked(live), tokens[live], int(live[:num_decode].sum())
+        index = self._rows.append(rows, tokens)
+        stop, full = self._rows.ended(rows, tokens, index)
+        logprobs, pooled = by_live_row(output.logprobs, live), by_live_row(output.pooled, live)
+        own = stop | full
+        own[num_decode:] = True
+        for row in (*logprobs, *pooled):
+            own[row] = True
+        deltas, others = as_deltas(rows, tokens, index, own)
+        self._tally.output_tokens += len(rows)
+        for row, delta in others.items():
+            sequence = rows.sequences[row]
+            delta.logprobs = [logprobs[row]] if row in logprobs else None
+            delta.pooled = pooled.get(row)
+            if row >= num_decode:
+                sequence.describe(delta)
+                self._tally.output_tokens -= not delta.token_ids
+            if stop[row] or full[row]:
+                self._finish(sequence, delta, int(tokens[row]) if stop[row] else None)
+        if self._watched:
+            deltas.others.extend(self._close_thinking(rows, tokens.tolist()))
+        return deltas
 
-    def _end_rows(self, rows: RowSet, tokens: Ints, index: Longs, deltas: list[Delta]) -> None:
-        """End the sequences whose new token ends them. An end token stays in token_ids: the text layer hides it."""
-        stop, full = self._rows.ended(rows.slots, tokens, index)
-        for i in np.flatnonzero(stop | full).tolist():
-            sequence, delta = rows.sequences[i], deltas[i]
-            delta.finish_reason = FinishReason.STOP if stop[i] else FinishReason.LENGTH
-            delta.stop_id = int(tokens[i]) if stop[i] else None
-            delta.resumed = sequence.resumed
-            sequence.state = State.FINISHED
-            self._forget(sequence)
-            self._leave(sequence)
+    def _finish(self, sequence: Sequence, delta: Delta, stop_id: int | None) -> None:
+        """Its new token ends it. An end token stays in token_ids: the text layer hides it."""
+        delta.finish_reason = FinishReason.LENGTH if stop_id is None else FinishReason.STOP
+        delta.stop_id = stop_id
+        delta.resumed = sequence.resumed
+        sequence.state = State.FINISHED
+        self._leave(sequence)
+        self._forget(sequence)
 
     def _close_thinking(self, rows: RowSet, tokens: list[int]) -> list[Delta]:
         """Reasoning that has reached its budget is closed by appending the closing tokens as if they had been sampled.
@@ -477,11 +471,11 @@ class Scheduler:
         *,
         trusted: bool = True,
     ) -> Delta:
-        self._forget(sequence)
         if sequence.state is State.RUNNING:
             self._leave(sequence, trusted=trusted)
         else:
             self._admission.remove(sequence)
+        self._forget(sequence)
         return sequence.finish(reason, error=error, code=code)
 
     def _forget(self, sequence: Sequence) -> None:

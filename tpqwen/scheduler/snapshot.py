@@ -7,11 +7,11 @@ from tpqwen.step import SlotView, Snapshot
 
 
 def snapshot(scheduler: Scheduler) -> Snapshot:
-    """Slots, blocks and queue as they are. Changes nothing; takes about a microsecond for each taken slot."""
+    """Slots, blocks and queue as they are. Changes nothing of that; takes some microseconds for each taken slot."""
     pool = scheduler.pool
     slots = [
         SlotView(s.slot, "prefill" if s.num_chunked < s.num_prefill else "decode", s.num_tokens, s.settled)
-        for s in scheduler.rows.running
+        for s in scheduler.rows.up_to_date()
     ]
     return Snapshot(
         num_slots=scheduler.rows.num_slots,

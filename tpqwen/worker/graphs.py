@@ -6,6 +6,7 @@ share one memory pool: only one runs at a time. On a CPU the same calls run eage
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -38,10 +39,12 @@ class DecodeGraphs:
         self._graphs: dict[tuple[int, SampleKind | None], tuple[torch.cuda.CUDAGraph, Sampled | torch.Tensor]] = {}
         self.pool = torch.cuda.graph_pool_handle() if enabled else None
         self._count = 0
+        self._width = self._buckets[0]  # the bucket that holds as many
 
     def set_rows(self, slots_B: torch.Tensor) -> None:
         """These slots (int32, on the device or in pinned memory) decode from now on."""
         self._count = len(slots_B)
+        self._width = self._buckets[min(bisect_left(self._buckets, self._count), len(self._buckets) - 1)]
         ops.set_rows(self.slots, slots_B, self.state.padding_slot)
 
     @property
@@ -57,7 +60,8 @@ class DecodeGraphs:
     def decode(self, kind: SampleKind) -> Sampled:
         """One decode step of the current rows, padded to the bucket; the first `count` results are real."""
         if not self._enabled:
-            return self._runner.decode(self.rows, kind)
+            with torch.inference_mode():
+                return self._runner.decode(self.rows, kind)
         result = self._replay(kind)
         assert isinstance(result, Sampled)
         return result
@@ -71,13 +75,14 @@ class DecodeGraphs:
         return result[: self._count]
 
     def _replay(self, kind: SampleKind | None) -> Sampled | torch.Tensor:
-        width = next(b for b in self._buckets if b >= self._count)
-        if (width, kind) not in self._graphs:
-            self._graphs[width, kind] = self._capture(width, kind)
-        graph, result = self._graphs[width, kind]
+        key = self._width, kind
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(*key)
+        graph, result = self._graphs[key]
         graph.replay()
         return result
 
+    @torch.inference_mode()
     def _capture(self, width: int, kind: SampleKind | None) -> tuple[torch.cuda.CUDAGraph, Sampled | torch.Tensor]:
         runner = self._runner
         if kind is None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tpqwen.errors import EngineError
-from tpqwen.step import Admit, ints
+from tpqwen.step import Admit, Ints, ints
 from tpqwen.worker.guide import GuideState
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class GuideRows:
     def __init__(self, folder: Path, vocab_size: int, first_id: int, num_local: int, device: torch.device) -> None:
         self._states: dict[int, GuideState] = {}  # by slot
         self._rows: Rows = []
-        self._unread: deque[tuple[Rows, torch.Tensor, torch.cuda.Event | None]] = deque()
+        self._unread: deque[tuple[Rows, Ints, torch.cuda.Event | None]] = deque()
         self._device = device
         self._num_words = -(-vocab_size // 32)
         ids = torch.arange(first_id, first_id + num_local, dtype=torch.int64, device=device)
@@ -78,8 +78,8 @@ class GuideRows:
             logits_RV[rows] = logits_RV[rows].masked_fill_(forbidden, float("-inf"))
         return logits_RV
 
-    def sampled(self, tokens: torch.Tensor, done: torch.cuda.Event | None) -> None:
-        """The step's tokens (int32, on the host once `done` has passed; -1: bad logits) in the order of `select`."""
+    def sampled(self, tokens: Ints, done: torch.cuda.Event | None) -> None:
+        """The step's tokens (there once `done` has passed; -1: bad logits) in the order of `select`."""
         if self._rows:
             self._unread.append((self._rows, tokens, done))
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,10 +14,11 @@ from tpqwen.config import Config
 from tpqwen.model.config import ModelConfig, count_token_ids
 from tpqwen.model.qwen3 import Qwen3, rope_table
 from tpqwen.model.sizing import DTYPE_BYTES, Sizes
-from tpqwen.model.weights import load_weights, random_weights
+from tpqwen.model.weights import allocate, load_weights, random_weights
 from tpqwen.parallel.group import TPGroup
 from tpqwen.step import Admit, Capacity, Chunk, RowParams, StepInput, packed
 from tpqwen.worker.batch import Stager, chunk_parts, eager_chunks, stage
+from tpqwen.worker.early import NUM_BLOCKS, Alone, Part, compiled_beside, first_parts
 from tpqwen.worker.kv_cache import KVCache, block_bytes, blocks_on_cpu, blocks_on_gpu
 from tpqwen.worker.runner import Runner
 from tpqwen.worker.sampler import LogitEdits, SampleKind, Sampler
@@ -35,15 +37,20 @@ def load(config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, 
     """Build the model, read this rank's slices, make the cache as large as memory allows. Raises ConfigError."""
     clock = _Stages()
     device, dtype = torch.device("cuda:0" if sizes.device == "cuda" else "cpu"), getattr(torch, sizes.dtype)
+    num_ids = count_token_ids(folder, model_config.vocab_size)
     with torch.device("meta"):
-        model = Qwen3(model_config, group, count_token_ids(folder, model_config.vocab_size))
-    if config.model.random_weights:
-        random_weights(model, device=device, dtype=dtype, seed=0)
-    else:
-        load_weights(model, folder, device=device, dtype=dtype)
-    clock.mark("weights")
+        model = Qwen3(model_config, group, num_ids)
+    build = _Build(model, num_ids, model_config, sizes, group, device, dtype)
+    with compiled_beside(build.early_parts) if sizes.device == "cuda" else nullcontext():
+        if config.model.random_weights:
+            random_weights(model, device=device, dtype=dtype, seed=0)
+        else:
+            load_weights(model, folder, device=device, dtype=dtype)
+        clock.mark("weights")
+    if sizes.device == "cuda":
+        torch.cuda.empty_cache()  # of the early layer's memory
+        clock.mark("kernels")
     heads = model_config.local_kv_heads(group.size)
-    build = _Build(model, model_config, sizes, group, device, dtype)
     per_block = block_bytes(
         model_config.num_hidden_layers, heads, sizes.block_size, model_config.head_dim, DTYPE_BYTES[sizes.dtype]
     )
@@ -99,6 +106,7 @@ class _Build:
     """What a Runner is made of, to make one for measuring and one for service."""
 
     model: Qwen3
+    num_ids: int | None  # as Qwen3 takes it
     config: ModelConfig
     sizes: Sizes
     group: TPGroup
@@ -121,6 +129,17 @@ class _Build:
         edits = LogitEdits(s.max_num_seqs, head.first_id, head.num_local, self.device)
         table = rope_table(c, s.max_model_len, self.device)
         return Runner(self.model, cache, state, sampler, edits, table)
+
+    def early_parts(self) -> list[Part]:
+        """What is compiled beside the loading of weights: nothing, where these leave no room for a layer of zeros."""
+        config = replace(self.config, num_hidden_layers=1)
+        with torch.device("meta"):
+            layer = Qwen3(config, Alone(self.group), self.num_ids)
+        needed = sum(p.numel() for m in (self.model, layer, layer) for p in m.parameters()) * self.dtype.itemsize
+        if torch.cuda.mem_get_info()[0] < needed:
+            return []
+        allocate(layer, self.device, self.dtype)
+        return first_parts(replace(self, model=layer, config=config, group=Alone(self.group)).runner(NUM_BLOCKS))
 
     def peak_bytes(self) -> int:
         """Device memory at the largest step: as many prompt tokens as a step may hold, as many rows as may sample.

@@ -46,22 +46,25 @@ class Runner:
 
     def decode_logits(self, slots_B: torch.Tensor) -> torch.Tensor:
         """One token of each slot (int32) through the model; the slots' lengths advance. Returns local logits [B, V]."""
-        return self.model.logits(self._decode_hidden(slots_B))
+        hidden: torch.Tensor = self.model(*self.decode_context(slots_B))
+        return self.model.logits(hidden)
 
     def decode(self, slots_B: torch.Tensor, kind: SampleKind) -> Sampled:
         """A whole decode step without host decisions (kind.in_graph)."""
-        hidden = self._decode_hidden(slots_B)
+        return self.finish(self.model(*self.decode_context(slots_B)), slots_B, kind)
+
+    def finish(self, hidden_BH: torch.Tensor, slots_B: torch.Tensor, kind: SampleKind) -> Sampled:
+        """Its end: tokens from the residual stream."""
         if kind.needs_logits:
-            return Sampled(self.sampler.sample(self.model.logits(hidden), slots_B, kind))
-        return Sampled(self.sampler.settle(*self.model.slices(hidden, self.state.tensors, slots_B), slots_B))
+            return Sampled(self.sampler.sample(self.model.logits(hidden_BH), slots_B, kind))
+        return Sampled(self.sampler.settle(*self.model.slices(hidden_BH, self.state.tensors, slots_B), slots_B))
 
     def mixed(
         self, rows_B: torch.Tensor, chunks: ChunkBatch, kind: SampleKind, params: tuple[RowParams, ...]
     ) -> Sampled | None:
         """Decode rows (slots int32, possibly none) and prefill chunks in one pass; the chunks that sample come after
         the decode rows. None when nothing samples and no prompt is scored."""
-        decode = ops.begin_step(self.state.tensors, rows_B, self.cache.block_size)
-        hidden = self.model(torch.cat([decode.ids_B, chunks.ids]), self._mixed_context(decode, rows_B, chunks))
+        hidden = self.model(*self.mixed_context(rows_B, chunks))
         self.state.tensors.length[chunks.slots_C] = chunks.rows.lengths_C
         count = len(rows_B)
         where = torch.cat([torch.arange(count, device=hidden.device), chunks.sampled + count])
@@ -87,17 +90,19 @@ class Runner:
         self.edits.count(slots_R, tokens)
         return Sampled(tokens, logprobs)
 
-    def _decode_hidden(self, slots_B: torch.Tensor) -> torch.Tensor:
+    def decode_context(self, slots_B: torch.Tensor) -> tuple[torch.Tensor, StepContext]:
+        """Begin a decode step: what the model is given, ids and context. The slots' lengths advance."""
         decode = ops.begin_step(self.state.tensors, slots_B, self.cache.block_size)
         # The embedding's look-up is a plain launch after begin_step: from there on the inputs are settled.
-        context = self._context(decode.positions_B, decode.cache_slots_B, decode, slots_B, settled=True)
-        hidden: torch.Tensor = self.model(decode.ids_B, context)
-        return hidden
+        return decode.ids_B, self._context(decode.positions_B, decode.cache_slots_B, decode, slots_B, settled=True)
 
-    def _mixed_context(self, decode: DecodeInputs, rows_B: torch.Tensor, chunks: ChunkBatch) -> StepContext:
+    def mixed_context(self, rows_B: torch.Tensor, chunks: ChunkBatch) -> tuple[torch.Tensor, StepContext]:
+        """The same for a pass over decode rows and chunks."""
+        decode = ops.begin_step(self.state.tensors, rows_B, self.cache.block_size)
         positions = torch.cat([decode.positions_B, chunks.positions])
         cache_slots = torch.cat([decode.cache_slots_B, chunks.cache_slots])
-        return self._context(positions, cache_slots, decode, rows_B, prefill=chunks)
+        context = self._context(positions, cache_slots, decode, rows_B, prefill=chunks)
+        return torch.cat([decode.ids_B, chunks.ids]), context
 
     def _context(
         self,

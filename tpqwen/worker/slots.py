@@ -69,6 +69,7 @@ class SlotState:
             min_p=named.min_p,
             turn=zeros(1),
             ring=torch.zeros(RING, num_slots + MIXED_CHUNKS, dtype=torch.int32, pin_memory=device.type == "cuda"),
+            stamps=torch.zeros(RING, 2, dtype=torch.int64, pin_memory=device.type == "cuda"),
         )
         self.params: dict[int, RowParams] = {}  # the host's copy, by slot
 

@@ -27,6 +27,7 @@ from tpqwen.worker.batch import Stager, chunk_parts, eager_chunks, stage, target
 from tpqwen.worker.graphs import DecodeGraphs
 from tpqwen.worker.guides import GuideRows
 from tpqwen.worker.load import Loaded, load
+from tpqwen.worker.marks import Idle, Marks
 from tpqwen.worker.mixed import MixedGraphs
 from tpqwen.worker.prompt import Pooled, PromptScores
 from tpqwen.worker.sampler import LogprobTensors, SampleKind, kind_of
@@ -44,6 +45,9 @@ class Run:
     prompt_scores: tuple[PromptScores, ...] = ()
     pooled: Pooled | None = None
     chunks_at: int | None = None
+
+
+NOTHING = Run()
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ class Pending:
     """A launched step, complete once `done` has passed."""
 
     step: StepInput
-    tokens: torch.Tensor  # int32, a row of the slots' ring
+    turn: int  # of the slots' ring
+    tokens: Ints  # a row of the ring
     where: Where
     run: Run
     before: torch.cuda.Event | None  # end of the step before, or the start of this one where the device was idle
@@ -111,25 +116,24 @@ class Worker:
         """Read what guides need now, in the background; otherwise the first guided request waits for it."""
         self._guides.read()
 
-    @torch.inference_mode()
     def submit(self, step: StepInput) -> None:
         """Launch one step. Steps run in the order submitted."""
         begin = time.perf_counter()
-        before = self._pending[-1].done if self._pending else self._event()
-        slots = stage(step, self.runner.state, self._stager)
-        self._admit(step)
-        if step.decode is not None and slots is not None:
-            self._follow_rows(step.decode, slots)
-        sampled_slots = (*self._rows, *(c.slot for c in step.chunks if c.sample))
-        ring = self.runner.state.tensors.ring
-        tokens = ring[self._turn % len(ring)]
+        before = self._pending[-1].done if self._pending else self._marks.set()
+        if step.edits_slots:
+            self._edit(step)
+        sampled_slots = self._rows
+        if step.chunks:
+            sampled_slots = (*self._rows, *(c.slot for c in step.chunks if c.sample))
+        turn = self._turn
+        tokens = self._ring[turn % len(self._ring)]
         self._guides.select(sampled_slots)
-        run = self._run(step, sampled_slots)
+        run = self._run(step, sampled_slots) if step.chunks else self._decode(sampled_slots)
         where = Where(len(self._rows), len(sampled_slots), run.chunks_at)
-        done = self._event()
+        done = self._marks.set()
         self._guides.sampled(tokens, done)
         busy = 0.0 if done is not None else time.perf_counter() - begin
-        self._pending.append(Pending(step, tokens, where, run, before, done, busy))
+        self._pending.append(Pending(step, turn, tokens, where, run, before, done, busy))
 
     def ready(self) -> bool:
         """Whether collect would return at once."""
@@ -138,7 +142,6 @@ class Worker:
         done = self._pending[0].done
         return done is None or bool(done.query())  # type: ignore[no-untyped-call]
 
-    @torch.inference_mode()
     def collect(self) -> StepOutput:
         """The oldest launched step's output; waits for the device."""
         p = self._pending.popleft()
@@ -147,7 +150,8 @@ class Worker:
             p.done.synchronize()
             busy = p.before.elapsed_time(p.done) / 1e3
         self._busy_s += busy
-        tokens = p.where.take(p.tokens.numpy())
+        tokens = p.where.take(p.tokens)
+        idle = self._idle.after(p.turn, decodes=not p.step.chunks) if p.done is not None else None
         logprobs: tuple[tuple[int, TokenLogprob], ...] = ()
         if p.run.logprobs is not None:
             logprobs = tuple(p.run.logprobs.rows([r.logprobs for r in p.run.params]))
@@ -160,6 +164,7 @@ class Worker:
             busy,
             prompt_logprobs=tuple((s.chunk, s.tokens()) for s in p.run.prompt_scores),
             pooled=p.run.pooled.rows(p.run.params) if p.run.pooled is not None else (),
+            idle_s=idle,
         )
 
     def stats(self) -> RankStats:
@@ -192,7 +197,10 @@ class Worker:
         """The group is there, for the first time or again: no slot is taken, and graphs are captured when needed."""
         self._rows: tuple[int, ...] = ()
         self._kind = SampleKind()
-        self._turn = int(self.runner.state.tensors.turn)  # passes begun, as on the device
+        state = self.runner.state.tensors
+        self._turn = int(state.turn)  # passes begun, as on the device
+        self._ring, self._idle = state.ring.numpy(), Idle(state.stamps.numpy())
+        self._marks = Marks(self._device, 2 * (self._config.schedule.depth + 2))
         sizes, cuda = self.sizes, self._device.type == "cuda"
         self.graphs = DecodeGraphs(self.runner, sizes.max_num_seqs, enabled=cuda)
         self.mixed = MixedGraphs(self.runner, self.graphs, sizes.max_num_seqs, sizes.block_size, enabled=cuda)
@@ -214,10 +222,23 @@ class Worker:
             del self.mixed, self.graphs
         gc.collect()
 
+    @torch.inference_mode()
+    def _edit(self, step: StepInput) -> None:
+        """What the step changes in the slots before its pass."""
+        slots = stage(step, self.runner.state, self._stager)
+        for a in step.admits:
+            self.runner.state.params[a.slot] = a.params
+            self._guides.admit(a)
+            if a.history:
+                self.runner.edits.admit(a.slot, ints(a.history).tolist(), a.num_prompt)
+        if step.decode is not None and slots is not None:
+            self._rows = tuple(ints(step.decode).tolist())
+            self.graphs.set_rows(slots)
+            self._kind = kind_of(self._params(self._rows))
+
+    @torch.inference_mode()
     def _run(self, step: StepInput, sampled_slots: tuple[int, ...]) -> Run:
-        """Launch the pass; params (host copies) go along only where they are needed."""
-        if not step.chunks:
-            return self._decode(sampled_slots)
+        """Launch a pass with chunks; params (host copies) go along only where they are needed."""
         self._turn += 1
         new = self._params(sampled_slots[len(self._rows) :])
         kind = self._kind | kind_of(new)
@@ -235,33 +256,19 @@ class Worker:
 
     def _decode(self, slots: tuple[int, ...]) -> Run:
         if not slots:
-            return Run()
+            return NOTHING
         self._turn += 1
         if self._kind.in_graph:
             self.graphs.decode(self._kind)
-            return Run()
+            return NOTHING
+        return self._decode_edited(slots)
+
+    @torch.inference_mode()
+    def _decode_edited(self, slots: tuple[int, ...]) -> Run:
+        """A pass whose sampling takes host decisions."""
         params = self._params(slots)
         sampled = self.runner.sample(self.graphs.decode_logits(), self.graphs.rows, self._kind, params)
         return Run(params, sampled.logprobs)
 
     def _params(self, slots: tuple[int, ...]) -> tuple[RowParams, ...]:
         return tuple(self.runner.state.params[s] for s in slots)
-
-    def _admit(self, step: StepInput) -> None:
-        for a in step.admits:
-            self.runner.state.params[a.slot] = a.params
-            self._guides.admit(a)
-            if a.history:
-                self.runner.edits.admit(a.slot, ints(a.history).tolist(), a.num_prompt)
-
-    def _follow_rows(self, decode: bytes, slots: torch.Tensor) -> None:
-        self._rows = tuple(ints(decode).tolist())
-        self.graphs.set_rows(slots)
-        self._kind = kind_of(self._params(self._rows))
-
-    def _event(self) -> torch.cuda.Event | None:
-        if self._device.type == "cpu":
-            return None
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event

@@ -1,0 +1,133 @@
+"""Kernels compiled beside the loading of weights: the parts launch what the first passes launch, and never disturb."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import tiny_checkpoint
+from tpqwen.config import Config
+from tpqwen.kernels import cpu, ops
+from tpqwen.model.config import ModelConfig
+from tpqwen.model.qwen3 import Qwen3
+from tpqwen.model.sizing import derive
+from tpqwen.offline import OfflineEngine
+from tpqwen.parallel.group import TPGroup
+from tpqwen.request import SamplingParams
+from tpqwen.worker.early import Alone, compiled_beside
+from tpqwen.worker.load import _Build
+
+Launch = tuple[str, tuple[tuple[int, ...], ...]]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> set[Launch]:
+    """Every operation that is called, with the shapes of its matrices: what kernels depend on, the batch apart."""
+    seen: set[Launch] = set()
+    pick = ops._pick
+
+    def watched(name: str, x: torch.Tensor) -> Any:
+        op = pick(name, x)
+
+        def call(*args: Any, **options: Any) -> Any:
+            weights = [a for a in args if isinstance(a, torch.nn.Parameter) and a.dim() == 2]
+            seen.add((name, tuple(tuple(w.shape) for w in weights)))
+            return op(*args, **options)
+
+        return call
+
+    monkeypatch.setattr(ops, "_pick", watched)
+    return seen
+
+
+@pytest.fixture(autouse=True)
+def reference_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where padded passes are known; the CPU's attention knows only what a CPU is given."""
+    monkeypatch.setattr(cpu, "OPERATIONS", {})
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 40, 1 << 40))
+
+
+def build(folder: Path, group: TPGroup) -> _Build:
+    config = Config.load({"model": str(folder), "device": "cpu", "max_num_seqs": 4, "max_model_len": 256}, {})
+    model_config = ModelConfig.from_folder(folder)
+    with torch.device("meta"):
+        model = Qwen3(model_config, group, model_config.vocab_size)
+    sizes = derive(config, model_config)
+    return _Build(model, model_config.vocab_size, model_config, sizes, group, torch.device("cpu"), torch.float32)
+
+
+def run(parts: list[Any]) -> None:
+    with torch.inference_mode():
+        for part in parts:
+            part()
+
+
+def test_the_parts_launch_all_that_the_first_request_launches(tmp_path: Path, launches: set[Launch]) -> None:
+    folder = tiny_checkpoint(tmp_path)
+    run(build(folder, TPGroup.single()).early_parts())
+    early = set(launches)
+    launches.clear()
+    engine = OfflineEngine(Config.load({"model": str(folder), "device": "cpu", "prefix_cache": False}, {}))
+    for sampling in ({"temperature": 0.0}, {"temperature": 0.6, "top_k": 20}):
+        request = engine.request(list(range(20)), SamplingParams(**sampling, max_tokens=3, ignore_eos=True))
+        assert sum(len(deltas) for deltas in engine.run([request])) == 3
+    engine.close()
+    edits = {("edit_slots", ()), ("set_rows", ())}  # two small kernels between passes
+    assert launches - edits <= early
+    assert {name for name, _ in early} >= {"begin_step", "norm_linear", "attend", "linear_add", "norm_gate_up"}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_of_several_runs_its_parts_without_the_others(tmp_path: Path, rank: int) -> None:
+    folder = tiny_checkpoint(tmp_path, tie_word_embeddings=False)
+    run(build(folder, TPGroup(rank, 2, None)).early_parts())
+
+
+def test_nothing_is_made_where_the_weights_leave_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = build(tiny_checkpoint(tmp_path), TPGroup.single())
+    weights = sum(p.numel() for p in made.model.parameters()) * 4
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (weights + 1000, 1 << 40))
+    assert made.early_parts() == []
+
+
+def test_parts_run_at_once_beside_the_body_and_are_waited_for() -> None:
+    together, body = threading.Barrier(3, timeout=30), threading.Event()
+    done = []
+
+    def part() -> None:
+        together.wait()  # all three at the same time
+        body.wait(30)
+        done.append(torch.is_inference_mode_enabled())
+
+    interval = sys.getswitchinterval()
+    with compiled_beside(lambda: [part, part, part], threads=3):
+        assert not done and sys.getswitchinterval() < interval
+        body.set()
+    assert done == [True] * 3 and sys.getswitchinterval() == interval
+
+
+def test_what_fails_early_is_no_error_and_a_failing_body_is_one() -> None:
+    done = []
+
+    def fails() -> None:
+        raise RuntimeError("PassManager::run failed")
+
+    with compiled_beside(lambda: [fails, lambda: done.append(1)]):
+        pass
+    with compiled_beside(lambda: fails()):  # type: ignore[arg-type,return-value,func-returns-value]
+        done.append(2)
+    with pytest.raises(KeyError), compiled_beside(lambda: [lambda: done.append(3)]):
+        raise KeyError("a tensor is missing")
+    assert done == [1, 2, 3]
+
+
+def test_alone_keeps_shapes() -> None:
+    alone = Alone(TPGroup(1, 4, None))
+    x = torch.arange(6.0).view(2, 3)
+    assert alone.all_reduce(x) is x
+    assert alone.all_gather(x).shape == (4, 2, 3)

@@ -1,0 +1,138 @@
+"""Kernels of the first steps, compiled beside the loading of weights.
+
+On a machine that never compiled them they take longer than a small model's weights, which only wait for the disk.
+
+What a pass launches is decided in many places by shapes, so nothing here lists kernels: the parts of the first passes
+run on a model of one layer, of the real widths and full of zeros, each part in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+
+from tpqwen.parallel.group import TPGroup
+from tpqwen.step import Chunk, Ints, packed
+from tpqwen.worker.batch import ChunkBatch, Stager, chunk_batch, chunk_parts, eager_chunks
+from tpqwen.worker.mixed import TOKENS, pad
+from tpqwen.worker.runner import Runner
+from tpqwen.worker.sampler import SampleKind
+from tpqwen.worker.slots import MIXED_CHUNKS
+
+THREADS = 8
+SWITCH_S = 1e-4  # compiling threads give the interpreter up all the time, and wait for it so long each time; 5 ms else
+WHOLE = 2048  # tokens of a prompt that is launched kernel by kernel
+NUM_BLOCKS = 2  # of the runner's cache; what is written goes to the null block
+KINDS = (SampleKind(), SampleKind(candidates=True))  # by temperature alone, and with Qwen3's own top_k
+
+_log = logging.getLogger(__name__)
+Part = Callable[[], object]
+
+
+class Alone(TPGroup):
+    """A rank that talks to nobody: shards as in the group, collectives that give back what they are given."""
+
+    def __init__(self, group: TPGroup) -> None:
+        super().__init__(group.rank, group.size, None)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x] * self.size)
+
+
+@contextmanager
+def compiled_beside(make: Callable[[], list[Part]], threads: int = THREADS) -> Iterator[None]:
+    """While the body runs, make the parts and run each in one of some threads; leaves when all of them are done.
+
+    A part that fails is no error: whoever needs the kernel compiles it again, and there it is one.
+    """
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_S)
+    thread = threading.Thread(target=_run, args=(make, threads), name="early", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+        sys.setswitchinterval(interval)
+
+
+def _run(make: Callable[[], list[Part]], threads: int) -> None:
+    parts: list[Part] = []
+    _quietly(lambda: parts.extend(make()))
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(_quietly, parts))
+
+
+@torch.inference_mode()
+def _quietly(part: Part) -> None:
+    try:
+        part()
+    except Exception as error:
+        _log.warning("kernels not compiled early: %s: %s", type(error).__name__, error)
+
+
+@torch.inference_mode()
+def first_parts(runner: Runner) -> list[Part]:
+    """Parts that together launch what the first passes of a server do: a prompt of up to 64 tokens as a graph's pass, a
+    long one, and decode steps of one row, with the kinds of sampling that need no host.
+
+    runner: has one layer and nothing in its slots; it is of no use afterwards.
+    """
+    device = runner.state.tensors.length.device
+    none, first = (torch.arange(n, dtype=torch.int32, device=device) for n in (0, 1))
+    few = torch.full((MIXED_CHUNKS,), runner.state.tensors.padding_slot, dtype=torch.int32, device=device)
+    parts: list[Part] = []
+    contexts = [(1, runner.decode_context(first)[1])]
+    for chunks in (_padded_chunks(runner), _whole_chunk(runner)):
+        contexts.append((len(chunks.ids), runner.mixed_context(none, chunks)[1]))
+    for count, context in contexts:
+        parts.append(partial(runner.model.attention[0], _hidden(runner, count), context))
+        parts.append(partial(runner.model.mlp[0], _hidden(runner, count)))
+    for kind in KINDS:
+        parts.append(partial(runner.finish, _hidden(runner, 1), first, kind))
+        parts.append(partial(_sample, runner, few, kind))
+    return parts
+
+
+def _sample(runner: Runner, slots_R: torch.Tensor, kind: SampleKind) -> None:
+    """The end of a pass with chunks."""
+    runner.sample(runner.model.logits(_hidden(runner, len(slots_R))), slots_R, kind, ())
+
+
+def _hidden(runner: Runner, num_tokens: int) -> torch.Tensor:
+    """A residual stream, changed in place by whoever gets it."""
+    weight = runner.model.norm.weight
+    return torch.zeros(num_tokens, len(weight), dtype=weight.dtype, device=weight.device)
+
+
+def _padded_chunks(runner: Runner) -> ChunkBatch:
+    """A pass in the smallest bucket of worker/mixed.py: one chunk fills it, the others are padding."""
+    state, size = runner.state, runner.cache.block_size
+    parts = pad(chunk_parts((_chunk(TOKENS[0]),)), TOKENS[0], state.tensors.padding_slot)
+    lengths = ((TOKENS[0], *[0] * (MIXED_CHUNKS - 1)), (TOKENS[0] + 1, *[1] * (MIXED_CHUNKS - 1)))
+    return chunk_batch(_sent(runner, parts), lengths, state, size)
+
+
+def _whole_chunk(runner: Runner) -> ChunkBatch:
+    """A whole prompt of one sequence, long enough for no graph."""
+    state, size = runner.state, runner.cache.block_size
+    chunks = (_chunk(min(WHOLE, state.tensors.tables_SM.shape[1] * size)),)
+    return eager_chunks(chunks, _sent(runner, chunk_parts(chunks)), state, size)
+
+
+def _chunk(length: int) -> Chunk:
+    return Chunk(0, 0, packed([0] * length), True)
+
+
+def _sent(runner: Runner, parts: Sequence[Ints]) -> list[torch.Tensor]:
+    return Stager(runner.state.tensors.length.device, 1).send(parts)
