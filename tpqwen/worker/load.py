@@ -36,7 +36,8 @@ def load(config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, 
     clock = _Stages()
     device, dtype = torch.device("cuda:0" if sizes.device == "cuda" else "cpu"), getattr(torch, sizes.dtype)
     with torch.device("meta"):
-        model = Qwen3(model_config, group, count_token_ids(folder, model_config.vocab_size))
+        num_ids = count_token_ids(folder, model_config.vocab_size)
+        model = Qwen3(model_config, group, num_ids, invariant=config.model.deterministic)
     if config.model.random_weights:
         random_weights(model, device=device, dtype=dtype, seed=0)
     else:
@@ -117,7 +118,7 @@ class _Build:
         )
         state = SlotState(s.max_num_seqs, s.blocks_per_sequence, self.device)
         head = self.model.lm_head
-        sampler = Sampler(self.group, state.tensors, head.first_id)
+        sampler = Sampler(self.group, state.tensors, head.first_id, invariant=self.model.invariant)
         edits = LogitEdits(s.max_num_seqs, head.first_id, head.num_local, self.device)
         table = rope_table(c, s.max_model_len, self.device)
         return Runner(self.model, cache, state, sampler, edits, table)
