@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3Config
 
-from tests.tiny import DEFAULTS
 from tpqwen.kernels import cpu, invariant, reference
 from tpqwen.kernels.context import PrefillRows, StepContext
 from tpqwen.model.config import ModelConfig
@@ -23,16 +22,28 @@ from tpqwen.worker.kv_cache import KVCache
 
 EPS = 1e-6
 BLOCK = 16
-SHAPE_06B = {
+SMALL = {
+    "model_type": "qwen3",
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": EPS,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+    "eos_token_id": 1,
+}
+QWEN3_06B = SMALL | {
     "vocab_size": 151936,
     "hidden_size": 1024,
     "intermediate_size": 3072,
-    "num_hidden_layers": 2,
     "num_attention_heads": 16,
     "num_key_value_heads": 8,
     "head_dim": 128,
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.02,
 }
 Chunk = tuple[int, int, int]  # sequence, first position, tokens
 
@@ -52,7 +63,7 @@ class Lab:
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(5)
-        self.ids = [torch.randint(0, 300, (n,), generator=generator, dtype=torch.int32) for n in self.lengths]
+        self.ids = [torch.randint(0, 128, (n,), generator=generator, dtype=torch.int32) for n in self.lengths]
         width = -(-max(self.lengths) // self.block_size)
         order = torch.randperm(len(self.lengths) * width, generator=generator) + 1
         self.tables = order.view(len(self.lengths), width).int()
@@ -125,7 +136,7 @@ class Lab:
 def make_lab(folder: Path, shape: dict[str, object], lengths: list[int], *, kernels: bool, **options: object) -> Lab:
     device = torch.device("cuda" if kernels and torch.cuda.is_available() else "cpu")
     dtype = options.pop("dtype", torch.bfloat16 if device.type == "cuda" else torch.float32)
-    Qwen3Config(**(DEFAULTS | shape), dtype="float32").save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(shape))
     config = ModelConfig.from_folder(folder)
     with torch.device("meta"):
         model = Qwen3(config, TPGroup.single(), invariant=True)
@@ -139,13 +150,13 @@ WAYS = ["kernels", "cpu-float32", "cpu-bfloat16"]
 @pytest.fixture(params=WAYS)
 def lab(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
     """Sequences of 1 to 40 tokens, heads in groups of two; fewer for the interpreter, which is slow."""
-    shape, lengths = {"num_attention_heads": 4, "num_key_value_heads": 2}, [40, 17, 16, 3, 1, 33]
+    shape, lengths = SMALL, [40, 17, 16, 3, 1, 33]
     if request.param != "kernels":
         dtype = getattr(torch, request.param.removeprefix("cpu-"))
         return make_lab(tmp_path, shape, lengths, kernels=False, dtype=dtype)
     if not torch.cuda.is_available():  # kernels in the interpreter see CPU tensors
         monkeypatch.setattr(cpu, "INVARIANT", invariant.OPERATIONS)
-        shape, lengths = shape | {"num_hidden_layers": 1}, [19, 17, 3, 1]
+        shape, lengths = shape | {"num_hidden_layers": 1}, [17, 5, 1]
     return make_lab(tmp_path, shape, lengths, kernels=True)
 
 
@@ -172,7 +183,7 @@ def test_decode_rows_get_the_bits_of_a_prompt(lab: Lab) -> None:
         assert_same_bits(lab.logits(together, padding=3), expected)
 
 
-@pytest.mark.parametrize("size", [1, 7, 16])
+@pytest.mark.parametrize("size", [3, 16])
 @torch.inference_mode()
 def test_chunks_of_any_size_get_the_bits_of_a_prompt(lab: Lab, size: int) -> None:
     """All sequences' chunks side by side, then one sequence's beside the others' decode rows."""
@@ -257,7 +268,7 @@ def test_rows_of_a_sum_of_exponentials_are_taken_one_by_one(columns: int, device
 def test_bf16_logits_of_a_06b_shape_over_batch_compositions(tmp_path: Path) -> None:
     """Two layers of Qwen3-0.6B's shape: prompts whole, chunked and decoded; 1, 7 and 64 sequences side by side."""
     lengths = [700, 129, 64, 1, *range(40, 100)]
-    lab = make_lab(tmp_path, SHAPE_06B, lengths, kernels=True, block_size=64)
+    lab = make_lab(tmp_path, QWEN3_06B, lengths, kernels=True, block_size=64)
     expected = whole(lab)
     for count in (7, 64):
         together = [(s, 0, n) for s, n in enumerate(lengths[:count])]

@@ -254,6 +254,7 @@ def attend(
     q_TND = prefill.qk_norm_rope_write(qkv_TF, q_norm_D, k_norm_D, eps, ctx.cos_sin, *where)
     out, counting = torch.zeros_like(q_TND), _counting(qkv_TF.device)
     caches = (k_cache, v_cache)
+    assert count <= MAX_SPANS, "more decode rows than spans are numbered for"
     if count:
         spans = (ctx.tables_SM, ctx.decode_slots_B, counting, ctx.decode_lengths_B)
         attention(q_TND[:count], *caches, *spans, 1, scale, out[:count])
