@@ -41,12 +41,16 @@ def answers(engine: Engine, asked: list[GenerateRequest]) -> Answers:
     return found
 
 
-@pytest.mark.parametrize(("dtype", "tp"), [("bfloat16", 1), ("bfloat16", 4), ("float32", 2)])
-def test_alone_in_a_crowd_in_small_chunks_and_preempted_give_the_same_bits(tmp_path: Path, dtype: str, tp: int) -> None:
-    folder = tiny_checkpoint(tmp_path / "model")
-    options = ROOMY | {"dtype": dtype, "tp": tp}
-    engines = [Engine(folder, **(options | other)) for other in ({}, {"num_kv_blocks": 30}, {"max_batched_tokens": 24})]
-    crowd, squeezed, in_pieces = (answers(e, requests(range(21))) for e in engines)
+@pytest.mark.parametrize(
+    ("dtype", "tp", "count", "few_blocks"), [("bfloat16", 1, 21, 30), ("bfloat16", 4, 9, 18), ("float32", 2, 9, 18)]
+)
+def test_alone_in_a_crowd_in_small_chunks_and_preempted_give_the_same_bits(
+    tmp_path: Path, dtype: str, tp: int, count: int, few_blocks: int
+) -> None:
+    folder, options = tiny_checkpoint(tmp_path / "model"), ROOMY | {"dtype": dtype, "tp": tp}
+    others = ({}, {"num_kv_blocks": few_blocks}, {"max_batched_tokens": 24})
+    engines = [Engine(folder, **(options | other)) for other in others]
+    crowd, squeezed, in_pieces = (answers(e, requests(range(count))) for e in engines)
     assert engines[1].preemptions > 0, "the pool was meant to be too small"
     alone = {}
     for i in range(5):

@@ -75,7 +75,8 @@ def _matmul(x_TK: torch.Tensor, weight_NK: torch.Tensor, residual_TN: torch.Tens
     out = x_TK.new_empty(tokens, columns) if residual_TN is None else residual_TN
     assert out.is_contiguous() and out.shape == (tokens, columns)
     grid = (triton.cdiv(columns, BLOCK_N), triton.cdiv(tokens, BLOCK_M))
-    tile = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "num_warps": 4, "num_stages": 4}
+    stages = 4 if x_TK.dtype.itemsize == 2 else 2  # what shared memory holds; the sums know nothing of it
+    tile = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "num_warps": 4, "num_stages": stages}
     shape = {"N": columns, "K": width, "ADD": residual_TN is not None}
     _matmul_kernel[grid](x_TK, weight_NK, out, out, tokens, **shape, **tile, **launch_options(x_TK.device))
     return out
