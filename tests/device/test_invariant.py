@@ -154,6 +154,7 @@ def lab(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
     if request.param != "kernels":
         dtype = getattr(torch, request.param.removeprefix("cpu-"))
         return make_lab(tmp_path, shape, lengths, kernels=False, dtype=dtype)
+    monkeypatch.setattr(invariant, "PART", BLOCK)
     if not torch.cuda.is_available():  # kernels in the interpreter see CPU tensors
         monkeypatch.setattr(cpu, "INVARIANT", invariant.OPERATIONS)
         shape, lengths = shape | {"num_hidden_layers": 1}, [17, 5, 1]
@@ -264,20 +265,26 @@ def test_rows_of_a_sum_of_exponentials_are_taken_one_by_one(columns: int, device
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("part", [256, invariant.PART])
 @torch.inference_mode()
-def test_bf16_logits_of_a_06b_shape_over_batch_compositions(tmp_path: Path) -> None:
+def test_bf16_logits_of_a_06b_shape_over_batch_compositions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
     """Two layers of Qwen3-0.6B's shape: prompts whole, chunked and decoded; 1, 7 and 64 sequences side by side."""
-    lengths = [700, 129, 64, 1, *range(40, 100)]
+    monkeypatch.setattr(invariant, "PART", part)
+    longest = 1500
+    lengths = [longest, 129, 64, 1, *range(40, 100)]
     lab = make_lab(tmp_path, QWEN3_06B, lengths, kernels=True, block_size=64)
     expected = whole(lab)
     for count in (7, 64):
         together = [(s, 0, n) for s, n in enumerate(lengths[:count])]
         assert_same_bits(lab.logits([([], together)], padding=2), expected)
-    for size in (1, 100, 256):
-        chunks = [
-            ([(1, i)] if i < 129 else [], [(0, p, min(size, 700 - p))]) for i, p in enumerate(range(0, 700, size))
-        ]
+    for size in (50, 100, 512):
+        starts = enumerate(range(0, longest, size))
+        chunks = [([(1, i)] if i < 129 else [], [(0, p, min(size, longest - p))]) for i, p in starts]
         assert_same_bits(lab.logits(chunks), expected)
     decode = [([(s, p) for s, n in enumerate(lengths) if p < n], []) for p in range(99)]
     assert_same_bits(lab.logits(decode), expected)
     assert_same_bits(lab.logits(decode, padding=5), expected)
+    late = [([(0, p)], []) for p in range(1000, 1060)]
+    assert_same_bits(lab.logits([([], [(0, 0, 1000)]), *late]), expected)

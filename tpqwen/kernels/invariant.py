@@ -2,9 +2,9 @@
 
 T tokens, N outputs (of attention: query heads), K inputs (of attention: key/value heads), G = query heads per key/value
 head, D head size, P block size. Four rules make it so, after He and Thinking Machines Lab, "Defeating nondeterminism in
-LLM inference" (2025): every product has one tile for all row counts and sums in one order; one attention kernel with
-one tile serves decode rows and chunks, each query over its own keys from the first on; multiplications and additions
-are never fused where a compiler might choose to in one place and not in another; what is left works row by row.
+LLM inference" (2025): every product has one tile for all row counts and sums in one order; decode rows and chunks share
+one attention, with one tile and each query's own keys in parts of one length; multiplications and additions are never
+fused where a compiler might choose to in one place and not in another; what is left works row by row.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -26,6 +26,8 @@ from tpqwen.kernels.norm import rms_norm, silu_mul
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 64, 64  # of a product: rows, outputs, inputs
 QUERY_ROWS = 64  # of an attention program: tokens times query heads of one key/value head
 KEYS = 64  # of an attention tile
+PART = 1024  # keys that are summed up before they are merged with those before
+PROGRAMS = 512  # that decode rows may be spread over; more rows than that need no more
 MAX_SPANS = 4096  # decode rows or chunks of one launch
 
 
@@ -118,6 +120,50 @@ def head_slices(
     return sampling.noisy_slices(logits_RV, state, slots_R, first_id)
 
 
+@triton.jit
+def _nothing(ROWS: tl.constexpr, D: tl.constexpr):
+    """The softmax of rows that have seen no key: maxima [ROWS], sums [ROWS], weighted values [ROWS, D]."""
+    return tl.full([ROWS], -float("inf"), tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, D], tl.float32)
+
+
+@triton.jit
+def _over_part(queries, position, caches, table, begin, end, length, head, block_stride, qk_scale, SHAPE: tl.constexpr):
+    """The softmax of queries [ROWS, D] over keys begin .. end."""
+    P: tl.constexpr = SHAPE[0]
+    D: tl.constexpr = SHAPE[1]
+    ROWS: tl.constexpr = SHAPE[2]
+    KEYS: tl.constexpr = SHAPE[3]
+    m, l, acc = _nothing(ROWS, D)
+    for start in range(begin, end, KEYS):
+        block = tl.load(table + start // P).to(tl.int64)
+        key = start + tl.arange(0, KEYS)
+        at = block * block_stride + head * (P * D) + (key % P)[:, None] * D + tl.arange(0, D)[None, :]
+        written = key[:, None] < length
+        k = tl.load(caches[0] + at, mask=written, other=0.0)
+        s = tl.dot(queries, tl.trans(k), input_precision="ieee") * qk_scale
+        s = tl.where(key[None, :] <= position[:, None], s, -float("inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        safe = tl.where(m_new == -float("inf"), 0.0, m_new)
+        alpha = tl.exp2(m - safe)
+        p = tl.exp2(s - safe[:, None])
+        l = l * alpha + tl.sum(p, 1)
+        v = tl.load(caches[1] + at, mask=written, other=0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+        m = m_new
+    return m, l, acc
+
+
+@triton.jit
+def _merge(state, part):
+    """The state after one more part. A part that a query does not see leaves its state as it is, bit by bit."""
+    m, l, acc = state
+    part_m, part_l, part_acc = part
+    m_new = tl.maximum(m, part_m)
+    safe = tl.where(m_new == -float("inf"), 0.0, m_new)
+    before, after = tl.exp2(m - safe), tl.exp2(part_m - safe)
+    return m_new, l * before + part_l * after, acc * before[:, None] + part_acc * after[:, None]
+
+
 # Slices of one staging buffer may begin anywhere: that must not cause another compilation.
 @triton.jit(do_not_specialize_on_alignment=["tables", "table_rows", "query_start", "lengths"])
 def _attention_kernel(
@@ -129,28 +175,33 @@ def _attention_kernel(
     query_start,
     lengths,
     out,
+    partial,
+    stats,
     qk_scale,
     table_stride,
     block_stride,
+    parts,
     K: tl.constexpr,
     G: tl.constexpr,
     GP: tl.constexpr,
-    D: tl.constexpr,
-    P: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
+    SHAPE: tl.constexpr,
+    PART: tl.constexpr,
+    APART: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One (tile of a span's tokens, KV head, span). Row r of the tile is query head r % GP of token r // GP.
 
-    Every query sees the keys 0 .. its position in tiles of KEYS from the first on. Tiles behind its position, which
-    other rows of the program need, leave a row as it is, bit by bit: they add zeros and multiply by one.
+    Every query sees the keys 0 .. its position in parts of PART, each in tiles of KEYS, merged from the first on. What
+    other rows of the program need behind a row's position leaves it as it is: that adds zeros and multiplies by one.
+    APART (spans of one token): the programs of axis 0 take turns at the parts, and _combine_kernel merges them.
     """
+    D: tl.constexpr = SHAPE[1]
+    ROWS: tl.constexpr = SHAPE[2]
     release_next(PDL)
     wait_previous(PDL)
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * (ROWS // GP)  # the last tokens see most keys: they begin
     head = tl.program_id(1)
     span = tl.program_id(2)
+    first = 0 if APART else (tl.num_programs(0) - 1 - tl.program_id(0)) * (ROWS // GP)  # long rows begin
     begin = tl.load(query_start + span)
     count = tl.load(query_start + span + 1) - begin
     length = tl.load(lengths + span)
@@ -163,25 +214,62 @@ def _attention_kernel(
         place = (begin + token).to(tl.int64)[:, None] * (K * G * D) + (head * G + g)[:, None] * D + d
         queries = tl.load(q + place, mask=known, other=0.0)
         table = tables + tl.load(table_rows + span).to(tl.int64) * table_stride
-        m = tl.full([ROWS], -float("inf"), tl.float32)
-        l = tl.zeros([ROWS], tl.float32)
-        acc = tl.zeros([ROWS, D], tl.float32)
-        for start in range(0, tl.minimum(length, length - count + first + ROWS // GP), KEYS):
-            block = tl.load(table + start // P).to(tl.int64)
-            key = start + tl.arange(0, KEYS)
-            at = block * block_stride + head * (P * D) + (key % P)[:, None] * D + d
-            written = key[:, None] < length
-            k = tl.load(k_cache + at, mask=written, other=0.0)
-            s = tl.dot(queries, tl.trans(k), input_precision="ieee") * qk_scale
-            s = tl.where(key[None, :] <= position[:, None], s, -float("inf"))
-            m_new = tl.maximum(m, tl.max(s, 1))
-            alpha = tl.exp2(m - m_new)
-            p = tl.exp2(s - m_new[:, None])
-            l = l * alpha + tl.sum(p, 1)
-            v = tl.load(v_cache + at, mask=written, other=0.0)
-            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-            m = m_new
-        tl.store(out + place, (acc / l[:, None]).to(out.dtype.element_ty), mask=known)
+        caches = (k_cache, v_cache)
+        if APART:
+            for start in range(tl.program_id(0) * PART, length, tl.num_programs(0) * PART):
+                end = tl.minimum(start + PART, length)
+                m, l, acc = _over_part(
+                    queries, position, caches, table, start, end, length, head, block_stride, qk_scale, SHAPE
+                )
+                at = ((span * K + head) * parts + start // PART).to(tl.int64) * GP + r
+                tl.store(partial + at[:, None] * D + d, acc, mask=known)
+                tl.store(stats + at * 2, m, mask=r < GP)
+                tl.store(stats + at * 2 + 1, l, mask=r < GP)
+        else:
+            stop = tl.minimum(length, length - count + first + ROWS // GP)
+            state = _nothing(ROWS, D)
+            for start in range(0, stop, PART):
+                end = tl.minimum(start + PART, stop)
+                part = _over_part(
+                    queries, position, caches, table, start, end, length, head, block_stride, qk_scale, SHAPE
+                )
+                state = _merge(state, part)
+            _m, l, acc = state
+            tl.store(out + place, (acc / l[:, None]).to(out.dtype.element_ty), mask=known)
+
+
+@triton.jit(do_not_specialize_on_alignment=["lengths"])
+def _combine_kernel(
+    partial,
+    stats,
+    lengths,
+    out,
+    parts,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    D: tl.constexpr,
+    PART: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Merge the parts of one (KV head, span of one token) in the order in which a program of its own would."""
+    release_next(PDL)
+    wait_previous(PDL)
+    head = tl.program_id(0)
+    span = tl.program_id(1)
+    length = tl.load(lengths + span)
+    if length > 0:
+        g = tl.arange(0, GP)
+        d = tl.arange(0, D)[None, :]
+        known = (g < G)[:, None]
+        state = _nothing(GP, D)
+        for part in range(tl.cdiv(length, PART)):
+            at = ((span * K + head) * parts + part).to(tl.int64) * GP + g
+            acc = tl.load(partial + at[:, None] * D + d, mask=known, other=0.0)
+            state = _merge(state, (tl.load(stats + at * 2), tl.load(stats + at * 2 + 1), acc))
+        _m, l, acc = state
+        place = out + span.to(tl.int64) * (K * G * D) + (head * G + g)[:, None] * D + d
+        tl.store(place, (acc / l[:, None]).to(out.dtype.element_ty), mask=known)
 
 
 def attention(
@@ -199,16 +287,25 @@ def attention(
     """Causal attention of spans over the cache, which holds their own keys and values already, into out [T, N, D].
 
     Span i is the tokens query_start[i] .. query_start[i + 1] of q, at most max_query of them, and ends at position
-    lengths[i] - 1 of the sequence whose blocks tables[table_rows[i]] names. Decode rows are spans of one token. Rows of
-    no span, and those of spans of length 0, are not written.
+    lengths[i] - 1 of the sequence whose blocks tables[table_rows[i]] names. Decode rows are spans of one token, span by
+    span. Rows of no span, and those of spans of length 0, are not written. Who computes a part of the keys depends on
+    how many spans there are; how it is computed and where it is added does not.
     """
     _, num_heads, head_dim = q_TND.shape
     _, kv_heads, block_size, _ = k_cache.shape
-    group = num_heads // kv_heads
+    group, spans = num_heads // kv_heads, len(lengths)
     assert q_TND.is_contiguous() and out.is_contiguous() and k_cache.stride() == v_cache.stride()
     assert k_cache.stride()[1:] == (block_size * head_dim, head_dim, 1) and tables_XM.stride(1) == 1
     padded = triton.next_power_of_2(group)
-    _attention_kernel[(triton.cdiv(max_query, QUERY_ROWS // padded), kv_heads, len(lengths))](
+    parts = triton.cdiv(tables_XM.shape[1] * block_size, PART)
+    programs = min(parts, PROGRAMS // (spans * kv_heads)) if max_query == 1 else 1
+    apart = programs > 1
+    floats = spans * kv_heads * parts * padded if apart else 0
+    partial = torch.empty(floats * head_dim, dtype=torch.float32, device=q_TND.device)
+    stats = torch.empty(floats * 2, dtype=torch.float32, device=q_TND.device)
+    shared = {"K": kv_heads, "G": group, "GP": padded, "PART": PART, "num_warps": 4, "enable_fp_fusion": False}
+    shared |= launch_options(q_TND.device)
+    _attention_kernel[(programs if apart else triton.cdiv(max_query, QUERY_ROWS // padded), kv_heads, spans)](
         q_TND,
         k_cache,
         v_cache,
@@ -217,21 +314,19 @@ def attention(
         query_start,
         lengths,
         out,
+        partial,
+        stats,
         scale * math.log2(math.e),
         tables_XM.stride(0),
         k_cache.stride(0),
-        K=kv_heads,
-        G=group,
-        GP=padded,
-        D=head_dim,
-        P=block_size,
-        ROWS=QUERY_ROWS,
-        KEYS=min(KEYS, block_size),
-        num_warps=4,
+        parts,
+        SHAPE=(block_size, head_dim, QUERY_ROWS, min(KEYS, block_size)),
+        APART=apart,
         num_stages=3,
-        enable_fp_fusion=False,
-        **launch_options(q_TND.device),
+        **shared,
     )
+    if apart:
+        _combine_kernel[(kv_heads, spans)](partial, stats, lengths, out, parts, D=head_dim, **shared)
 
 
 @functools.cache
