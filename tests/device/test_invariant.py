@@ -264,6 +264,22 @@ def test_rows_of_a_sum_of_exponentials_are_taken_one_by_one(columns: int, device
         assert torch.equal(invariant.OPERATIONS["log_sum_exp"](logits[row : row + 1]), found[row : row + 1])
 
 
+@pytest.mark.parametrize("copies", [1, 2])
+def test_rows_taken_one_by_one_get_storage_and_calls_of_their_own(copies: int) -> None:
+    seen: list[torch.Size] = []
+
+    def op(x: torch.Tensor, factor: float, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(x.shape)
+        x += 1.0
+        return x * factor, y
+
+    x, y = torch.arange(6.0).view(3, 2), torch.arange(3)
+    product, same = reference.by_row(op, 0, 2, copies=copies)(x, 2.0, y)
+    assert seen == [(copies, 2)] * 3
+    assert torch.equal(product, (torch.arange(6.0).view(3, 2) + 1) * 2) and torch.equal(same, y)
+    assert torch.equal(x, torch.arange(6.0).view(3, 2)), "the rows given to the operation are copies"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("part", [256, invariant.PART])
 @torch.inference_mode()

@@ -25,21 +25,22 @@ WORD_MASK = 0xFFFFFFFF
 LARGEST_UNIFORM = 1.0 - 2.0**-24
 
 
-def by_row(op: Callable[..., Any], *places: int) -> Callable[..., Any]:
+def by_row(op: Callable[..., Any], *places: int, copies: int = 1) -> Callable[..., Any]:
     """The operation, with its arguments at `places` taken one row at a time: calls of one shape on storage of its own.
 
     So a library has no occasion to treat a row otherwise than the next, and a row's bits do not depend on its place or
-    its neighbours. Results, a tensor or a tuple of them, are put together again.
+    its neighbours. Results, a tensor or a tuple of them, are put together again. copies: as how many rows each is given
+    to the operation, of whose results the first is kept.
     """
 
     def run(*args: Any) -> Any:
         results = [
-            op(*(a[row : row + 1].clone() if i in places else a for i, a in enumerate(args)))
+            op(*(torch.cat([a[row : row + 1]] * copies) if i in places else a for i, a in enumerate(args)))
             for row in range(len(args[places[0]]))
         ]
         if isinstance(results[0], tuple):
-            return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
-        return torch.cat(results)
+            return tuple(torch.cat([r[:1] for r in parts]) for parts in zip(*results, strict=True))
+        return torch.cat([r[:1] for r in results])
 
     return run
 
