@@ -31,6 +31,7 @@ class ModelOptions:
     revision: str | None = None
     served_model_name: str | None = None
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
+    deterministic: bool = False  # bits that depend on a request alone, never on its batch; slower
     max_model_len: int | None = None  # None: what the checkpoint allows
     random_weights: bool = False
     task: str = "auto"  # auto | generate | embed | rerank; auto: by the folder's files and the model's name

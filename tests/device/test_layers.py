@@ -86,3 +86,15 @@ def test_group_of_one_does_nothing():
     assert torch.equal(group.all_gather(x), x[None])
     group.barrier()
     group.leave()
+
+
+def test_an_ordered_sum_does_not_depend_on_where_an_element_stands():
+    class Gathered(TPGroup):
+        def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+            return parts[:, : len(x)]
+
+    parts = torch.tensor([1.0, 2.0**-24, 2.0**-24, -1.0])[:, None].expand(4, 300)
+    group = Gathered(0, 4, None)
+    for count in (1, 2, 17, 300):
+        assert group.ordered_sum(torch.zeros(count)).tolist() == [0.0] * count, "1 + 2**-24 is 1, twice"
+    assert group.ordered_sum(torch.zeros(2, dtype=torch.bfloat16)).dtype == torch.bfloat16

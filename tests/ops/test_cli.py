@@ -58,7 +58,8 @@ def flags(capsys, *words):
 @pytest.mark.parametrize("name", ["generate", "chat"])
 def test_the_options_of_a_command_are_a_frozen_list(name, capsys):
     engine = {n for n, (section, _) in option_fields().items() if section != "server"} - {"model"} | {"log"}
-    expected = {n.replace("_", "-") for n in engine} | {"no-random-weights", "no-prefix-cache"}
+    switches = {"no-random-weights", "no-prefix-cache", "no-deterministic"}
+    expected = {n.replace("_", "-") for n in engine} | switches
     assert flags(capsys, name) == expected | EXTRA_FLAGS[name]
 
 

@@ -59,7 +59,8 @@ def run(args: argparse.Namespace, config: Config) -> int:
     """The command: a table for each number of rows. Returns the exit code. Raises ConfigError."""
     model = ModelConfig.from_folder(resolve_model(config.model.model, config.model.revision))
     sizes = derive(config, model)
-    shapes = Shapes(model, torch.device(sizes.device), getattr(torch, sizes.dtype), sizes.block_size)
+    invariant = config.model.deterministic
+    shapes = Shapes(model, torch.device(sizes.device), getattr(torch, sizes.dtype), sizes.block_size, invariant)
     with torch.inference_mode():
         bandwidth = copy_bandwidth(shapes.device)
         results = []
@@ -88,18 +89,21 @@ def run(args: argparse.Namespace, config: Config) -> int:
 class Shapes:
     """The operations of one decode step in a model's shapes."""
 
-    def __init__(self, model: ModelConfig, device: torch.device, dtype: torch.dtype, block_size: int) -> None:
+    def __init__(
+        self, model: ModelConfig, device: torch.device, dtype: torch.dtype, block_size: int, invariant: bool
+    ) -> None:
         self.device = device
         self._model = model
         self._dtype = dtype
         self._block_size = block_size
+        self._mode = {"invariant": invariant}
 
     def matrices(self, rows: int, _context: int) -> list[Operation]:
         """The four products of a layer with what is fused into them."""
         c, d = self._model, self._model.head_dim
         q, kv, inner, hidden = c.num_attention_heads * d, c.num_key_value_heads * d, c.intermediate_size, c.hidden_size
         h, norm, residual = self._draw(rows, hidden), self._draw(hidden), self._draw(rows, hidden)
-        mixed, wide = self._draw(rows, q), self._draw(rows, inner)
+        mixed, wide, mode = self._draw(rows, q), self._draw(rows, inner), self._mode
 
         def product(name: str, out: int, width: int, op: Callable[[torch.Tensor], object]) -> Operation:
             weights = self._copies(out, width)
@@ -107,10 +111,10 @@ class Shapes:
             return Operation(name, num_bytes, len(weights), lambda i: op(weights[i]))
 
         return [
-            product("norm + QKV", q + 2 * kv, hidden, lambda w: ops.norm_linear(h, norm, EPS, w)),
-            product("output + residual", hidden, q, lambda w: ops.linear_add(mixed, w, residual)),
-            product("norm + gate, up + SwiGLU", 2 * inner, hidden, lambda w: ops.norm_gate_up(h, norm, EPS, w)),
-            product("down + residual", hidden, inner, lambda w: ops.linear_add(wide, w, residual)),
+            product("norm + QKV", q + 2 * kv, hidden, lambda w: ops.norm_linear(h, norm, EPS, w, **mode)),
+            product("output + residual", hidden, q, lambda w: ops.linear_add(mixed, w, residual, **mode)),
+            product("norm + gate, up + SwiGLU", 2 * inner, hidden, lambda w: ops.norm_gate_up(h, norm, EPS, w, **mode)),
+            product("down + residual", hidden, inner, lambda w: ops.linear_add(wide, w, residual, **mode)),
         ]
 
     def attention(self, rows: int, context: int) -> list[Operation]:
@@ -148,7 +152,7 @@ class Shapes:
         norm, scale = self._draw(c.head_dim), c.head_dim**-0.5
 
         def attend(i: int) -> torch.Tensor:
-            return ops.attend(qkv, norm, norm, EPS, i, ctx, scale)
+            return ops.attend(qkv, norm, norm, EPS, i, ctx, scale, **self._mode)
 
         return [Operation(f"attention over {context}", num_bytes, copies, attend)]
 
@@ -165,7 +169,7 @@ class Shapes:
                 "norm + LM head + sampling",
                 weights[0].nbytes,
                 len(weights),
-                lambda i: ops.head_slices(h, norm, EPS, weights[i], state, slots, 0, c.vocab_size),
+                lambda i: ops.head_slices(h, norm, EPS, weights[i], state, slots, 0, c.vocab_size, **self._mode),
             )
         ]
 

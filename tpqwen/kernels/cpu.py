@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from tpqwen.kernels import reference
 from tpqwen.kernels.context import PrefillRows, SlotTensors, StepContext
+from tpqwen.kernels.reference import by_row
 
 Op = Callable[..., Any]
 ONEDNN_FROM = 1 << 19  # elements of a weight; below, calling oneDNN costs more than it saves
@@ -67,7 +68,33 @@ def attend(
     scale: float,
 ) -> torch.Tensor:
     """reference.attend."""
-    plan = _plan_of(ctx)
+    return _attend(_plan_of(ctx), qkv_TF, q_norm_D, k_norm_D, eps, layer, ctx, scale)
+
+
+def attend_by_token(
+    qkv_TF: torch.Tensor,
+    q_norm_D: torch.Tensor,
+    k_norm_D: torch.Tensor,
+    eps: float,
+    layer: int,
+    ctx: StepContext,
+    scale: float,
+) -> torch.Tensor:
+    """reference.attend, each token by calls of its own, one after another."""
+    plans, args = _token_plans(ctx), (q_norm_D, k_norm_D, eps, layer, ctx, scale)
+    return torch.cat([_attend(plan, qkv_TF[t : t + 1].clone(), *args) for t, plan in enumerate(plans)])
+
+
+def _attend(
+    plan: Plan,
+    qkv_TF: torch.Tensor,
+    q_norm_D: torch.Tensor,
+    k_norm_D: torch.Tensor,
+    eps: float,
+    layer: int,
+    ctx: StepContext,
+    scale: float,
+) -> torch.Tensor:
     k_cache, v_cache = (c[layer].transpose(0, 1) for c in (ctx.k_cache, ctx.v_cache))  # [K, blocks, P, D]
     kv_heads, head_dim = k_cache.shape[0], k_cache.shape[3]
     heads_TXD = qkv_TF.view(len(qkv_TF), -1, head_dim)
@@ -174,8 +201,6 @@ def _plan_of(ctx: StepContext) -> Plan:
 def make_plan(ctx: StepContext) -> Plan:
     """The step's rotations, slots and attention calls."""
     _, kv_heads, block_size, head_dim = ctx.k_cache[0].shape
-    cos_TD, sin_TD = ctx.cos_sin.index_select(0, ctx.positions_T).chunk(2, dim=-1)
-    begun = ctx.cache_slots_T[ctx.cache_slots_T % block_size == 0] // block_size
     lengths, tables_BM = ctx.decode_lengths_B.tolist(), ctx.tables_SM[ctx.decode_slots_B]
     step = max(1, GATHER_ELEMENTS // (max(lengths, default=1) * kv_heads * head_dim))
     decode = (
@@ -183,13 +208,32 @@ def make_plan(ctx: StepContext) -> Plan:
         for i in range(0, len(lengths), step)
     )
     chunks = _chunk_reads(ctx.prefill, len(lengths), block_size) if ctx.prefill is not None else ()
+    return _plan(ctx, slice(None), (*decode, *chunks))
+
+
+def _plan(ctx: StepContext, tokens: slice, reads: tuple[Read, ...]) -> Plan:
+    """The plan of some of the step's tokens."""
+    block_size, slots = ctx.k_cache[0].shape[2], ctx.cache_slots_T[tokens]
+    cos_TD, sin_TD = ctx.cos_sin.index_select(0, ctx.positions_T[tokens]).chunk(2, dim=-1)
+    begun = slots[slots % block_size == 0] // block_size
     return Plan(
         cos_T1D=torch.cat((cos_TD, cos_TD), dim=-1)[:, None],
         sin_T1D=sin_TD[:, None],
-        slots_T=ctx.cache_slots_T,
+        slots_T=slots,
         begun=begun if len(begun) else None,
-        reads=(*decode, *chunks),
+        reads=reads,
     )
+
+
+def _token_plans(ctx: StepContext) -> Iterator[Plan]:
+    """A plan for each token, whose keys are always gathered: what lies where must not matter either."""
+    block_size, tables = ctx.k_cache[0].shape[2], list(ctx.tables_SM[ctx.decode_slots_B])
+    if ctx.prefill is not None:
+        for table_M, count in zip(ctx.prefill.tables_CM, ctx.prefill.num_query, strict=True):
+            tables += [table_M] * count
+    for t, (table_M, position) in enumerate(zip(tables, ctx.positions_T.tolist(), strict=True)):
+        blocks = table_M[: position // block_size + 1].long()
+        yield _plan(ctx, slice(t, t + 1), (Read(slice(0, 1), 1, blocks, position + 1, mask=None, causal=False),))
 
 
 def _decode_read(rows: slice, tables_BM: torch.Tensor, lengths: list[int], block_size: int) -> Read:
@@ -230,4 +274,17 @@ OPERATIONS: dict[str, Op] = {
     "linear_add": linear_add,
     "attend": attend,
     "head_slices": head_slices,
+}
+# Each row, and each token's attention, by calls of its own. Products of one row and of several differ in the last bits.
+INVARIANT: dict[str, Op] = {
+    "rms_norm": by_row(rms_norm, 0),
+    "linear": by_row(linear, 0),
+    "norm_linear": by_row(norm_linear, 0),
+    "norm_gate_up": by_row(norm_gate_up, 0),
+    "linear_add": by_row(linear_add, 0, 2),
+    "attend": attend_by_token,
+    "head_slices": by_row(head_slices, 0, 5),
+    "noisy_slices": by_row(reference.noisy_slices, 0, 2),
+    "choose": by_row(reference.choose, 0, 1, 3),
+    "log_sum_exp": by_row(reference.log_sum_exp, 0),
 }

@@ -1,6 +1,7 @@
 """One public function per operation, the only import site of the kernels: Triton on CUDA, cpu.py on CPUs.
 
 Shapes and meaning of each are in kernels/reference.py, which is the specification, and does what neither has.
+invariant: bits of a row that depend on its own sequence alone (kernels/invariant.py, cpu.py's INVARIANT), at a price.
 """
 
 from __future__ import annotations
@@ -19,45 +20,53 @@ Op = Callable[..., Any]
 
 
 @cache
-def _cuda() -> dict[str, Op]:
+def _cuda(module: str) -> dict[str, Op]:
     """Operations with a Triton version. Imported on first use: machines without a GPU need no Triton."""
-    table: dict[str, Op] = import_module("tpqwen.kernels.cuda").OPERATIONS
+    table: dict[str, Op] = import_module(f"tpqwen.kernels.{module}").OPERATIONS
     return table
 
 
-def _pick(name: str, x: torch.Tensor) -> Op:
-    table = _cuda() if x.is_cuda else cpu.OPERATIONS
-    op: Op = table.get(name) or getattr(reference, name)
+def _pick(name: str, x: torch.Tensor, invariant: bool = False) -> Op:
+    tables = [_cuda("cuda") if x.is_cuda else cpu.OPERATIONS]
+    if invariant:
+        tables.insert(0, _cuda("invariant") if x.is_cuda else cpu.INVARIANT)
+    op: Op = next((t[name] for t in tables if name in t), None) or getattr(reference, name)
     return op
 
 
-def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor, *, invariant: bool = False) -> torch.Tensor:
     """x W^T."""
-    result: torch.Tensor = _pick("linear", x_TI)(x_TI, weight_OI)
+    result: torch.Tensor = _pick("linear", x_TI, invariant)(x_TI, weight_OI)
     return result
 
 
-def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, *, invariant: bool = False) -> torch.Tensor:
     """RMSNorm over the last axis."""
-    result: torch.Tensor = _pick("rms_norm", x_TH)(x_TH, weight_H, eps)
+    result: torch.Tensor = _pick("rms_norm", x_TH, invariant)(x_TH, weight_H, eps)
     return result
 
 
-def norm_linear(h_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, weight_OH: torch.Tensor) -> torch.Tensor:
+def norm_linear(
+    h_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, weight_OH: torch.Tensor, *, invariant: bool = False
+) -> torch.Tensor:
     """RMSNorm, then x W^T."""
-    result: torch.Tensor = _pick("norm_linear", h_TH)(h_TH, norm_H, eps, weight_OH)
+    result: torch.Tensor = _pick("norm_linear", h_TH, invariant)(h_TH, norm_H, eps, weight_OH)
     return result
 
 
-def norm_gate_up(h_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, weight_FH: torch.Tensor) -> torch.Tensor:
+def norm_gate_up(
+    h_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, weight_FH: torch.Tensor, *, invariant: bool = False
+) -> torch.Tensor:
     """RMSNorm, then silu(gate) * up."""
-    result: torch.Tensor = _pick("norm_gate_up", h_TH)(h_TH, norm_H, eps, weight_FH)
+    result: torch.Tensor = _pick("norm_gate_up", h_TH, invariant)(h_TH, norm_H, eps, weight_FH)
     return result
 
 
-def linear_add(x_TI: torch.Tensor, weight_HI: torch.Tensor, residual_TH: torch.Tensor) -> torch.Tensor:
+def linear_add(
+    x_TI: torch.Tensor, weight_HI: torch.Tensor, residual_TH: torch.Tensor, *, invariant: bool = False
+) -> torch.Tensor:
     """residual + x W^T. The residual may be overwritten: use only what is returned."""
-    result: torch.Tensor = _pick("linear_add", x_TI)(x_TI, weight_HI, residual_TH)
+    result: torch.Tensor = _pick("linear_add", x_TI, invariant)(x_TI, weight_HI, residual_TH)
     return result
 
 
@@ -69,9 +78,11 @@ def attend(
     layer: int,
     ctx: StepContext,
     scale: float,
+    *,
+    invariant: bool = False,
 ) -> torch.Tensor:
     """QK-norm, RoPE, KV write and attention of decode rows and chunks: [T, N * D]. The seam for fused kernels."""
-    result: torch.Tensor = _pick("attend", qkv_TF)(qkv_TF, q_norm_D, k_norm_D, eps, layer, ctx, scale)
+    result: torch.Tensor = _pick("attend", qkv_TF, invariant)(qkv_TF, q_norm_D, k_norm_D, eps, layer, ctx, scale)
     return result
 
 
@@ -82,10 +93,10 @@ def begin_step(state: SlotTensors, slots_B: torch.Tensor, block_size: int) -> De
 
 
 def noisy_slices(
-    logits_RV: torch.Tensor, state: SlotTensors, slots_R: torch.Tensor, first_id: int
+    logits_RV: torch.Tensor, state: SlotTensors, slots_R: torch.Tensor, first_id: int, *, invariant: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Best of logits / T + noise, and its global id, per row and slice of the vocabulary."""
-    value, token = _pick("noisy_slices", logits_RV)(logits_RV, state, slots_R, first_id)
+    value, token = _pick("noisy_slices", logits_RV, invariant)(logits_RV, state, slots_R, first_id)
     return value, token
 
 
@@ -98,9 +109,11 @@ def head_slices(
     slots_R: torch.Tensor,
     first_id: int,
     num_valid: int,
+    *,
+    invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """noisy_slices straight from the residual stream."""
-    op = _pick("head_slices", h_RH)
+    op = _pick("head_slices", h_RH, invariant)
     value, token = op(h_RH, norm_H, eps, weight_VH, state, slots_R, first_id, num_valid)
     return value, token
 
@@ -110,9 +123,18 @@ def best_slice(value_RS: torch.Tensor, id_RS: torch.Tensor) -> tuple[torch.Tenso
     return reference.best_slice(value_RS, id_RS)
 
 
-def choose(values_RC: torch.Tensor, ids_RC: torch.Tensor, state: SlotTensors, slots_R: torch.Tensor) -> torch.Tensor:
+def choose(
+    values_RC: torch.Tensor, ids_RC: torch.Tensor, state: SlotTensors, slots_R: torch.Tensor, *, invariant: bool = False
+) -> torch.Tensor:
     """One of each row's candidates, by its slot's top-k, top-p and min-p: ids [R]."""
-    return reference.choose(values_RC, ids_RC, state, slots_R)
+    result: torch.Tensor = _pick("choose", values_RC, invariant)(values_RC, ids_RC, state, slots_R)
+    return result
+
+
+def log_sum_exp(logits_RV: torch.Tensor, *, invariant: bool = False) -> torch.Tensor:
+    """log of each row's sum of exponentials, [R]."""
+    result: torch.Tensor = _pick("log_sum_exp", logits_RV, invariant)(logits_RV)
+    return result
 
 
 def finish_step(

@@ -8,6 +8,9 @@ Host reads (boolean masks, .tolist()) are allowed here and in cpu.py, nowhere on
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -20,6 +23,26 @@ PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 WORD_MASK = 0xFFFFFFFF
 LARGEST_UNIFORM = 1.0 - 2.0**-24
+
+
+def by_row(op: Callable[..., Any], *places: int, copies: int = 1) -> Callable[..., Any]:
+    """The operation, with its arguments at `places` taken one row at a time: calls of one shape on storage of its own.
+
+    So a library has no occasion to treat a row otherwise than the next, and a row's bits do not depend on its place or
+    its neighbours. Results, a tensor or a tuple of them, are put together again. copies: as how many rows each is given
+    to the operation, of whose results the first is kept.
+    """
+
+    def run(*args: Any) -> Any:
+        results = [
+            op(*(torch.cat([a[row : row + 1]] * copies) if i in places else a for i, a in enumerate(args)))
+            for row in range(len(args[places[0]]))
+        ]
+        if isinstance(results[0], tuple):
+            return tuple(torch.cat([r[:1] for r in parts]) for parts in zip(*results, strict=True))
+        return torch.cat([r[:1] for r in results])
+
+    return run
 
 
 def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
@@ -254,6 +277,11 @@ def attend(
         chunks = (p.tables_CM, p.query_start, p.lengths_C, p.max_query)
         parts.append(paged_prefill(q_TND[count:], k_cache, v_cache, *chunks, scale))
     return torch.cat(parts).flatten(1)
+
+
+def log_sum_exp(logits_RV: torch.Tensor) -> torch.Tensor:
+    """The logarithm of each row's sum of exponentials, [R]."""
+    return torch.logsumexp(logits_RV, -1)
 
 
 def top_candidates(logits_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

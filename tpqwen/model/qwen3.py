@@ -18,10 +18,10 @@ from tpqwen.parallel.layers import ColumnParallel, ReplicatedWeight, RowParallel
 class Attention(nn.Module):
     """Per-head RMSNorm on q and k before RoPE; each group of query heads shares a key/value head."""
 
-    def __init__(self, c: ModelConfig, group: TPGroup, layer: int) -> None:
+    def __init__(self, c: ModelConfig, group: TPGroup, layer: int, invariant: bool) -> None:
         super().__init__()
         at, q, kv, d = f"model.layers.{layer}.", c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.layer, self.eps, self.scale = layer, c.rms_norm_eps, d**-0.5
+        self.layer, self.eps, self.scale, self.invariant = layer, c.rms_norm_eps, d**-0.5, invariant
         self.norm = ReplicatedWeight(group, at + "input_layernorm.weight", c.hidden_size)
         projections = {
             at + "self_attn.q_proj.weight": (q * d, q),
@@ -31,11 +31,12 @@ class Attention(nn.Module):
         self.qkv = ColumnParallel(group, c.hidden_size, projections)
         self.q_norm = ReplicatedWeight(group, at + "self_attn.q_norm.weight", d)
         self.k_norm = ReplicatedWeight(group, at + "self_attn.k_norm.weight", d)
-        self.o = RowParallel(group, at + "self_attn.o_proj.weight", c.hidden_size, q * d, q)
+        self.o = RowParallel(group, at + "self_attn.o_proj.weight", c.hidden_size, q * d, q, invariant=invariant)
 
     def forward(self, h_TH: torch.Tensor, ctx: StepContext) -> torch.Tensor:
-        qkv = ops.norm_linear(h_TH, self.norm.weight, self.eps, self.qkv.weight)
-        mixed = ops.attend(qkv, self.q_norm.weight, self.k_norm.weight, self.eps, self.layer, ctx, self.scale)
+        qkv = ops.norm_linear(h_TH, self.norm.weight, self.eps, self.qkv.weight, invariant=self.invariant)
+        norms, where = (self.q_norm.weight, self.k_norm.weight, self.eps), (self.layer, ctx, self.scale)
+        mixed = ops.attend(qkv, *norms, *where, invariant=self.invariant)
         out: torch.Tensor = self.o(mixed, h_TH)
         return out
 
@@ -43,17 +44,18 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, c: ModelConfig, group: TPGroup, layer: int) -> None:
+    def __init__(self, c: ModelConfig, group: TPGroup, layer: int, invariant: bool) -> None:
         super().__init__()
         at, inner = f"model.layers.{layer}.", c.intermediate_size
-        self.eps = c.rms_norm_eps
+        self.eps, self.invariant = c.rms_norm_eps, invariant
         self.norm = ReplicatedWeight(group, at + "post_attention_layernorm.weight", c.hidden_size)
         projections = {at + "mlp.gate_proj.weight": (inner, inner), at + "mlp.up_proj.weight": (inner, inner)}
         self.gate_up = ColumnParallel(group, c.hidden_size, projections)
-        self.down = RowParallel(group, at + "mlp.down_proj.weight", c.hidden_size, inner, inner)
+        down = (at + "mlp.down_proj.weight", c.hidden_size, inner, inner)
+        self.down = RowParallel(group, *down, invariant=invariant)
 
     def forward(self, h_TH: torch.Tensor) -> torch.Tensor:
-        inner = ops.norm_gate_up(h_TH, self.norm.weight, self.eps, self.gate_up.weight)
+        inner = ops.norm_gate_up(h_TH, self.norm.weight, self.eps, self.gate_up.weight, invariant=self.invariant)
         out: torch.Tensor = self.down(inner, h_TH)
         return out
 
@@ -62,17 +64,21 @@ class Qwen3(nn.Module):
     """The whole model. Build it under `torch.device("meta")`; weights.py gives the parameters their storage.
 
     num_ids: token ids that exist; logits of the embedding's padding rows above it are -inf. None: all rows are real.
+    invariant: a token's hidden state and logits are, bit by bit, a function of its sequence up to it.
     """
 
-    def __init__(self, c: ModelConfig, group: TPGroup, num_ids: int | None = None) -> None:
+    def __init__(self, c: ModelConfig, group: TPGroup, num_ids: int | None = None, *, invariant: bool = False) -> None:
         super().__init__()
         vocab = (c.vocab_size, c.hidden_size, c.vocab_size if num_ids is None else num_ids)
-        self.eps = c.rms_norm_eps
-        self.embed = VocabParallel(group, "model.embed_tokens.weight", *vocab)
-        self.attention = nn.ModuleList(Attention(c, group, i) for i in range(c.num_hidden_layers))
-        self.mlp = nn.ModuleList(MLP(c, group, i) for i in range(c.num_hidden_layers))
+        self.eps, self.invariant = c.rms_norm_eps, invariant
+        self.embed = VocabParallel(group, "model.embed_tokens.weight", *vocab, invariant=invariant)
+        layers = range(c.num_hidden_layers)
+        self.attention = nn.ModuleList(Attention(c, group, i, invariant) for i in layers)
+        self.mlp = nn.ModuleList(MLP(c, group, i, invariant) for i in layers)
         self.norm = ReplicatedWeight(group, "model.norm.weight", c.hidden_size)
-        self.lm_head = self.embed if c.tie_word_embeddings else VocabParallel(group, "lm_head.weight", *vocab)
+        self.lm_head = self.embed
+        if not c.tie_word_embeddings:
+            self.lm_head = VocabParallel(group, "lm_head.weight", *vocab, invariant=invariant)
 
     def forward(self, ids_T: torch.Tensor, ctx: StepContext) -> torch.Tensor:
         """The residual stream after the last layer, [T, H]; keys and values are written to the cache on the way."""

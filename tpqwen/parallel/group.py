@@ -38,6 +38,15 @@ class TPGroup:
             dist.all_reduce(x, group=self._joined())
         return x
 
+    def ordered_sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks in rank order, in fp32, rounded once. all_reduce may add in an order of its own for each
+        element, by the message's size and the element's place in it."""
+        parts = self.all_gather(x)
+        total = parts[0].float()
+        for part in parts[1:]:
+            total = total + part
+        return total.to(x.dtype)
+
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's x stacked in rank order: [size, *x.shape]."""
         if self.size == 1:

@@ -48,14 +48,18 @@ class ColumnParallel(ShardedWeight):
 class RowParallel(ShardedWeight):
     """A projection whose input is split; the ranks' partial sums are added up, then the residual."""
 
-    def __init__(self, group: TPGroup, name: str, hidden: int, inner: int, units: int) -> None:
+    def __init__(
+        self, group: TPGroup, name: str, hidden: int, inner: int, units: int, *, invariant: bool = False
+    ) -> None:
         super().__init__(group, {name: ShardSpec((hidden, inner), 1, units)})
+        self.invariant = invariant
 
     def forward(self, x_TI: torch.Tensor, residual_TH: torch.Tensor) -> torch.Tensor:
         """residual + sum over ranks of x W^T, [T, H]."""
         if self.group.size == 1:
-            return ops.linear_add(x_TI, self.weight, residual_TH)
-        return residual_TH + self.group.all_reduce(ops.linear(x_TI, self.weight))
+            return ops.linear_add(x_TI, self.weight, residual_TH, invariant=self.invariant)
+        partial = ops.linear(x_TI, self.weight, invariant=self.invariant)
+        return residual_TH + (self.group.ordered_sum(partial) if self.invariant else self.group.all_reduce(partial))
 
 
 class VocabParallel(ShardedWeight):
@@ -65,15 +69,19 @@ class VocabParallel(ShardedWeight):
     local row. num_valid: local rows that are real ids.
     """
 
-    def __init__(self, group: TPGroup, name: str, vocab_size: int, hidden: int, num_ids: int) -> None:
+    def __init__(
+        self, group: TPGroup, name: str, vocab_size: int, hidden: int, num_ids: int, *, invariant: bool = False
+    ) -> None:
         spec = ShardSpec((vocab_size, hidden), 0, vocab_size, padded=True)
         super().__init__(group, {name: spec})
+        self.invariant = invariant
         self.num_local = spec.local_units(group.size)
         self.first_id = group.rank * self.num_local
         self.num_valid = max(0, min(self.num_local, num_ids - self.first_id))
 
     def embed(self, ids_T: torch.Tensor) -> torch.Tensor:
-        """Embeddings [T, H]: each rank looks up its own ids, the sum over ranks is the whole."""
+        """Embeddings [T, H]: each rank looks up its own ids, the sum over ranks is the whole (exact in any order: all
+        terms but one are zero)."""
         if self.group.size == 1:
             return nn.functional.embedding(ids_T, self.weight)
         local = ids_T - self.first_id
@@ -83,7 +91,7 @@ class VocabParallel(ShardedWeight):
 
     def logits(self, h_TH: torch.Tensor, norm_H: torch.Tensor, eps: float) -> torch.Tensor:
         """Final norm and head: this rank's logits [T, V], padding at -inf."""
-        logits = ops.norm_linear(h_TH, norm_H, eps, self.weight)
+        logits = ops.norm_linear(h_TH, norm_H, eps, self.weight, invariant=self.invariant)
         if self.num_valid < self.num_local:
             logits[:, self.num_valid :] = float("-inf")
         return logits
@@ -92,4 +100,5 @@ class VocabParallel(ShardedWeight):
         self, h_RH: torch.Tensor, norm_H: torch.Tensor, eps: float, state: SlotTensors, slots_R: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Final norm, head and noisy arg-max of this rank's ids, without logits in memory: ops.head_slices."""
-        return ops.head_slices(h_RH, norm_H, eps, self.weight, state, slots_R, self.first_id, self.num_valid)
+        where = (state, slots_R, self.first_id, self.num_valid)
+        return ops.head_slices(h_RH, norm_H, eps, self.weight, *where, invariant=self.invariant)

@@ -39,7 +39,7 @@ def load(config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, 
     device, dtype = torch.device("cuda:0" if sizes.device == "cuda" else "cpu"), getattr(torch, sizes.dtype)
     num_ids = count_token_ids(folder, model_config.vocab_size)
     with torch.device("meta"):
-        model = Qwen3(model_config, group, num_ids)
+        model = Qwen3(model_config, group, num_ids, invariant=config.model.deterministic)
     build = _Build(model, num_ids, model_config, sizes, group, device, dtype)
     with compiled_beside(build.early_parts) if sizes.device == "cuda" else nullcontext():
         if config.model.random_weights:
@@ -125,7 +125,7 @@ class _Build:
         )
         state = SlotState(s.max_num_seqs, s.blocks_per_sequence, self.device)
         head = self.model.lm_head
-        sampler = Sampler(self.group, state.tensors, head.first_id)
+        sampler = Sampler(self.group, state.tensors, head.first_id, invariant=self.model.invariant)
         edits = LogitEdits(s.max_num_seqs, head.first_id, head.num_local, self.device)
         table = rope_table(c, s.max_model_len, self.device)
         return Runner(self.model, cache, state, sampler, edits, table)
@@ -134,7 +134,7 @@ class _Build:
         """What is compiled beside the loading of weights: nothing, where these leave no room for a layer of zeros."""
         config = replace(self.config, num_hidden_layers=1)
         with torch.device("meta"):
-            layer = Qwen3(config, Alone(self.group), self.num_ids)
+            layer = Qwen3(config, Alone(self.group), self.num_ids, invariant=self.model.invariant)
         needed = sum(p.numel() for m in (self.model, layer, layer) for p in m.parameters()) * self.dtype.itemsize
         if torch.cuda.mem_get_info()[0] < needed:
             return []

@@ -82,7 +82,7 @@ def pool(
         return None
     hidden = logprobs = None
     if not all(p.ids for p in asked):
-        hidden = ops.rms_norm(hidden_RH, model.norm.weight, model.eps).float()
+        hidden = ops.rms_norm(hidden_RH, model.norm.weight, model.eps, invariant=model.invariant).float()
     most = max(len(p.ids) for p in asked)
     if most:
         ids = [[*(p.ids if p else ()), *[0] * most][:most] for p in pooling]

@@ -87,18 +87,20 @@ class LogprobTensors:
 
 
 class Sampler:
-    """Sampling of one rank. first_id: global id of the shard's first row."""
+    """Sampling of one rank. first_id: global id of the shard's first row. invariant: as in kernels/ops.py."""
 
-    def __init__(self, group: TPGroup, state: SlotTensors, first_id: int) -> None:
+    def __init__(self, group: TPGroup, state: SlotTensors, first_id: int, *, invariant: bool = False) -> None:
         self._group = group
         self._state = state
         self._first_id = first_id
+        self._invariant = invariant
 
     def sample(self, logits_RV: torch.Tensor, slots_R: torch.Tensor, kind: SampleKind) -> torch.Tensor:
         """logits fp32 or bf16 with padding ids at -inf -> token ids int32 [R], settled in the slots. -1: a bad row,
         with NaN or +inf, or with nothing allowed in it."""
         state = self._state
-        value, token = self._best(*ops.noisy_slices(logits_RV, state, slots_R, self._first_id))
+        slices = ops.noisy_slices(logits_RV, state, slots_R, self._first_id, invariant=self._invariant)
+        value, token = self._best(*slices)
         if kind.full:
             value, token = (x[:, None] for x in ops.best_slice(value, token))
             values, ids = self.full_logits(logits_RV).sort(dim=-1, descending=True, stable=True)
@@ -106,7 +108,8 @@ class Sampler:
             top_k, top_p, min_p = state.top_k[slots], state.top_p[slots], state.min_p[slots]
             whole = (top_k > MAX_CANDIDATES) | ((top_k == 0) & ((top_p < 1.0) | (min_p > 0.0)))
             whole &= state.temperature[slots] >= GREEDY_BELOW
-            token = torch.where(whole[:, None], ops.choose(values, ids, state, slots_R)[:, None], token)
+            chosen = ops.choose(values, ids, state, slots_R, invariant=self._invariant)
+            token = torch.where(whole[:, None], chosen[:, None], token)
         candidates = self._candidates(logits_RV) if kind.candidates else None
         return ops.finish_step(state, slots_R, value, token, candidates)
 
@@ -143,11 +146,11 @@ class Sampler:
         mine = (tokens.long() - self._first_id).clamp(0, logits.shape[1] - 1)
         owned = (tokens >= self._first_id) & (tokens < self._first_id + logits.shape[1])
         chosen = torch.where(owned, logits.gather(1, mine[:, None])[:, 0], NEVER)
-        lse = torch.logsumexp(logits, -1)
+        lse = ops.log_sum_exp(logits, invariant=self._invariant)
         values, ids = ops.top_candidates(logits, min(max(wanted, 1), logits.shape[1]))
         ids = ids + self._first_id
         if self._group.size > 1:
-            lse = torch.logsumexp(self._group.all_gather(lse), 0)
+            lse = ops.log_sum_exp(self._group.all_gather(lse).t(), invariant=self._invariant)
             chosen = self._group.all_gather(chosen).amax(0)
             values, ids = self._merged(values, ids)
         return LogprobTensors(chosen - lse, values - lse[:, None], ids)
