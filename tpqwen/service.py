@@ -143,7 +143,7 @@ class Qwen3Server:
             access=self._access(),
         )
         gc.collect()
-        gc.freeze()  # a million objects of torch, Ray and transformers: looking through them took a fifth of each request
+        gc.freeze()  # a million objects of torch, Ray and transformers: looking through them was a fifth of a request
         return app
 
     def check_health(self) -> None:
