@@ -7,6 +7,7 @@ dashboards, autoscalers and routers written for vLLM work. Their bucket bounds a
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -121,7 +122,18 @@ FAMILIES = (
     _gpu("energy_joules_total", "Energy used since this rank was first seen.", "counter"),
     Family("gpu_throttled", "gauge", "1 while the reason slows the GPU down.", (*GPU_LABELS, "reason")),
 )
-KINDS: dict[str, Any] = {"gauge": Gauge, "counter": Counter, "histogram": Histogram}
+
+
+class CountingHistogram(Histogram):
+    """A histogram that takes many equal observations at once: under load a delta holds several tokens."""
+
+    def observe_many(self, amount: float, count: int) -> None:
+        """The same as `count` times observe(amount), at the price of one."""
+        self._sum.inc(amount * count)
+        self._buckets[bisect_left(self._upper_bounds, amount)].inc(count)
+
+
+KINDS: dict[str, Any] = {"gauge": Gauge, "counter": Counter, "histogram": CountingHistogram}
 
 # vLLM's name -> (our family, {our label: vLLM's}).
 ALIASES: dict[str, tuple[str, dict[str, str]]] = {
@@ -271,8 +283,7 @@ class ServerMetrics:
 
     def on_tokens(self, gap_s: float, num_tokens: int) -> None:
         """A delta of several tokens counts as that many gaps of equal length."""
-        for _ in range(num_tokens):
-            self._child("inter_token_latency_seconds").observe(gap_s / num_tokens)
+        self._child("inter_token_latency_seconds").observe_many(gap_s / num_tokens, num_tokens)
 
     def on_finished(self, sequence: FinishedSequence) -> None:
         self._child("requests_finished_total", sequence.reason).inc()

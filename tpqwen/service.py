@@ -7,6 +7,7 @@ all in its placement group: bundle 0 the replica, bundle 1 the engine, then one 
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import time
@@ -131,7 +132,7 @@ class Qwen3Server:
         _log.info("ready kv_blocks=%d stages=%s", capacity.num_blocks, json.dumps(capacity.load_seconds))
         chat = await text
         assert self._text is not None
-        return build_api(
+        app = build_api(
             self._client,
             chat,
             self._info(capacity, chat),
@@ -141,6 +142,9 @@ class Qwen3Server:
             elsewhere=Elsewhere(self._text, self._grammars, self._readings.latest),
             access=self._access(),
         )
+        gc.collect()
+        gc.freeze()  # a million objects of torch, Ray and transformers: looking through them was a fifth of a request
+        return app
 
     def check_health(self) -> None:
         """Serve's probe: a local flag only, so that a slow rank never counts against this replica."""

@@ -47,7 +47,12 @@ def pieces(token_ids: list[int], skip_special_tokens: bool = True) -> list[str]:
 @given(token_ids=any_ids | byte_ids, skip=st.booleans())
 @settings(max_examples=200, deadline=None)
 def test_pieces_add_up_to_the_whole_for_any_ids(token_ids: list[int], skip: bool) -> None:
-    assert "".join(pieces(token_ids, skip)) == tokenizer().decode(token_ids, skip_special_tokens=skip)
+    whole = tokenizer().decode(token_ids, skip_special_tokens=skip)
+    assert "".join(pieces(token_ids, skip)) == whole
+    for size in (1, 3, 100):
+        detokenizer = Detokenizer(VOCABULARY, skip)
+        together = [detokenizer.feed_all(token_ids[i : i + size]) for i in range(0, len(token_ids), size)]
+        assert "".join([*together, detokenizer.flush()]) == whole
 
 
 @given(text=st.text(max_size=40))

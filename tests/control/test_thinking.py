@@ -20,14 +20,14 @@ END = VOCABULARY.control["<|im_end|>"]
 PIECES = ["\n", "\n\n", " ", "a", "STOP", "S", "日", "<think>", "</think>", "<tool_call>", "<|vision_start|>", "hello"]
 
 
-def cut_deltas(token_ids: list[int], cuts: list[int], reason: FinishReason) -> list[Delta]:
+def cut_deltas(token_ids: list[int], cuts: list[int], reason: FinishReason, scored: bool = True) -> list[Delta]:
     """Deltas of the tokens, cut at the given places; the last one ends with `reason`."""
     borders = [0, *sorted({c for c in cuts if 0 < c < len(token_ids)}), len(token_ids)]
     deltas = []
     for start, end in pairwise(borders):
         ids = token_ids[start:end]
         scores = [TokenLogprob(logprob=-float(t), top_ids=[], top_logprobs=[]) for t in ids]
-        deltas.append(Delta(id="x", index=start, token_ids=ids, logprobs=scores))
+        deltas.append(Delta(id="x", index=start, token_ids=ids, logprobs=scores if scored else None))
     deltas[-1].finish_reason = reason
     deltas[-1].stop_id = END if reason is FinishReason.STOP else None
     return deltas
@@ -86,6 +86,10 @@ def test_any_cutting_gives_the_same_message(
     single = read(OutputText(VOCABULARY, params, start), cut_deltas(ids, list(range(len(ids))), reason))
     some = read(OutputText(VOCABULARY, params, start), cut_deltas(ids, cuts, reason))
     assert whole == single == some
+    content, reasoning, tokens, _, *rest = whole
+    for at in (cuts, list(range(0, len(ids), 3))):  # nobody asked for scores: tokens may be taken together
+        plain = read(OutputText(VOCABULARY, params, start), cut_deltas(ids, at, reason, scored=False))
+        assert plain == (content, reasoning, tokens, [], *rest)
 
 
 @given(pieces=st.lists(st.sampled_from(PIECES), max_size=14), start=st.sampled_from(list(State)))

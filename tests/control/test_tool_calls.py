@@ -54,9 +54,10 @@ def read(
     ids: list[int], cuts: list[int], reason: FinishReason, start: State | None, calls: CallSyntax, **params: Any
 ) -> dict[str, Any]:
     """The message that deltas cut like this add up to."""
+    scored = params.pop("scored", True)
     output = OutputText(VOCABULARY, SamplingParams(**params), start, calls)
     parts: list[TextDelta] = []
-    for delta in cut_deltas(ids, cuts, reason):
+    for delta in cut_deltas(ids, cuts, reason, scored):
         parts.append(output.feed(delta))
         if parts[-1].finish_reason is not None:
             break
@@ -104,6 +105,7 @@ def test_any_cutting_gives_the_same_message(
     assert read(ids, cuts, reason, start, calls, stop=stop) == whole
     single = read(ids, list(range(len(ids))), reason, start, calls, stop=stop)
     assert single == whole
+    assert read(ids, cuts, reason, start, calls, stop=stop, scored=False) == whole | {"scores": []}
 
 
 @given(

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.http.live import Live, live
 from tpqwen import cli
 from tpqwen.api.access import Access
 from tpqwen.api.keys import Keyring
-from tpqwen.bench.load import Case, Done, Record
+from tpqwen.bench.load import Case, Done, Job, Record, prompt
 from tpqwen.bench.serve import clients_for, parse, percentiles, summary
 from tpqwen.errors import ConfigError
 
@@ -91,14 +92,24 @@ def test_cases_are_parsed_and_processes_have_work() -> None:
     assert clients_for(Case("open", 0.5, 100, 1, 1), 4) == 4
 
 
+def test_prompts_depend_on_seed_and_number_alone() -> None:
+    job = Job("", "", Case("closed", 2, 4, 30, 1), 0, 2, 7, 50)
+    prompts = [prompt(job, i) for i in range(4)]
+    assert prompts == [prompt(msgspec.structs.replace(job, share=1, shares=3), i) for i in range(4)]
+    assert len({tuple(p) for p in prompts}) == 4 and all(0 <= i < 50 for p in prompts for i in p)
+    assert prompt(msgspec.structs.replace(job, seed=8), 0) != prompts[0]
+
+
 def test_figures_are_those_of_the_requests_that_succeeded() -> None:
     def record(ttft_s: float, e2e_s: float, **changes: Any) -> Record:
-        return Record(0.0, ttft_s, e2e_s, 11, [0.01, 0.03], **changes)
+        return Record(0.0, 200, ttft_s, e2e_s, 11, [0.01, 0.03], **changes)
 
-    parts = [Done(2.0, [record(0.1, 1.1)]), Done(4.0, [record(0.3, 2.3), record(9, 9, error="500")])]
+    refused = Record(0.0, 429, error="429 queue_full")
+    parts = [Done(2.0, [record(0.1, 1.1)]), Done(4.0, [record(0.3, 2.3), refused])]
     result = summary(parts, slo_ttft_ms=200, slo_tpot_ms=150)
     assert (result["tokens"], result["tok_s"], result["req_s"]) == (22, 5.5, 0.5)
-    assert (result["errors"], result["first_error"]) == (1, "500")
+    assert (result["errors"], result["first_error"]) == (1, "429 queue_full")
+    assert result["statuses"] == {"200": 2, "429": 1}
     assert (result["goodput_req_s"], result["goodput_share"]) == (0.25, 0.3333)
     assert (result["ttft_p50"], result["ttft_mean"], result["tpot_p50"]) == (300, 200, 200)
     assert summary(parts, slo_tpot_ms=150)["goodput_req_s"] == 0.25

@@ -26,17 +26,17 @@ NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr
 pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed (Debian: apt-get install nginx-light)")
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
+def free_port(address: str) -> int:
+    with socket.create_server((address, 0)) as probe:
         return int(probe.getsockname()[1])
 
 
 @contextmanager
-def front(folder: Path, upstream: int, **changes: str) -> Iterator[int]:
+def front(folder: Path, upstream: int, address: str = "127.0.0.1", **changes: str) -> Iterator[int]:
     """nginx with the shipped configuration, but for addresses, and directives that a test must not wait for."""
-    text, port = CONFIG.read_text(), free_port()
+    text, port = CONFIG.read_text(), free_port(address)
     text = text.replace("server 127.0.0.1:8000;", f"server 127.0.0.1:{upstream};")
-    text = text.replace("listen 8080 ", f"listen 127.0.0.1:{port} ").replace(
+    text = text.replace("listen 8080 ", f"listen {address}:{port} ").replace(
         "worker_processes auto", "worker_processes 1"
     )
     for name, value in changes.items():
@@ -50,16 +50,16 @@ def front(folder: Path, upstream: int, **changes: str) -> Iterator[int]:
     subprocess.run([*words, "-t"], check=True, capture_output=True, timeout=20)
     with subprocess.Popen(words, stderr=subprocess.DEVNULL) as process:
         try:
-            until(lambda: answers(port))
+            until(lambda: answers(address, port))
             yield port
         finally:
             process.terminate()
             process.wait(timeout=20)
 
 
-def answers(port: int) -> bool:
+def answers(address: str, port: int) -> bool:
     with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+        return probe.connect_ex((address, port)) == 0
 
 
 @pytest.fixture(scope="module")

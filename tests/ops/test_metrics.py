@@ -139,6 +139,19 @@ def test_request_hooks_feed_the_latency_histograms():
     assert found["tpqwen_http_requests_total", labels] == 1
 
 
+@pytest.mark.parametrize("gap_s", [0.0001, 0.001, 0.0031, 2.5, 9.0])
+def test_a_delta_of_many_tokens_is_the_same_as_many_deltas(gap_s):
+    together, apart = ServerMetrics("qwen"), ServerMetrics("qwen")
+    together.on_tokens(gap_s * 7, 7)
+    for _ in range(7):
+        apart.on_tokens(gap_s, 1)
+    name = "tpqwen_inter_token_latency_seconds"
+    found, expected = samples(together.metrics_text()), samples(apart.metrics_text())
+    assert {k: v for k, v in found.items() if k[0].startswith(name)} == pytest.approx(
+        {k: v for k, v in expected.items() if k[0].startswith(name)}
+    )
+
+
 def test_an_aborted_request_leaves_times_it_never_had_unobserved():
     metrics = ServerMetrics("qwen")
     metrics.on_finished(FinishedSequence("abort", 7, 0, 0, total_s=0.5))

@@ -48,15 +48,18 @@ async def read_json(
     if len(body) <= long.above_bytes:
         return read(parse(body))
     async with long.one_at_a_time:
-        return await asyncio.to_thread(lambda: read(parse(body)))
+        return await asyncio.to_thread(lambda: read(parse(body, _integer)))
 
 
-def parse(body: bytes) -> dict[str, Any]:
-    """A JSON object: UTF-8, no duplicate keys, no NaN or Infinity, no lone surrogates, at most MAX_DEPTH deep."""
+def parse(body: bytes, integer: Callable[[str], int] | None = None) -> dict[str, Any]:
+    """A JSON object: UTF-8, no duplicate keys, no NaN or Infinity, no lone surrogates, at most MAX_DEPTH deep.
+
+    integer: reads the integers; without it they are read ten times as fast, and no thread gets its turn meanwhile.
+    """
     try:
         text = body.decode("utf-8")
         value = json.loads(
-            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite, parse_int=_integer
+            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite, parse_int=integer
         )  # digits beyond Python's limit are a ValueError
     except (ValueError, RecursionError) as error:
         what = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__

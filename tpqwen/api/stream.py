@@ -116,12 +116,17 @@ async def collect(running: Running, deadline: Deadline) -> list[TextDelta]:
 
 async def _write_events(running: Running, answer: Answer, call: Call, stream: EventStream, deadline: Deadline) -> None:
     opened: set[int] = set()
+    left = len(running.sequences)
+    data = b""
     async with deadline.kept(), aclosing(running.outputs()) as outputs:
         async for index, delta in outputs:
             deadline.began()
-            data = b"" if index in opened else answer.opening(index, delta, running.usage)
-            opened.add(index)
+            if index not in opened:
+                opened.add(index)
+                data = answer.opening(index, delta, running.usage)
             data += answer.events(index, delta, running.usage if call.continuous_usage else None)
-            if data:
+            left -= delta.finish_reason is not None
+            if data and left:  # the last one goes out with what ends the stream
                 await stream.write(data)
-    await stream.write(answer.ending(running.usage), last=True)
+                data = b""
+    await stream.write(data + answer.ending(running.usage), last=True)

@@ -51,9 +51,13 @@ class Job(msgspec.Struct, frozen=True):
 
 
 class Record(msgspec.Struct):
-    """One request. Seconds; ttft_s to the first event with text, gaps_s between later events, at_s since the start."""
+    """One request. Seconds; ttft_s to the first event with text, gaps_s between later events, at_s since the start.
+
+    status: of the answer, 0 where none came.
+    """
 
     at_s: float
+    status: int = 0
     ttft_s: float = 0.0
     e2e_s: float = 0.0
     tokens: int = 0
@@ -86,6 +90,7 @@ async def stream(session: aiohttp.ClientSession, job: Job, prompt: list[int], be
         headers["authorization"] = f"Bearer {job.api_key}"
     try:
         async with session.post(f"{job.url}/v1/completions", data=msgspec.json.encode(body), headers=headers) as answer:
+            record.status = answer.status
             if answer.status != 200:
                 record.error = f"{answer.status} {(await answer.text())[:_ERROR_CHARS]}"
             else:
@@ -123,15 +128,20 @@ async def _read(answer: aiohttp.ClientResponse, record: Record, begun: float) ->
         record.error = "the stream ended without [DONE]"
 
 
+def prompt(job: Job, number: int) -> list[int]:
+    """The prompt of the case's request of this number, the same whoever sends it."""
+    return random.Random(f"{job.seed}:{number}").choices(range(job.token_ids), k=job.case.prompt_tokens)
+
+
 async def run(job: Job) -> Done:
     """This process's share of the case."""
     case, random_ = job.case, random.Random(job.seed)
-    prompts = [[random_.randrange(job.token_ids) for _ in range(case.prompt_tokens)] for _ in range(case.requests)]
     arrivals, at_s = [], 0.0
     for _ in range(case.requests if case.kind == "open" else 0):
         arrivals.append(at_s)
         at_s += random_.expovariate(case.level)
     mine = list(range(job.share, case.requests, job.shares))
+    prompts = {i: prompt(job, i) for i in mine}
     records: list[Record] = []
     connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=TIMEOUT_S)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,9 @@ def run(args: argparse.Namespace, config: Config) -> int:
     model = args.model or first_model(url)
     results: list[dict[str, Any]] = []
     samples: list[tuple[str, list[Record]]] = []
-    for case, warm in cases:
+    for number, (case, warm) in enumerate(cases):
         cpu = CpuTimes(args.cpu.split(",") if args.cpu else [])
-        seed = 99 if warm else args.seed
+        seed = 1000 * args.seed + number  # no case finds its prompts in the prefix cache
         shares = clients_for(case, args.clients)
         done = measure(Job(url, model, case, 0, shares, seed, args.token_ids, client_api_key()))
         result = summary(done, slo_ttft_ms=args.slo_ttft, slo_tpot_ms=args.slo_tpot) | {"case": case.name}
@@ -171,6 +172,7 @@ def summary(
         "goodput_share": round(len(kept) / len(records), 4) if records else 0.0,
         **{f"{name}_{key}": ms for name, values in times.items() for key, ms in percentiles(values).items()},
         "errors": len(failed),
+        "statuses": {str(k): n for k, n in sorted(Counter(r.status for r in records).items())},
         "first_error": failed[0] if failed else None,
     }
 

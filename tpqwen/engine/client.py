@@ -286,21 +286,24 @@ class EngineClient:
         opened = self._open.get(delta.id)
         if opened is None or opened.ended:
             return
-        if delta.token_ids and delta.index != len(opened.output_ids):
+        token_ids = delta.token_ids
+        if token_ids and delta.index != len(opened.output_ids):
             _log.error("request=%s expected index=%d got=%d", delta.id, len(opened.output_ids), delta.index)
             self._end(opened, "the engine lost or repeated a token of this request", "internal")
             self.send(Abort(delta.id))
             return
-        if not opened.waiting:  # said once, though a new engine says it again
+        if opened.waiting:
+            opened.waiting = False
+            self._gate.leave(opened.place, served=bool(token_ids))
+        else:  # said once, though a new engine says it again
             delta.cached_tokens = delta.queue_s = None
-        opened.waiting = False
-        opened.scored |= delta.prompt_logprobs is not None
-        self._gate.leave(opened.place, served=bool(delta.token_ids))
-        opened.output_ids += delta.token_ids
-        opened.crashes = max(opened.crashes, delta.resumed)
+        if delta.prompt_logprobs is not None:
+            opened.scored = True
+        opened.output_ids += token_ids
+        if delta.resumed > opened.crashes:
+            opened.crashes = delta.resumed
         opened.ended = delta.finish_reason is not None
-        opened.queue.put_nowait(delta)
-        if opened.queue.unread > MAX_UNREAD:  # neither its pages nor its text are to be held any longer
+        if opened.queue.put_nowait(delta) > MAX_UNREAD:  # neither its pages nor its text are to be held any longer
             self.send(Abort(delta.id))
             del self._open[delta.id]
             self._end(opened, f"the client is {MAX_UNREAD} tokens behind", "client_too_slow")

@@ -21,8 +21,8 @@ class Inbox:
         """Tokens that nobody has read."""
         return len(self._delta.token_ids) if self._delta is not None else 0
 
-    def put_nowait(self, item: Delta | Exception) -> None:
-        """Add to what is there. The delta is ours from now on."""
+    def put_nowait(self, item: Delta | Exception) -> int:
+        """Add to what is there. The delta is ours from now on. Returns how many tokens nobody has read."""
         if isinstance(item, Exception) or item.error is not None:
             self._failure = item
         elif self._delta is None:
@@ -31,6 +31,7 @@ class Inbox:
             _append(self._delta, item)
         if not self._pausing or self._is_over:
             self._wake()
+        return self.unread
 
     async def get(self, pause_s: float = 0.0) -> Delta:
         """All that has come: when there is something and pause_s are over, but the end of a request at once.
@@ -79,8 +80,10 @@ def _append(delta: Delta, later: Delta) -> None:
     if delta.logprobs is not None or later.logprobs is not None:
         delta.logprobs = [*_scores(delta), *_scores(later)]
     delta.token_ids += later.token_ids
-    delta.finish_reason, delta.stop_id = later.finish_reason, later.stop_id
-    delta.resumed = max(delta.resumed, later.resumed)
+    if later.finish_reason is not None:
+        delta.finish_reason, delta.stop_id = later.finish_reason, later.stop_id
+    if later.resumed > delta.resumed:
+        delta.resumed = later.resumed
 
 
 def _scores(delta: Delta) -> list[TokenLogprob | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Sequence
 
 from tpqwen.text.vocabulary import Vocabulary
 
@@ -26,6 +27,11 @@ class Detokenizer:
         if token_id in self._hidden:
             return ""
         return self._decoder.decode(self._vocabulary.bytes_of(token_id))
+
+    def feed_all(self, token_ids: Sequence[int]) -> str:
+        """The text that is certain after these tokens: what `feed` gives for each, joined."""
+        bytes_of, hidden = self._vocabulary.bytes_of, self._hidden
+        return self._decoder.decode(b"".join([bytes_of(i) for i in token_ids if i not in hidden]))
 
     def flush(self) -> str:
         """What is held back, as U+FFFD; call it once, at the end of the text."""

@@ -1,6 +1,7 @@
 """Deltas of token ids to text: detokenizer, thinking split, tool calls, trimming and stop strings, one per sequence.
 
-HTTP and the Python API share it. Tokens are taken one by one, so the result does not depend on how the stream was cut.
+HTTP and the Python API share it. Tokens are taken one by one, or together where that makes no difference, so the result
+does not depend on how the stream was cut.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class OutputText:
         self._resumed = self._calls.resume() if self._calls is not None else []
         self._tail = None if calls is None else NewlineTrimmer(leading=False, trailing=True)
         self._offset = 0
+        self._marks = _marks(vocabulary, self._splitter, calls)
 
     @property
     def num_stray_marks(self) -> int:
@@ -87,6 +89,9 @@ class OutputText:
         if self._resumed:
             self._tell(self._resumed, out)
             self._resumed = []
+        if self._is_plain(delta):
+            self._take_all(delta.token_ids, out)
+            return out
         last = len(delta.token_ids) - 1
         ended_by_token = delta.finish_reason is FinishReason.STOP and delta.stop_id is not None
         for k, token_id in enumerate(delta.token_ids):
@@ -108,6 +113,27 @@ class OutputText:
             out.finish_reason = FinishReason.TOOL_CALLS
         self.finish_reason = out.finish_reason
         return out
+
+    def _is_plain(self, delta: Delta) -> bool:
+        """Whether all of it just continues the text at hand, so that its tokens need not be looked at one by one."""
+        return (
+            delta.finish_reason is None
+            and delta.logprobs is None
+            and self._stops is None
+            and (self._splitter is None or self._splitter.state is self._state)
+            and (self._calls is None or not self._calls.is_open)
+            and self._marks.isdisjoint(delta.token_ids)
+        )
+
+    def _take_all(self, token_ids: list[int], out: TextDelta) -> None:
+        self.num_tokens += len(token_ids)
+        out.token_ids += token_ids
+        text = self._trimmed(self._detokenizer.feed_all(token_ids))
+        if self._state is State.REASONING:
+            self.num_reasoning_tokens += len(token_ids)
+            out.reasoning += text
+        else:
+            self._show(text, out)
 
     def _take(self, token_id: int, scores: TokenLogprob | None, out: TextDelta) -> None:
         if self._splitter is None:
@@ -231,6 +257,13 @@ class OutputText:
     def _new_stops(self) -> StopMatcher | None:
         params = self._params
         return StopMatcher(params.stop, params.include_stop_str_in_output) if params.stop else None
+
+
+def _marks(vocabulary: Vocabulary, splitter: ThinkingSplitter | None, calls: CallSyntax | None) -> frozenset[int]:
+    """Tokens that may change what follows them."""
+    thinking = (vocabulary.think_open, vocabulary.think_close) if splitter is not None else ()
+    opening = (calls.open_id,) if calls is not None else ()
+    return frozenset(i for i in (*thinking, *opening) if i is not None)
 
 
 def _reasoning_trimmer() -> NewlineTrimmer:
