@@ -70,6 +70,7 @@ class RankGroup:
         self._here = str(ray.get_runtime_context().get_node_id())
         self.actors: list[Any] = [self._spawn(rank) for rank in range(config.parallel.tp)]
         self._where: list[tuple[str, int] | None] = [None] * config.parallel.tp  # node and process, once known
+        self._ended: set[tuple[str, int]] = set()  # node and process of those replaced since the last whole group
 
     def load(self) -> Capacity:
         """Load all ranks side by side; what they can hold together. Raises ConfigError or RankDied."""
@@ -101,20 +102,22 @@ class RankGroup:
         self._store = None
         done.replaced = self._part(set(suspects))
         stage("part")
-        predecessors = {rank: where[1] for rank in done.replaced if (where := self._where[rank]) is not None}
         for rank in done.replaced:
             self.actors[rank], self._where[rank] = self._spawn(rank), None
         found = self._all([self.actors[rank].where.remote() for rank in done.replaced], START_TIMEOUT_S, done.replaced)
         for rank, where in zip(done.replaced, found, strict=True):
             self._where[rank] = where
         stage("start")
+        folder, nodes = str(self._folder), [where[0] for where in found]
         calls = [
-            self.actors[rank].load.remote(str(self._folder), None, predecessors.get(rank, 0)) for rank in done.replaced
+            self.actors[rank].load.remote(folder, None, self._ended_on(node))
+            for rank, node in zip(done.replaced, nodes, strict=True)
         ]
         self._all(calls, LOAD_TIMEOUT_S, done.replaced)
         stage("load")
         meeting = self._meeting(REJOIN_TIMEOUT_S)
         self._all([actor.join.remote(meeting) for actor in self.actors], 2 * REJOIN_TIMEOUT_S)
+        self._ended.clear()
         stage("rejoin")
         return done
 
@@ -206,11 +209,17 @@ class RankGroup:
         """End the rank's process, on its node, and wait until it is gone."""
         if (where := self._where[rank]) is not None:
             node, pid = where
+            self._ended.add(where)
             if node == self._here:
                 processes.kill(pid, KILL_TIMEOUT_S)
             else:
                 _kill_on(node, pid)
         ray.kill(self.actors[rank], no_restart=True)
+
+    def _ended_on(self, node: str) -> tuple[int, ...]:
+        """Processes of that node that have been replaced. Which of its GPUs each one used is not ours to know: with
+        several gone at once Ray deals them anew."""
+        return tuple(sorted(pid for where, pid in self._ended if where == node))
 
     def _meeting(self, timeout_s: float) -> Meeting:
         """A rendezvous of this epoch's own, bound to the group's own interface; its keys begin with a secret."""

@@ -6,9 +6,11 @@ Everything it holds can be rebuilt: weights, KV blocks, the last tokens. Weights
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import socket
 import threading
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -32,6 +34,8 @@ from tpqwen.transport.channel import Receiver
 from tpqwen.worker.worker import Worker
 
 GPU_FREE_TIMEOUT_S = 15.0
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,15 +74,15 @@ class RankProcess:
         """The Ray node and the process that this rank is."""
         return str(ray.get_runtime_context().get_node_id()), os.getpid()
 
-    def load(self, folder: str, meeting: Meeting | None, predecessor: int = 0) -> Capacity | Refusal:
+    def load(self, folder: str, meeting: Meeting | None, ended: tuple[int, ...] = ()) -> Capacity | Refusal:
         """Load this rank's shard and size the cache; a ConfigError is returned.
 
         meeting: join first, since sizing may run the whole model; None: the size is given, and `join` comes later.
-        predecessor: the process that this one replaces; its GPU memory is waited for.
+        ended: processes of this node that have been replaced; their GPU memory is waited for.
         """
         try:
-            if predecessor and resolve_device(self._config.parallel.device) == "cuda":
-                await_exit(predecessor, str(torch.cuda.get_device_properties(0).uuid), GPU_FREE_TIMEOUT_S)
+            if ended and resolve_device(self._config.parallel.device) == "cuda":
+                _await_memory(ended)
             if meeting is not None:
                 self._meet(meeting)
             worker = Worker(self._config, Path(folder), self._group)
@@ -158,6 +162,14 @@ class RankProcess:
         inbox, outbox, _ = join(address, epoch=epoch)
         self._inbox = inbox
         serve_steps(self._worker, inbox, outbox, epoch=epoch, answers=self._rank == 0)
+
+
+def _await_memory(ended: tuple[int, ...]) -> None:
+    """Wait until these processes have left this rank's GPU, whichever of them it was that used it."""
+    begin, gpu = time.monotonic(), torch.cuda.get_device_properties(0)
+    gone = await_exit(ended, str(gpu.uuid), GPU_FREE_TIMEOUT_S)
+    text = "replaced processes %s off the GPU=%s after seconds=%.2f"
+    _log.log(logging.INFO if gone else logging.ERROR, text, ended, gone, time.monotonic() - begin)
 
 
 def _loopback() -> str:
