@@ -5,14 +5,19 @@ A part of the matrix runs with every `make test`; all of it is slow, and what it
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import time
 
 import pytest
+import ray
 
+from tests.cluster.processes import until
 from tests.faults.served import Served
 from tpqwen.budget import Budget
 from tpqwen.config import EMBEDDED_MODEL
+from tpqwen.executor import processes
+from tpqwen.executor.rank_group import RankGroup
 
 pytestmark = pytest.mark.ray
 
@@ -61,6 +66,13 @@ def named(kills):
 def test_no_answer_is_lost(served, kills):
     found = served.survive(*kills)
     assert any(s.resumed for s in found)
+
+
+def test_a_hang_costs_the_rank_that_hangs_and_no_other(served):
+    served.expected()
+    before = served.pids()
+    served.survive(("rank 1", "decode", 12, "hang"))
+    assert [a == b for a, b in zip(before, served.pids(), strict=True)] == [True, False]
 
 
 @pytest.mark.slow
@@ -114,6 +126,28 @@ def test_when_repair_fails_every_stream_ends_with_the_cause_and_the_replica_is_u
         assert max(s.times[-1] for s in streams) - min(s.times[-1] for s in streams) < 0.5
         assert other.client.state.name == other.hooks.states[-1] == "dead"
         assert other.client.num_open == 0
+
+
+def test_a_warm_spare_takes_the_place_of_a_rank_and_is_replaced(faults):
+    with Served(faults, tp=2, warm_spare=True) as other:
+        other.expected()
+        group = other.supervisor.group
+        actors = []
+        for rank in (1, 0):
+            other.run(has_spare(group))
+            actors.append(group._spare[0])
+            other.survive((f"rank {rank}", "decode", 9, "kill"))
+            assert group.actors[rank] is actors[-1]
+            assert other.hooks.recoveries[-1]["start"] < 1.0, "nothing had to be imported"
+        other.run(has_spare(group))
+        pids = [ray.get(group._spare[1]).pid, *group.pids()]
+    until(lambda: all(processes.is_gone(pid) for pid in pids), "the end of all ranks and of the spare")
+
+
+async def has_spare(group: RankGroup) -> None:
+    """Wait until a spare process has started."""
+    while not ray.wait([group._spare[1]], timeout=0)[0]:
+        await asyncio.sleep(0.05)
 
 
 @pytest.mark.slow
