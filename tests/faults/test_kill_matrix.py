@@ -12,7 +12,7 @@ import time
 import pytest
 import ray
 
-from tests.cluster.processes import until
+from tests.cluster.processes import title, until
 from tests.faults.served import Served
 from tpqwen.budget import Budget
 from tpqwen.config import EMBEDDED_MODEL
@@ -136,8 +136,11 @@ def test_a_warm_spare_takes_the_place_of_a_rank_and_is_replaced(faults):
         for rank in (1, 0):
             other.run(has_spare(group))
             actors.append(group._spare[0])
+            spare = ray.get(group._spare[1]).pid
+            until(lambda pid=spare: title(pid) == "tpqwen spare rank", "the spare's name")
             other.survive((f"rank {rank}", "decode", 9, "kill"))
-            assert group.actors[rank] is actors[-1]
+            assert group.actors[rank] is actors[-1] and group.pids()[rank] == spare
+            until(lambda pid=spare, r=rank: title(pid) == f"tpqwen rank {r}/2", "its new name")
             assert other.hooks.recoveries[-1]["start"] < 1.0, "nothing had to be imported"
         other.run(has_spare(group))
         pids = [ray.get(group._spare[1]).pid, *group.pids()]
@@ -154,6 +157,7 @@ async def has_spare(group: RankGroup) -> None:
 def test_an_engine_that_lives_and_says_nothing_is_replaced(faults):
     with Served(faults, tp=2, silence_s=5.0) as other:
         other.survive(("engine", "step", 12, "hang"))
+        other.survive(("rank 1", "decode", 8, "kill"), ("engine", "resume", 1, "hang"))  # while it is degraded
 
 
 @pytest.mark.slow
