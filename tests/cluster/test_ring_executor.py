@@ -6,6 +6,8 @@ import itertools
 import multiprocessing as mp
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import deque
@@ -16,8 +18,9 @@ from typing import Any
 
 import pytest
 
+from tests.cluster.processes import until
 from tpqwen.errors import ConfigError, RankDied
-from tpqwen.executor import ranks
+from tpqwen.executor import processes, ranks
 from tpqwen.executor.rank import serve_steps
 from tpqwen.executor.ranks import RingExecutor
 from tpqwen.executor.wiring import Hub, interface_address, join
@@ -208,10 +211,11 @@ def test_ranks_that_compute_or_are_elsewhere_have_until_the_deadline(start, host
         executor.collect(2)
 
 
-def test_a_pause_of_the_whole_machine_is_no_idleness(monkeypatch):
-    now, used = 100.0, 5.0
+def test_a_pause_of_the_whole_machine_or_a_want_of_cpu_is_no_idleness(monkeypatch):
+    now, used, starved = 100.0, 5.0, False
     monkeypatch.setattr(ranks, "time", SimpleNamespace(monotonic=lambda: now))
-    monkeypatch.setattr(ranks, "processes", SimpleNamespace(cpu_s=lambda pid: used))
+    looks = SimpleNamespace(cpu_s=lambda pid: used, wants_cpu=lambda pid: starved and pid == 2)
+    monkeypatch.setattr(ranks, "processes", looks)
     watch = ranks.WorkWatch([1, 2])
     watch.begin()
     assert watch.idle_s() == 0.0
@@ -223,6 +227,25 @@ def test_a_pause_of_the_whole_machine_is_no_idleness(monkeypatch):
         now += 0.25
         watch.idle_s()
     assert watch.idle_s() == 1.25
+    starved = True
+    for _ in range(5):
+        now += 0.25
+        watch.idle_s()
+    assert watch.idle_s() == 1.25
+
+
+def test_a_process_that_computes_is_told_from_one_that_sleeps():
+    spins, sleeps = (
+        subprocess.Popen([sys.executable, "-c", code]) for code in ("while True: 1", "import time; time.sleep(60)")
+    )
+    try:
+        until(lambda: (processes.cpu_s(spins.pid) or 0) > 0.1 and processes.wants_cpu(spins.pid), "some work")
+        until(lambda: not processes.wants_cpu(sleeps.pid), "rest")
+    finally:
+        for process in (spins, sleeps):
+            process.kill()
+            process.wait()
+    assert processes.cpu_s(spins.pid) is None and not processes.wants_cpu(spins.pid)
 
 
 def test_a_stopped_rank_is_named_before_a_long_deadline(start):

@@ -11,9 +11,10 @@ import time
 
 import pytest
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from tests.cluster.processes import title, until
-from tests.faults.served import Served
+from tests.faults.served import DEVICE, Served, gpu_share
 from tpqwen.budget import Budget
 from tpqwen.config import EMBEDDED_MODEL
 from tpqwen.executor import processes
@@ -128,8 +129,18 @@ def test_when_repair_fails_every_stream_ends_with_the_cause_and_the_replica_is_u
         assert other.client.num_open == 0
 
 
-def test_a_warm_spare_takes_the_place_of_a_rank_and_is_replaced(faults):
-    with Served(faults, tp=2, warm_spare=True) as other:
+@pytest.fixture
+def placement(faults):
+    """Bundles for a replica, its engine and two ranks."""
+    rank = {"CPU": 0.1} | ({"GPU": gpu_share(2)} if DEVICE == "cuda" else {})
+    group = placement_group([{"CPU": 0.1}, {"CPU": 0.1}, rank, rank], strategy="STRICT_PACK")
+    ray.get(group.ready(), timeout=60)
+    yield group
+    remove_placement_group(group)
+
+
+def test_a_warm_spare_takes_the_place_of_a_rank_and_is_replaced(faults, placement):
+    with Served(faults, tp=2, warm_spare=True, placement=placement) as other:
         other.expected()
         group = other.supervisor.group
         actors = []

@@ -42,6 +42,16 @@ def cpu_s(pid: int) -> float | None:
         return None
 
 
+def wants_cpu(pid: int) -> bool:
+    """Whether some thread of it runs, or would if it got a CPU or what it reads from a disk. False when it is gone."""
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):  # that thread has ended
+                if Path(f"/proc/{pid}/task/{task}/stat").read_text().rpartition(")")[2].split()[0] in "RD":
+                    return True
+    return False
+
+
 def kill(pid: int, timeout_s: float = 5.0) -> bool:
     """End it by SIGKILL, which a stopped process obeys too, and wait. False when it is still there after timeout_s."""
     deadline = time.monotonic() + timeout_s

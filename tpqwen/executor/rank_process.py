@@ -34,7 +34,7 @@ from tpqwen.transport.channel import Receiver
 from tpqwen.worker.worker import Worker
 
 GPU_FREE_TIMEOUT_S = 15.0
-SETTLE_S = 0.3  # for a step to end in a group that hangs, unless it waits for another rank
+SETTLE_S = 0.2  # for a step to end in a group that hangs, unless it waits for another rank
 
 _log = logging.getLogger(__name__)
 

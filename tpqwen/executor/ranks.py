@@ -16,9 +16,9 @@ from tpqwen.step import Capacity, RankStats, StepInput, StepOutput, decode_outpu
 SEND_TIMEOUT_S = 10.0
 LOOK_S = 0.05  # how long to wait for rank 0 before looking at the others
 RECEIPT_S = 3.0  # for a rank to take the oldest step, which it does before it computes anything
-STALL_S = 1.0  # of a step that is due and on which no rank computes
-WORK_LOOK_S = 0.2
-IDLE_SHARE = 0.05  # of a CPU; a Ray worker that waits uses 0.01 to 0.02, a step on one of 20 busy ones more than this
+STALL_S = 0.75  # of a step that is due and on which no rank computes
+WORK_LOOK_S = 0.15
+IDLE_SHARE = 0.05  # of a CPU; a Ray worker that only waits uses 0.01 to 0.02
 GRACE_S = 0.3  # a dead rank breaks its neighbours' collectives; their complaints may arrive before its death shows
 
 
@@ -55,7 +55,7 @@ class ProcessWatch:
 class WorkWatch:
     """Notices that none of some processes of this node computes, by the CPU time they use (Linux; blind elsewhere).
 
-    A step that is held up on a busy machine still gets some of it, so this tells a hang long before a deadline may.
+    A step that is held up on a busy machine gets or wants some of it, so a hang is told long before a deadline may be.
     """
 
     def __init__(self, pids: Collection[int]) -> None:
@@ -77,9 +77,11 @@ class WorkWatch:
         passed, before = now - self._looked, self._used
         self._looked, self._used = now, used
         if len(used) == len(before) == len(self._pids):
-            most = max(b - a for a, b in zip(before, used, strict=True))
-            # at most two looks' worth: the whole machine may have been paused, this process included
-            self._idle_s = self._idle_s + min(passed, 2 * WORK_LOOK_S) if most < IDLE_SHARE * passed else 0.0
+            if max(b - a for a, b in zip(before, used, strict=True)) >= IDLE_SHARE * passed:
+                self._idle_s = 0.0
+            elif not any(map(processes.wants_cpu, self._pids)):
+                # at most two looks' worth: the whole machine may have been paused, this process included
+                self._idle_s += min(passed, 2 * WORK_LOOK_S)
         return self._idle_s
 
 
