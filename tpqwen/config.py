@@ -46,6 +46,7 @@ class ParallelOptions:
     gpus_per_rank: float = 1.0  # below 1 several ranks share a GPU: slow, for testing on one
     interface: str | None = None  # network interface of rank-to-rank traffic; None: loopback on one node
     threads: int | None = None  # CPU threads of each rank; None: an equal share of the cores
+    warm_spare: bool = False  # keep one process started that holds no GPU, for the next rank that is lost
 
     @property
     def num_gpus(self) -> int:

@@ -7,6 +7,7 @@ GPU on its host (a rank itself always sees its GPU as cuda:0).
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from typing import Any
 
 import pynvml
@@ -69,15 +70,15 @@ def count_gpus() -> int:
     return int(_attempt("nvmlDeviceGetCount") or 0)
 
 
-def await_exit(pid: int, uuid: str, timeout_s: float) -> bool:
-    """Wait until the driver no longer lists a process on the GPU, whose memory is free then. False after timeout_s.
+def await_exit(pids: Collection[int], uuid: str, timeout_s: float) -> bool:
+    """Wait until the driver lists none of the processes on the GPU; their memory is free then. False after timeout_s.
 
     Where the driver lists no such process (another process namespace, a MIG slice) there is nothing to wait for.
     """
     handle, deadline = _find(uuid), time.monotonic() + timeout_s
     while handle is not None:
         listed = _attempt("nvmlDeviceGetComputeRunningProcesses", handle) or []
-        if all(process.pid != pid for process in listed):
+        if all(process.pid not in pids for process in listed):
             return True
         if time.monotonic() > deadline:
             return False

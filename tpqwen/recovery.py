@@ -68,6 +68,11 @@ class Fault:
     engine: Any = None
     silent_s: float = 0.0
 
+    @property
+    def hangs(self) -> bool:
+        """Whether some rank does not go on, without it being known which one."""
+        return self.engine is None and not self.ranks
+
 
 class Supervisor:
     """The processes of one replica. start, then leave it alone; `client` is what requests go through."""
@@ -126,6 +131,7 @@ class Supervisor:
             queue_timeout_s=self._config.server.queue_timeout,
         )
         assert self.group is not None
+        self.group.keep_spare()
         for rank in range(len(self.group.actors)):
             self._spawn(self._watch_rank(rank))
         self._spawn(self._watch_engine(self._engine))
@@ -220,6 +226,7 @@ class Supervisor:
         self.client.recovered()
         self._hooks.engine_state(self.client.state.name)
         self._hooks.recovered(seconds)
+        group.keep_spare()
 
     async def _watch_rank(self, rank: int) -> None:
         group = self.group
@@ -241,7 +248,7 @@ class Supervisor:
         """An engine that lives, has requests and says nothing is of no use either."""
         while True:
             await asyncio.sleep(LOOK_S)
-            if client.state.name in ("ready", "draining") and client.silent_s > self._silence_s:
+            if client.silent_s > self._silence_s:
                 text = f"the engine process has said nothing for {client.silent_s:.0f} s"
                 await self._faults.put(Fault(text, "engine_dead", engine=self._engine, silent_s=client.silent_s))
 
@@ -316,7 +323,7 @@ class Supervisor:
             self._spawn(self._watch_engine(self._engine))
         new_engine = not self._engine_started  # perhaps since an attempt that failed
         self._repaired = None
-        repair: Repair = await asyncio.to_thread(group.repair, fault.ranks)
+        repair: Repair = await asyncio.to_thread(group.repair, fault.ranks, hung=fault.hangs)
         for rank in repair.replaced:
             self._spawn(self._watch_rank(rank))
         begin = time.monotonic()

@@ -10,8 +10,11 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def private_ray(num_gpus: int | None = None) -> Iterator[None]:
-    """Its sockets lie under a short path, since a socket's path must not be longer than 107 bytes."""
+def private_ray(num_gpus: int | None = None, keep_logs: str | None = None) -> Iterator[None]:
+    """Its sockets lie under a short path, since a socket's path must not be longer than 107 bytes.
+
+    keep_logs: where its processes' logs are copied at the end.
+    """
     import ray
 
     folder = tempfile.mkdtemp(prefix="tpq", dir="/tmp")
@@ -31,4 +34,6 @@ def private_ray(num_gpus: int | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        if keep_logs:
+            shutil.copytree(f"{folder}/session_latest/logs", keep_logs, dirs_exist_ok=True)
         shutil.rmtree(folder, ignore_errors=True)

@@ -6,16 +6,21 @@ import itertools
 import multiprocessing as mp
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tests.cluster.processes import until
 from tpqwen.errors import ConfigError, RankDied
+from tpqwen.executor import processes, ranks
 from tpqwen.executor.rank import serve_steps
 from tpqwen.executor.ranks import RingExecutor
 from tpqwen.executor.wiring import Hub, interface_address, join
@@ -23,11 +28,12 @@ from tpqwen.step import Capacity, Chunk, StepInput, StepOutput, ints, packed
 
 CAPACITY = Capacity(num_blocks=8, block_size=4, max_num_seqs=4, max_model_len=32, max_batched_tokens=32)
 EPOCH = 5
-FAIL_TOKEN, HANG_TOKEN = 777, 888
+FAIL_TOKEN, HANG_TOKEN, BLOCK_TOKEN = 777, 888, 999
 
 
 class SummingWorker:
-    """Answers each step with the sum of its chunk's tokens; special tokens make one rank fail or hang."""
+    """Answers each step with the sum of its chunk's tokens; special tokens make one rank fail, hang
+    computing, or all of them block without using a CPU."""
 
     def __init__(self, rank: int, culprit: int) -> None:
         self._pending: deque[StepInput] = deque()
@@ -37,6 +43,8 @@ class SummingWorker:
         tokens = ints(step.chunks[0].token_ids)
         if self._am_culprit and FAIL_TOKEN in tokens:
             raise KeyError("layer 3")
+        if BLOCK_TOKEN in tokens:
+            threading.Event().wait()
         self._pending.append(step)
 
     def ready(self) -> bool:
@@ -57,7 +65,7 @@ def run_rank(rank: int, culprit: int, pipe: Connection) -> None:
 class Group:
     """Two or more rank processes and the executor over them."""
 
-    def __init__(self, hosts: list[str], culprit: int) -> None:
+    def __init__(self, hosts: list[str], culprit: int, idle_is_hung: bool = False) -> None:
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["pytest", "tpqwen.executor.rank", "tpqwen.executor.ranks"])
         hub = Hub(hosts, "here", epoch=EPOCH)
@@ -78,7 +86,7 @@ class Group:
         streams.append(hub.connect(answers))
         for rank in remote:
             assert self.heard(rank) is None
-        self.executor = RingExecutor(CAPACITY, streams[0], depth=2, epoch=EPOCH)
+        self.executor = RingExecutor(CAPACITY, streams[0], depth=2, epoch=EPOCH, idle_is_hung=idle_is_hung)
 
     def heard(self, rank: int) -> Any:
         assert self.pipes[rank].poll(20), f"rank {rank} says nothing"
@@ -97,8 +105,8 @@ class Group:
 def start() -> Iterator[Callable[..., Group]]:
     groups: list[Group] = []
 
-    def begin(*hosts: str, culprit: int = -1) -> Group:
-        groups.append(Group(list(hosts), culprit))
+    def begin(*hosts: str, culprit: int = -1, idle_is_hung: bool = False) -> Group:
+        groups.append(Group(list(hosts), culprit, idle_is_hung))
         return groups[-1]
 
     yield begin
@@ -183,6 +191,61 @@ def test_a_hung_collective_is_told_from_a_stopped_rank(start):
     group.executor.submit(step(0, [HANG_TOKEN]))
     with pytest.raises(RankDied, match="all ranks took the step"):
         group.executor.collect(0.5)
+
+
+def test_ranks_that_use_no_cpu_hang_which_is_known_long_before_the_deadline(start):
+    executor = start("here", "here", idle_is_hung=True).executor
+    executor.submit(step(0, [BLOCK_TOKEN]))
+    begin = time.monotonic()
+    with pytest.raises(RankDied, match="no rank has computed") as caught:
+        executor.collect(60)
+    assert caught.value.rank is None
+    assert time.monotonic() - begin < 3
+
+
+@pytest.mark.parametrize(("hosts", "token"), [(("here", "here"), HANG_TOKEN), (("here", "there"), BLOCK_TOKEN)])
+def test_ranks_that_compute_or_are_elsewhere_have_until_the_deadline(start, hosts, token):
+    executor = start(*hosts, culprit=0, idle_is_hung=True).executor
+    executor.submit(step(0, [token]))
+    with pytest.raises(RankDied, match="no answer within 2 s"):
+        executor.collect(2)
+
+
+def test_a_pause_of_the_whole_machine_or_a_want_of_cpu_is_no_idleness(monkeypatch):
+    now, used, starved = 100.0, 5.0, False
+    monkeypatch.setattr(ranks, "time", SimpleNamespace(monotonic=lambda: now))
+    looks = SimpleNamespace(cpu_s=lambda pid: used, wants_cpu=lambda pid: starved and pid == 2)
+    monkeypatch.setattr(ranks, "processes", looks)
+    watch = ranks.WorkWatch([1, 2])
+    watch.begin()
+    assert watch.idle_s() == 0.0
+    now += 3600
+    assert watch.idle_s() < ranks.STALL_S
+    now, used = now + 0.25, used + 0.02
+    assert watch.idle_s() == 0.0, "and on it goes"
+    for _ in range(5):
+        now += 0.25
+        watch.idle_s()
+    assert watch.idle_s() == 1.25
+    starved = True
+    for _ in range(5):
+        now += 0.25
+        watch.idle_s()
+    assert watch.idle_s() == 1.25
+
+
+def test_a_process_that_computes_is_told_from_one_that_sleeps():
+    spins, sleeps = (
+        subprocess.Popen([sys.executable, "-c", code]) for code in ("while True: 1", "import time; time.sleep(60)")
+    )
+    try:
+        until(lambda: (processes.cpu_s(spins.pid) or 0) > 0.1 and processes.wants_cpu(spins.pid), "some work")
+        until(lambda: not processes.wants_cpu(sleeps.pid), "rest")
+    finally:
+        for process in (spins, sleeps):
+            process.kill()
+            process.wait()
+    assert processes.cpu_s(spins.pid) is None and not processes.wants_cpu(spins.pid)
 
 
 def test_a_stopped_rank_is_named_before_a_long_deadline(start):

@@ -28,6 +28,7 @@ from tpqwen.engine.messages import (
     RanksLost,
     Resume,
     Resumed,
+    Started,
     Stop,
     decode_command,
     decode_report,
@@ -302,6 +303,72 @@ def test_nobody_is_silent_during_a_repair_not_even_while_draining(monkeypatch: p
     run(main)
 
 
+def test_an_engine_that_got_its_ranks_back_and_says_nothing_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        reports = QueueChannel()
+        client = EngineClient(QueueChannel(), reports, tiny_capacity(), ScheduleOptions())
+        client.degrade("rank 1 restarting: rank 1 died")
+        now = time.monotonic()
+        monkeypatch.setattr(client_module, "time", SimpleNamespace(monotonic=lambda: now))
+        now += 1000
+        assert client.silent_s == 0.0, "it has no ranks"
+        client.send(Resume(2, tiny_capacity(), []))
+        assert client.silent_s == 0.0
+        now += 300
+        assert client.state.name == "degraded" and client.silent_s == 300.0, (
+            "nobody asks for anything, yet it owes a word"
+        )
+        client.degrade("the engine restarting: it has said nothing for 300 s")
+        assert client.silent_s == 0.0
+        client.send(Resume(3, tiny_capacity(), []))
+        reports.send(encode(Resumed(3, 0.1)), 1.0)
+        now += 300
+        await until(lambda: client.silent_s == 0.0)
+        await client.close()
+
+    run(main)
+
+
+def test_a_prompt_that_ends_the_engine_before_its_first_token_uses_up_its_crashes() -> None:
+    """The others were waiting, so they have been in no crash."""
+
+    async def test(engine: Engine, owner: Owner) -> None:
+        poison = asyncio.create_task(deltas_of(owner.client, request("poison", 5, 10)))
+        for epoch in (1, 2, 3):
+            assert isinstance(await owner.fault(), Dead)
+            owner.client.degrade("the engine restarting")
+            owner.client.detach()
+            if epoch == 1:
+                late = asyncio.create_task(deltas_of(owner.client, request("late", 5, 10)))
+                await asyncio.sleep(0)
+            again = Engine({1: ZeroDivisionError("a bug")} if epoch < 3 else None, epoch=epoch)
+            owner.client.reattach(again.commands, again.reports, tiny_capacity())
+            owner.resume(epoch)
+        ended = (await poison)[-1]
+        assert (ended.finish_reason, ended.error_code) == (FinishReason.ERROR, "crash_budget")
+        deltas = await late
+        assert tokens_of(deltas) == expected_tokens(request("late", 5, 10), 10)
+        assert deltas[-1].resumed <= 1, "once in the poison's company, then it waited"
+
+    repaired(test, {1: ZeroDivisionError("a bug")})
+
+
+def test_a_request_that_cannot_even_be_queued_has_been_in_that_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(engine: Engine, owner: Owner) -> None:
+        def add(_: Any) -> None:
+            raise KeyError("a bug")
+
+        monkeypatch.setattr(engine.loop._core, "add", add)
+        task = asyncio.create_task(deltas_of(owner.client, request("poison", crashes=2)))
+        assert isinstance(await owner.fault(), Dead)
+        owner.client.degrade("the engine restarting")
+        second = Engine(epoch=1)
+        owner.client.reattach(second.commands, second.reports, tiny_capacity())
+        assert (await task)[-1].error_code == "crash_budget"
+
+    repaired(test, {})
+
+
 def test_prompts_alone_show_too_that_the_ranks_are_back() -> None:
     engine = Engine({3: RankDied("rank 1 died", rank=1)})
     for i in range(80):  # at most three of them fit into a step
@@ -312,8 +379,8 @@ def test_prompts_alone_show_too_that_the_ranks_are_back() -> None:
         kinds.append(type(decode_report(engine.reports.recv(10.0) or b"")).__name__)
     engine.commands.send(encode(Resume(1, tiny_capacity(), [])), 1.0)
     while not isinstance(report := decode_report(engine.reports.recv(10.0) or b""), Resumed):
-        assert isinstance(report, Batch)
-        ended += sum(d.finish_reason is not None for d in report.deltas)
+        assert isinstance(report, Batch | Started)
+        ended += sum(d.finish_reason is not None for d in getattr(report, "deltas", ()))
     assert 0 < ended < 10
     engine.commands.send(encode(Stop()), 1.0)
     engine.thread.join(10)

@@ -16,6 +16,7 @@ from typing import Any
 from tpqwen.budget import Budget
 from tpqwen.config import EMBEDDED_MODEL, Config
 from tpqwen.engine.client import EngineClient
+from tpqwen.gpu import count_gpus
 from tpqwen.recovery import Supervisor
 from tpqwen.request import Delta, FinishReason, GenerateRequest, SamplingParams, TokenLogprob
 from tpqwen.step import StepStats
@@ -23,8 +24,15 @@ from tpqwen.text.pipeline import OutputText
 from tpqwen.text.sequences import Limits, expand
 from tpqwen.text.tokenizer import Tokenizer
 
+DEVICE = os.environ.get("TPQWEN_FAULTS_DEVICE", "cpu")
+PATIENCE = 5 if DEVICE == "cuda" else 1  # kernels are compiled and graphs captured when first used
 SIZES = {"block_size": 16, "num_kv_blocks": 400, "max_num_seqs": 16, "max_batched_tokens": 64, "max_model_len": 512}
 PROMPTS = ["Once upon a time", "one two three four", "Count to ten:", "The quick brown fox jumps over"]
+
+
+def gpu_share(tp: int) -> float:
+    """For each rank: one GPU where there are enough; else as little as leaves room for a second group."""
+    return 1.0 if count_gpus() >= tp else count_gpus() / (2 * tp)
 
 
 class Faults:
@@ -111,7 +119,9 @@ class Served:
         silence_s: float = 240.0,
         **options: Any,
     ) -> None:
-        basic = {"tp": tp, "device": "cpu", "dtype": "float32", "threads": 1, "model": EMBEDDED_MODEL, **SIZES}
+        basic = {"tp": tp, "device": DEVICE, "dtype": "float32", "threads": 1, "model": EMBEDDED_MODEL, **SIZES}
+        if DEVICE == "cuda":
+            basic["gpus_per_rank"] = gpu_share(tp)
         self.faults = faults
         self.config = Config.load(basic | options, {})
         self.hooks = Recorder()
@@ -135,7 +145,7 @@ class Served:
         self._runner.run(self.supervisor.stop())
         self._runner.close()
 
-    def run(self, work: Coroutine[Any, Any, Any], timeout_s: float = 120) -> Any:
+    def run(self, work: Coroutine[Any, Any, Any], timeout_s: float = 120 * PATIENCE) -> Any:
         """Run this and everything else on the engine's event loop."""
         return self._runner.run(asyncio.wait_for(work, timeout_s))
 
@@ -206,7 +216,7 @@ class Served:
     def survive(self, *faults: tuple[str, str, int, str], count: int = 12) -> list[Stream]:
         """The same streams with these faults under them: each equal to the undisturbed run, nothing left behind."""
         expected = self.expected(count)
-        before = len(self.hooks.recoveries)
+        before, pids = len(self.hooks.recoveries), self.pids()
         self.faults.plan(*faults)
         found = self.streams(self.requests(count))
         assert not self.faults.pending, "a planned fault did not come"
@@ -216,12 +226,12 @@ class Served:
         self.run(self.until_idle())
         assert len(self.hooks.recoveries) > before
         assert self.hooks.states[-2:] == ["degraded", "ready"]
-        self.report(faults, found, self.hooks.recoveries[before:])
+        self.report(faults, found, self.hooks.recoveries[before:], [pids, self.pids()])
         return found
 
     async def until_idle(self) -> None:
         """Until the engine is ready again and holds no block."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 30 * PATIENCE
         while self.client.state.name != "ready" or self.client.num_open:
             assert time.monotonic() < deadline, self.client.state
             await asyncio.sleep(0.01)
@@ -231,14 +241,25 @@ class Served:
             await asyncio.sleep(0.01)
         assert (self.hooks.last.blocks_used, self.hooks.last.num_waiting) == (0, 0)
 
+    def pids(self) -> list[int]:
+        """The ranks' processes."""
+        assert self.supervisor.group is not None
+        return self.supervisor.group.pids()
+
     def report(
-        self, faults: Sequence[tuple[Any, ...]], found: list[Stream], recoveries: list[dict[str, float]]
+        self,
+        faults: Sequence[tuple[Any, ...]],
+        found: list[Stream],
+        recoveries: list[dict[str, float]],
+        pids: list[list[int]],
     ) -> None:
         """A line per run for docs/reliability.md, where a file is named for it."""
         if name := os.environ.get("TPQWEN_FAULTS_REPORT"):
             line = {
                 "faults": [" ".join(map(str, f)) for f in faults],
                 "tp": self.config.parallel.tp,
+                "device": self.config.parallel.device,
+                "pids": pids,  # before and after
                 "streams": len(found),
                 "longest_gap_s": round(max(s.longest_gap_s for s in found), 3),
                 "recoveries": [{k: round(v, 3) for k, v in r.items()} for r in recoveries],

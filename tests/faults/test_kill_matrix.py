@@ -5,14 +5,20 @@ A part of the matrix runs with every `make test`; all of it is slow, and what it
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import time
 
 import pytest
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
 
-from tests.faults.served import Served
+from tests.cluster.processes import title, until
+from tests.faults.served import DEVICE, Served, gpu_share
 from tpqwen.budget import Budget
 from tpqwen.config import EMBEDDED_MODEL
+from tpqwen.executor import processes
+from tpqwen.executor.rank_group import RankGroup
 
 pytestmark = pytest.mark.ray
 
@@ -61,6 +67,13 @@ def named(kills):
 def test_no_answer_is_lost(served, kills):
     found = served.survive(*kills)
     assert any(s.resumed for s in found)
+
+
+def test_a_hang_costs_the_rank_that_hangs_and_no_other(served):
+    served.expected()
+    before = served.pids()
+    served.survive(("rank 1", "decode", 12, "hang"))
+    assert [a == b for a, b in zip(before, served.pids(), strict=True)] == [True, False]
 
 
 @pytest.mark.slow
@@ -116,10 +129,46 @@ def test_when_repair_fails_every_stream_ends_with_the_cause_and_the_replica_is_u
         assert other.client.num_open == 0
 
 
+@pytest.fixture
+def placement(faults):
+    """Bundles for a replica, its engine and two ranks."""
+    rank = {"CPU": 0.1} | ({"GPU": gpu_share(2)} if DEVICE == "cuda" else {})
+    group = placement_group([{"CPU": 0.1}, {"CPU": 0.1}, rank, rank], strategy="STRICT_PACK")
+    ray.get(group.ready(), timeout=60)
+    yield group
+    remove_placement_group(group)
+
+
+def test_a_warm_spare_takes_the_place_of_a_rank_and_is_replaced(faults, placement):
+    with Served(faults, tp=2, warm_spare=True, placement=placement) as other:
+        other.expected()
+        group = other.supervisor.group
+        actors = []
+        for rank in (1, 0):
+            other.run(has_spare(group))
+            actors.append(group._spare[0])
+            spare = ray.get(group._spare[1]).pid
+            until(lambda pid=spare: title(pid) == "tpqwen spare rank", "the spare's name")
+            other.survive((f"rank {rank}", "decode", 9, "kill"))
+            assert group.actors[rank] is actors[-1] and group.pids()[rank] == spare
+            until(lambda pid=spare, r=rank: title(pid) == f"tpqwen rank {r}/2", "its new name")
+            assert other.hooks.recoveries[-1]["start"] < 1.0, "nothing had to be imported"
+        other.run(has_spare(group))
+        pids = [ray.get(group._spare[1]).pid, *group.pids()]
+    until(lambda: all(processes.is_gone(pid) for pid in pids), "the end of all ranks and of the spare")
+
+
+async def has_spare(group: RankGroup) -> None:
+    """Wait until a spare process has started."""
+    while not ray.wait([group._spare[1]], timeout=0)[0]:
+        await asyncio.sleep(0.05)
+
+
 @pytest.mark.slow
 def test_an_engine_that_lives_and_says_nothing_is_replaced(faults):
     with Served(faults, tp=2, silence_s=5.0) as other:
         other.survive(("engine", "step", 12, "hang"))
+        other.survive(("rank 1", "decode", 8, "kill"), ("engine", "resume", 1, "hang"))  # while it is degraded
 
 
 @pytest.mark.slow

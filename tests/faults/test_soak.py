@@ -1,4 +1,4 @@
-"""Minutes of mixed load with random kills and clients that leave: every request accounted for, nothing grows.
+"""Minutes of mixed load, random kills, clients that leave and bad requests: all accounted for, and nothing grows.
 
 TPQWEN_SOAK_S is how long (300 s by default; 2700 is the long form).
 """
@@ -6,6 +6,7 @@ TPQWEN_SOAK_S is how long (300 s by default; 2700 is the long form).
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import signal
@@ -16,17 +17,43 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 
-from tests.faults.served import Served, Stream
+from tests.cluster.processes import children_of, title
+from tests.faults.served import SIZES, Served, Stream
+from tests.http.driver import CHAT, COMPLETIONS
+from tests.http.fake_engine import RecordingHooks
+from tpqwen.api.app import build_app
+from tpqwen.api.info import ModelInfo
 from tpqwen.errors import RequestError
 from tpqwen.executor import processes
 from tpqwen.request import FinishReason, GenerateRequest
+from tpqwen.text.chat import ChatFormat, GenerationDefaults
+from tpqwen.text.sequences import Limits
 
 SECONDS = float(os.environ.get("TPQWEN_SOAK_S", "300"))
 CLIENTS = 8
 KILL_EVERY_S = (8.0, 20.0)
+BAD: list[tuple[str, bytes | dict[str, Any]]] = [  # whom they are sent to, and the body; each is answered with 400
+    (COMPLETIONS, b""),
+    (COMPLETIONS, b'{"prompt": "x", "max_tok'),
+    (COMPLETIONS, b'{"prompt": "\xff\xfe"}'),
+    (COMPLETIONS, b'{"prompt": "x", "temperature": NaN}'),
+    (COMPLETIONS, b'{"prompt": "x", "prompt": "y"}'),
+    (COMPLETIONS, b"[" * 10_000),
+    (COMPLETIONS, {"prompt": "x", "max_tokens": 0.5}),
+    (COMPLETIONS, {"prompt": "x", "temperature": -1}),
+    (COMPLETIONS, {"prompt": [1, -1]}),
+    (COMPLETIONS, {"prompt": "word " * 5000}),
+    (COMPLETIONS, {"prompt": "x", "logit_bias": {"999999": 1}}),
+    (COMPLETIONS, {"prompt": "x", "n": 10**9}),
+    (COMPLETIONS, {"prompt": "x", "no_such_parameter": 1}),
+    (CHAT, {"messages": "hi"}),
+    (CHAT, {"messages": [{"role": "wizard", "content": "hi"}]}),
+    (CHAT, {"messages": [{"role": "user", "content": "hi"}], "stop": ["a"] * 5}),
+]
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(SECONDS + 300)]
 
 
@@ -38,6 +65,7 @@ def numbers(served: Served) -> dict[str, float]:
     pids |= {f"rank {rank}": pid for rank, pid in enumerate(group.pids())}
     found: dict[str, float] = {"threads of replica": threading.active_count()}
     found["tasks of replica"] = len(asyncio.all_tasks())
+    found["processes of ours"] = sum(title(pid).startswith("tpqwen") for pid in children_of({os.getpid()}))
     for name, pid in pids.items():
         found[f"files of {name}"] = len(os.listdir(f"/proc/{pid}/fd"))
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
@@ -56,6 +84,14 @@ class Load:
         self.kills: Counter[str] = Counter()
         self.gaps: list[float] = []
         self._until = 0.0
+        self._hooks = RecordingHooks()
+        self._http = httpx.AsyncClient(transport=httpx.ASGITransport(app=self._app()), base_url="http://test")
+
+    def _app(self) -> Any:
+        """The HTTP side of a replica over this engine, without a socket."""
+        tokenizer = self._served.tokenizer
+        info = ModelInfo("tpqwen-demo", Limits(SIZES["max_model_len"], 4087, (4089,)), created=1)
+        return build_app(self._served.client, ChatFormat(tokenizer, GenerationDefaults()), info, self._hooks)
 
     async def run(self, seconds: float) -> None:
         self._until = time.monotonic() + seconds
@@ -69,8 +105,10 @@ class Load:
             dice = self._random.random()
             if dice < 0.05:
                 await self._leave(request)
-            elif dice < 0.08:
+            elif dice < 0.07:
                 await self._ask_too_much(request)
+            elif dice < 0.12:
+                await self._ask_badly()
             else:
                 self._check(kind, await self._served.stream(request))
 
@@ -84,6 +122,15 @@ class Load:
         with pytest.raises(RequestError):
             await self._served.stream(msgspec.structs.replace(request, prompt_ids=[5] * 600))
         self.ends["refused"] += 1
+
+    async def _ask_badly(self) -> None:
+        path, body = self._random.choice(BAD)
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        answer = await self._http.post(path, content=content, headers={"content-type": "application/json"})
+        assert answer.status_code == 400, (path, content[:80], answer.text)
+        assert set(answer.json()) == {"error"}
+        self._hooks.calls.clear()
+        self.ends["bad, answered with 400"] += 1
 
     def _check(self, kind: int, seen: Stream) -> None:
         """Equal to the undisturbed run, or ended in words after three crashes."""

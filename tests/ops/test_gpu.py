@@ -79,13 +79,13 @@ def test_without_a_driver_there_is_silence(monkeypatch, capfd):
 
 @pytest.mark.usefixtures("driver")
 def test_a_successor_waits_until_the_driver_no_longer_lists_its_predecessor(monkeypatch):
-    lists = [[7, 8], [7], [8], []]
+    lists = [[7, 8, 5], [5], [7], [8], []]
     name = "nvmlDeviceGetComputeRunningProcesses"
     monkeypatch.setattr(pynvml, name, lambda handle: [SimpleNamespace(pid=pid) for pid in lists.pop(0)], raising=False)
-    assert await_exit(7, "abc", 5.0)
+    assert await_exit([5, 7], "abc", 5.0)
     assert lists == [[]]
     monkeypatch.setattr(pynvml, name, lambda handle: [SimpleNamespace(pid=7)], raising=False)
-    assert not await_exit(7, "abc", 0.1)
-    assert await_exit(9, "abc", 0.1)
+    assert not await_exit([7], "abc", 0.1)
+    assert await_exit({9}, "abc", 0.1)
     monkeypatch.setattr(pynvml, name, refuse, raising=False)
-    assert await_exit(7, "abc", 0.1)
+    assert await_exit([7], "abc", 0.1)

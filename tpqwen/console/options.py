@@ -23,6 +23,7 @@ HELP = {
     "gpus_per_rank": "share of a GPU for each rank, below 1 to test several ranks on one (default 1)",
     "interface": "network interface of rank-to-rank traffic (default: loopback on one node)",
     "threads": "CPU threads of each rank (default: an equal share)",
+    "warm_spare": "keep one process started for the next rank that is lost (default off)",
     "block_size": "tokens in one KV cache block (default: by device)",
     "num_kv_blocks": "KV cache blocks (default: what memory allows)",
     "memory_fraction": "share of the device's memory to use, weights included (default 0.90)",

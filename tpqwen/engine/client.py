@@ -15,7 +15,22 @@ from tpqwen.engine.cadence import Cadence
 from tpqwen.engine.gate import Gate, Place
 from tpqwen.engine.inbox import Inbox
 from tpqwen.engine.line import Line
-from tpqwen.engine.messages import Abort, Add, Batch, Command, Dead, Look, Lost, Refused, Report, Resumed, Seen, Stop
+from tpqwen.engine.messages import (
+    Abort,
+    Add,
+    Batch,
+    Command,
+    Dead,
+    Look,
+    Lost,
+    Refused,
+    Report,
+    Resume,
+    Resumed,
+    Seen,
+    Started,
+    Stop,
+)
 from tpqwen.engine.protocol import EngineState, Life, Work
 from tpqwen.errors import EngineError, Overloaded, RequestError
 from tpqwen.request import Delta, FinishReason, GenerateRequest
@@ -39,13 +54,15 @@ class OpenRequest:
     queue: Inbox = field(default_factory=Inbox)
     waiting: bool = True  # until its first delta
     ended: bool = False  # its end is in the queue, perhaps not read yet: the engine owes nothing more
+    started: bool = False  # the present engine computes it, or has
     scored: bool = False  # the log-probabilities of its prompt, if it wants some, are there
     output_ids: list[int] = field(default_factory=list)  # every output token received, those it brought along included
     crashes: int = 0
 
     def resubmitted(self, *, crashed: bool) -> GenerateRequest:
-        """The request as a new engine gets it, after the tokens received. crashed: an engine died under it."""
-        self.crashes += crashed and not self.waiting
+        """The request as a new engine gets it, after the tokens received. crashed: an engine died, perhaps of it."""
+        self.crashes += crashed and self.started
+        self.started = False
         replace, params = msgspec.structs.replace, self.request.params
         if self.scored:
             params = replace(params, prompt_logprobs=None)
@@ -84,6 +101,7 @@ class EngineClient:
         self._loop = asyncio.get_running_loop()
         self._closed = False
         self._work = Work()
+        self._resuming = False  # the engine has got its ranks back and has not said yet that they work
         self._look: asyncio.Future[Snapshot | None] | None = None  # what the engine was asked and has not answered
         self._line: Line | None = Line(commands, reports, self._loop, self._take)
 
@@ -106,8 +124,9 @@ class EngineClient:
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the engine last said something; 0 while it has no reason to, or is under repair."""
-        return time.monotonic() - self._heard if self._is_owed and self._life.degraded_since is None else 0.0
+        """Seconds since the engine last said something; 0 while it has no reason to, or has no ranks to do it with."""
+        owed = self._resuming or (self._is_owed and self._life.degraded_since is None)
+        return time.monotonic() - self._heard if owed else 0.0
 
     @property
     def _is_owed(self) -> bool:
@@ -159,6 +178,7 @@ class EngineClient:
 
     def degrade(self, reason: str) -> None:
         """Something is being replaced; open requests pause, new ones queue."""
+        self._resuming = False
         self._life.degrade(reason)
 
     def recovered(self) -> None:
@@ -186,7 +206,7 @@ class EngineClient:
         """The engine is gone for good: end every open request with this cause. The first cause stays."""
         if self._life.dead is not None:
             return
-        self._life.dead = reason
+        self._life.dead, self._resuming = reason, False
         for opened in list(self._open.values()):
             if not opened.ended:
                 self._end(opened, reason, code)
@@ -195,6 +215,8 @@ class EngineClient:
         """Tell the engine, in order, now or as soon as it has room. A dead engine is told nothing."""
         if self._closed or self._line is None or self._life.dead is not None:
             return
+        if isinstance(command, Resume):
+            self._resuming, self._heard = True, time.monotonic()
         try:
             self._line.send(command)
         except ConnectionError as error:
@@ -254,18 +276,29 @@ class EngineClient:
         if isinstance(report, Batch):
             self._take_batch(report)
         elif isinstance(report, Refused):
-            if opened := self._open.get(report.id):
-                opened.ended = True
-                opened.queue.put_nowait(RequestError(report.message, param=report.param, code=report.code))
+            self._refuse(report)
         elif self._closed:
             return
+        elif isinstance(report, Started):
+            self._note_started(report.ids)
         elif isinstance(report, Resumed):
+            self._resuming = False
             if self._on_resumed is not None:
                 self._on_resumed(report)
         elif self._on_fault is not None:
             self._on_fault(report)
         else:
             self.fail(report.reason, report.code)
+
+    def _refuse(self, report: Refused) -> None:
+        if opened := self._open.get(report.id):
+            opened.ended = True
+            opened.queue.put_nowait(RequestError(report.message, param=report.param, code=report.code))
+
+    def _note_started(self, ids: list[str]) -> None:
+        for request_id in ids:
+            if opened := self._open.get(request_id):
+                opened.started = True
 
     def _answer_look(self, snapshot: Snapshot | None) -> None:
         asked, self._look = self._look, None

@@ -64,6 +64,7 @@ class EngineCore:
         self._deadlines = Deadlines(compiles=compiles)
         self._pace = Pace(capacity.context_cost)
         self._deltas: list[Delta] = []  # of requests that ended between steps
+        self.on_started: Callable[[list[str]], None] | None = None  # hears who is to be computed, before it happens
 
     @property
     def capacity(self) -> Capacity:
@@ -117,6 +118,8 @@ class EngineCore:
         if len(self._in_flight) < self._depth:
             step = self.scheduler.schedule(self._clock(), self._pace.limit if self.paced else None)
         if step is not None:
+            if step.admits and self.on_started is not None:
+                self.on_started([self.scheduler.rows.holder(a.slot) for a in step.admits])
             self._in_flight.append((step, self._clock(), self._deadlines.of(step)))
             if _log.isEnabledFor(logging.DEBUG):
                 parts = (f"{self.scheduler.rows.holder(c.slot)}:{c.start}+{c.num_tokens}" for c in step.chunks)

@@ -25,6 +25,7 @@ from tpqwen.engine.messages import (
     Resume,
     Resumed,
     Seen,
+    Started,
     decode_command,
     encode,
 )
@@ -57,6 +58,7 @@ class EngineLoop:
         self._lost = False
         self._resumed_at: float | None = None  # when the ranks came back, until their first tokens are there
         self._stopped = False
+        core.on_started = lambda ids: self._send(Started(ids))
 
     def run(self) -> None:
         """The loop. Returns when it is told to stop."""
@@ -118,6 +120,9 @@ class EngineLoop:
             self._core.add(request)
         except RequestError as error:
             self._send(Refused(request.id, str(error), error.param, error.code))
+        except Exception as error:
+            self._send(Started([request.id]))
+            self._break(error)
 
     def _step(self) -> None:
         try:
@@ -125,9 +130,8 @@ class EngineLoop:
         except EngineError as error:
             self._lose(error)
             return
-        except Exception as error:  # a bug of ours must not leave requests without an end
-            _log.exception("the engine's step failed")
-            self._die(EngineError(f"the engine's step failed: {type(error).__name__}: {error}"))
+        except Exception as error:
+            self._break(error)
             return
         if result.deltas or result.stats is not None:
             self._send(Batch(result.deltas, result.stats))
@@ -177,6 +181,11 @@ class EngineLoop:
             self._core.fail(error)
             self._send_deltas()
         self._send(Dead(str(error), error.code))
+
+    def _break(self, error: Exception) -> None:
+        """A bug of ours must not leave requests without an end."""
+        _log.exception("the engine's step failed")
+        self._die(EngineError(f"the engine's step failed: {type(error).__name__}: {error}"))
 
     def _send_deltas(self) -> None:
         """What the core has to say outside of steps."""

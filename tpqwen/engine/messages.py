@@ -98,8 +98,14 @@ class Seen(msgspec.Struct, frozen=True, array_like=True, tag=16):
     snapshot: Snapshot
 
 
+class Started(msgspec.Struct, frozen=True, array_like=True, tag=17):
+    """From now on these requests are being computed: if the engine dies, they may be why. Said before it happens."""
+
+    ids: list[str]
+
+
 Command = Add | Abort | RanksLost | Stop | Resume | Look
-Report = Batch | Refused | Dead | Lost | Resumed | Seen
+Report = Batch | Refused | Dead | Lost | Resumed | Seen | Started
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(Command).decode

@@ -83,7 +83,8 @@ class EngineProcess:
             raise ConnectionError(f"the group of epoch {command.epoch} has been given up for that of {self._epoch}")
         links = self._hub.connect(command.answers)
         depth = self._config.schedule.depth
-        self._executor = RingExecutor(command.capacity, links, depth=depth, epoch=command.epoch)
+        cpu = resolve_device(self._config.parallel.device) == "cpu"
+        self._executor = RingExecutor(command.capacity, links, depth=depth, epoch=command.epoch, idle_is_hung=cpu)
         return self._executor
 
     def _run(self, loop: EngineLoop) -> None:

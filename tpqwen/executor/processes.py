@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 LOOK_S = 0.01
+_CPU_CLOCK = 2  # of a process, as clock_getcpuclockid(3) makes clock ids on Linux
 
 
 def state_of(pid: int) -> str:
@@ -31,6 +32,24 @@ def is_gone(pid: int) -> bool:
 def is_stopped(pid: int) -> bool:
     """Whether a signal has stopped it: it keeps its memory and its connections, and answers nobody."""
     return state_of(pid) == "T"
+
+
+def cpu_s(pid: int) -> float | None:
+    """Seconds of CPU that all its threads have used so far; None where that cannot be told (gone, or not Linux)."""
+    try:
+        return time.clock_gettime((~pid << 3) | _CPU_CLOCK)
+    except OSError:
+        return None
+
+
+def wants_cpu(pid: int) -> bool:
+    """Whether some thread of it runs, or would if it got a CPU or what it reads from a disk. False when it is gone."""
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):  # that thread has ended
+                if Path(f"/proc/{pid}/task/{task}/stat").read_text().rpartition(")")[2].split()[0] in "RD":
+                    return True
+    return False
 
 
 def kill(pid: int, timeout_s: float = 5.0) -> bool:

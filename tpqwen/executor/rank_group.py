@@ -26,7 +26,7 @@ from torch._C._distributed_c10d import TCPStore
 from tpqwen.config import Config, resolve_device
 from tpqwen.errors import ConfigError, RankDied
 from tpqwen.executor import processes
-from tpqwen.executor.rank_process import Meeting, RankProcess, Refusal
+from tpqwen.executor.rank_process import Meeting, RankProcess, Refusal, Where
 from tpqwen.executor.wiring import Plain, interface_address
 from tpqwen.step import Capacity, RankStats
 
@@ -69,7 +69,11 @@ class RankGroup:
         self._store: TCPStore | None = None
         self._here = str(ray.get_runtime_context().get_node_id())
         self.actors: list[Any] = [self._spawn(rank) for rank in range(config.parallel.tp)]
-        self._where: list[tuple[str, int] | None] = [None] * config.parallel.tp  # node and process, once known
+        self._where: list[Where | None] = [None] * config.parallel.tp  # once known
+        self._spare: tuple[Any, Any] | None = (
+            None  # a process for the next rank that is lost, and the call that asks where
+        )
+        self._ended: set[tuple[str, int]] = set()  # node and process of those replaced since the last whole group
 
     def load(self) -> Capacity:
         """Load all ranks side by side; what they can hold together. Raises ConfigError or RankDied."""
@@ -83,10 +87,11 @@ class RankGroup:
         self.capacity = msgspec.structs.replace(least, load_seconds=slowest.load_seconds)
         return self.capacity
 
-    def repair(self, suspects: Iterable[int] = ()) -> Repair:
+    def repair(self, suspects: Iterable[int] = (), *, hung: bool = False) -> Repair:
         """Replace the suspects, and whoever else does not leave the old group in time; form the next epoch's group.
 
-        Survivors keep their weights, everybody forgets the cache. Call it after `load`; then `connect`. Raises
+        hung: some rank does not go on, and which one it is shows when all are asked to leave. Survivors keep their
+        weights, everybody forgets the cache. Call it after `load`; then `connect`. Raises
         ConfigError when the checkpoint cannot be read again, RankDied when another rank dies meanwhile: call it again.
         """
         done, mark = Repair(), time.monotonic()
@@ -99,36 +104,51 @@ class RankGroup:
 
         self.epoch += 1
         self._store = None
-        done.replaced = self._part(set(suspects))
+        done.replaced = self._part(set(suspects), hung)
         stage("part")
-        predecessors = {rank: where[1] for rank in done.replaced if (where := self._where[rank]) is not None}
-        for rank in done.replaced:
-            self.actors[rank], self._where[rank] = self._spawn(rank), None
-        found = self._all([self.actors[rank].where.remote() for rank in done.replaced], START_TIMEOUT_S, done.replaced)
+        found = self._all([self._replace(rank) for rank in done.replaced], START_TIMEOUT_S, done.replaced)
         for rank, where in zip(done.replaced, found, strict=True):
             self._where[rank] = where
         stage("start")
+        folder = str(self._folder)
         calls = [
-            self.actors[rank].load.remote(str(self._folder), None, predecessors.get(rank, 0)) for rank in done.replaced
+            self.actors[rank].load.remote(folder, None, self._ended_on(where.node))
+            for rank, where in zip(done.replaced, found, strict=True)
         ]
         self._all(calls, LOAD_TIMEOUT_S, done.replaced)
         stage("load")
         meeting = self._meeting(REJOIN_TIMEOUT_S)
         self._all([actor.join.remote(meeting) for actor in self.actors], 2 * REJOIN_TIMEOUT_S)
+        self._ended.clear()
         stage("rejoin")
         return done
 
+    def keep_spare(self) -> None:
+        """Have a spare process started, on this node and on no GPU, where one is wanted and there is none.
+
+        Returns at once; call it when all is well, since its imports would slow a repair down. Ray does not count it
+        on the GPU that it gets later, so that GPU has to be reserved: by the placement group.
+        """
+        if not self.config.parallel.warm_spare or self._spare is not None:
+            return
+        if self._placement is None and resolve_device(self.config.parallel.device) == "cuda":
+            return
+        options = {"num_cpus": 0, "num_gpus": 0, "max_restarts": 0, "max_task_retries": 0, "max_concurrency": 6}
+        here = NodeAffinitySchedulingStrategy(self._here, soft=False)
+        actor = ray.remote(RankProcess).options(scheduling_strategy=here, **options).remote(self._options(), None)
+        self._spare = actor, actor.where.remote()
+
     def nodes(self) -> list[str]:
         """The Ray node of each rank."""
-        return [where[0] for where in self._where if where is not None]
+        return [where.node for where in self._where if where is not None]
 
     def pids(self) -> list[int]:
         """The process of each rank."""
-        return [where[1] for where in self._where if where is not None]
+        return [where.pid for where in self._where if where is not None]
 
     def local_pids(self) -> list[int]:
         """The processes of the ranks of this node."""
-        return [where[1] for where in self._where if where is not None and where[0] == self._here]
+        return [where.pid for where in self._where if where is not None and where.node == self._here]
 
     def connect(self, addresses: list[Plain | None]) -> list[Plain | None]:
         """Give each rank the address of its steps; returns those of their answers."""
@@ -162,6 +182,9 @@ class RankGroup:
     def stop(self) -> None:
         """Kill every rank; nothing of the group is left. Idempotent."""
         actors, self.actors = self.actors, []
+        if self._spare is not None:
+            actors.append(self._spare[0])
+            self._spare = None
         for actor in actors:
             ray.kill(actor, no_restart=True)
         for pid in self.local_pids():
@@ -169,6 +192,37 @@ class RankGroup:
                 processes.kill(pid, 0.0)
         self._where = [None] * len(self._where)
         self._store = None
+
+    def _replace(self, rank: int) -> Any:
+        """A process for the rank instead of its present one: the spare or a new one. Returns the call for its Where."""
+        before, self._where[rank] = self._where[rank], None
+        if before is not None and before.node == self._here and (spare := self._take_spare()) is not None:
+            self.actors[rank] = spare
+            return spare.become.remote(self._options(), rank, before.gpus)
+        self.actors[rank] = self._spawn(rank)
+        return self.actors[rank].where.remote()
+
+    def _take_spare(self) -> Any:
+        """The spare's actor, no longer spare; None when there is none that has started and goes on."""
+        if self._spare is None or not ray.wait([self._spare[1]], num_returns=1, timeout=0)[0]:
+            return None
+        (actor, call), self._spare = self._spare, None
+        try:
+            pid = ray.get(call).pid
+        except RayError:
+            return None
+        if processes.is_gone(pid) or processes.is_stopped(pid):
+            ray.kill(actor, no_restart=True)
+            processes.kill(pid, 0.0)
+            return None
+        return actor
+
+    def _options(self) -> dict[str, Any]:
+        """What a rank's process is told."""
+        given = {k: v for k, v in self.config.flat().items() if v is not None}
+        if self.capacity is not None:  # a successor's cache is as large as the others', without measuring
+            given["num_kv_blocks"] = self.capacity.num_blocks - 1
+        return given
 
     def _spawn(self, rank: int) -> Any:
         cuda = resolve_device(self.config.parallel.device) == "cuda"
@@ -183,21 +237,21 @@ class RankGroup:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
                 self._placement, placement_group_bundle_index=self._first_bundle + rank
             )
-        given = {k: v for k, v in self.config.flat().items() if v is not None}
-        if self.capacity is not None:  # a successor's cache is as large as the others', without measuring
-            given["num_kv_blocks"] = self.capacity.num_blocks - 1
-        return ray.remote(RankProcess).options(**options).remote(given, rank)
+        return ray.remote(RankProcess).options(**options).remote(self._options(), rank)
 
-    def _part(self, suspects: set[int]) -> list[int]:
+    def _part(self, suspects: set[int], hung: bool) -> list[int]:
         """End the suspects, let the others leave the old group, and end those that do not. Returns who is gone."""
         for rank in suspects:  # first: a stopped or spinning one holds its neighbours up
             self._kill(rank)
         others = [r for r in range(len(self.actors)) if r not in suspects]
-        calls = {self.actors[r].leave.remote(LEAVE_TIMEOUT_S): r for r in others}
-        if calls:
-            ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=LEAVE_TIMEOUT_S + ANSWER_S)
-            left = {calls[call] for call in ready if _left(calls[call], call)}
-            for rank in set(others) - left:
+        calls = {self.actors[r].leave.remote(LEAVE_TIMEOUT_S, hung): r for r in others}
+        deadline = time.monotonic() + LEAVE_TIMEOUT_S + ANSWER_S
+        while calls:
+            ready, _ = ray.wait(list(calls), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            stuck = [rank for call in ready if not _left(rank := calls.pop(call), call)]
+            if not ready:  # in time
+                stuck, calls = list(calls.values()), {}
+            for rank in stuck:  # at once: on a CPU its end is what releases those who wait for it
                 self._kill(rank)
                 suspects.add(rank)
         return sorted(suspects)
@@ -205,12 +259,18 @@ class RankGroup:
     def _kill(self, rank: int) -> None:
         """End the rank's process, on its node, and wait until it is gone."""
         if (where := self._where[rank]) is not None:
-            node, pid = where
+            node, pid, _ = where
+            self._ended.add((node, pid))
             if node == self._here:
                 processes.kill(pid, KILL_TIMEOUT_S)
             else:
                 _kill_on(node, pid)
         ray.kill(self.actors[rank], no_restart=True)
+
+    def _ended_on(self, node: str) -> tuple[int, ...]:
+        """Processes of that node that have been replaced. Which of its GPUs each one used is not ours to know: with
+        several gone at once Ray deals them anew."""
+        return tuple(sorted(pid for where, pid in self._ended if where == node))
 
     def _meeting(self, timeout_s: float) -> Meeting:
         """A rendezvous of this epoch's own, bound to the group's own interface; its keys begin with a secret."""

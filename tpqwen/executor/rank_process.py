@@ -6,13 +6,15 @@ Everything it holds can be rebuilt: weights, KV blocks, the last tokens. Weights
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import socket
 import threading
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import torch
@@ -32,6 +34,17 @@ from tpqwen.transport.channel import Receiver
 from tpqwen.worker.worker import Worker
 
 GPU_FREE_TIMEOUT_S = 15.0
+SETTLE_S = 0.2  # for a step to end in a group that hangs, unless it waits for another rank
+
+_log = logging.getLogger(__name__)
+
+
+class Where(NamedTuple):
+    """The Ray node and the process that a rank is, and the GPUs that it sees, as CUDA_VISIBLE_DEVICES has them."""
+
+    node: str
+    pid: int
+    gpus: str
 
 
 @dataclass(frozen=True)
@@ -53,32 +66,39 @@ class Refusal:
 
 
 class RankProcess:
-    """Calls in order: load, or load alone and join; connect; then leave, join and connect again for each repair."""
+    """Calls in order: load, or load alone and join; connect; then leave, join and connect again for each repair.
 
-    def __init__(self, options: dict[str, Any], rank: int) -> None:
-        self._config = Config.load(options, {})
-        self._rank = rank
-        self._group = TPGroup(rank, self._config.parallel.tp, None)
+    With rank None it is a spare: a process that has imported everything and holds no GPU; `become` comes first then.
+    """
+
+    def __init__(self, options: dict[str, Any], rank: int | None) -> None:
         self._worker: Worker | None = None
         self._inbox: Receiver | None = None
         self._steps: threading.Thread | None = None
         self._joining = threading.Lock()
-        logs.configure(self._config.server.log, f"rank {rank}/{self._config.parallel.tp}")
-        keep_title(f"tpqwen rank {rank}/{self._config.parallel.tp}")
+        self._name(options, rank)
 
-    def where(self) -> tuple[str, int]:
-        """The Ray node and the process that this rank is."""
-        return str(ray.get_runtime_context().get_node_id()), os.getpid()
+    def where(self) -> Where:
+        """Where this rank is."""
+        node = str(ray.get_runtime_context().get_node_id())
+        return Where(node, os.getpid(), os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 
-    def load(self, folder: str, meeting: Meeting | None, predecessor: int = 0) -> Capacity | Refusal:
+    def become(self, options: dict[str, Any], rank: int, gpus: str) -> Where:
+        """A spare takes the place of a rank that has ended, and its GPUs: CUDA reads the variable when first used."""
+        if gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus
+        self._name(options, rank)
+        return self.where()
+
+    def load(self, folder: str, meeting: Meeting | None, ended: tuple[int, ...] = ()) -> Capacity | Refusal:
         """Load this rank's shard and size the cache; a ConfigError is returned.
 
         meeting: join first, since sizing may run the whole model; None: the size is given, and `join` comes later.
-        predecessor: the process that this one replaces; its GPU memory is waited for.
+        ended: processes of this node that have been replaced; their GPU memory is waited for.
         """
         try:
-            if predecessor and resolve_device(self._config.parallel.device) == "cuda":
-                await_exit(predecessor, str(torch.cuda.get_device_properties(0).uuid), GPU_FREE_TIMEOUT_S)
+            if ended and resolve_device(self._config.parallel.device) == "cuda":
+                _await_memory(ended)
             if meeting is not None:
                 self._meet(meeting)
             worker = Worker(self._config, Path(folder), self._group)
@@ -89,17 +109,16 @@ class RankProcess:
         self._worker = worker
         return capacity
 
-    def leave(self, timeout_s: float) -> bool:
+    def leave(self, timeout_s: float, hung: bool) -> bool:
         """Serve no more steps, forget all sequences and leave the group; the weights stay.
 
-        False when that is not to be had within timeout_s: then this process is of no use any more.
+        False when that is not to be had within timeout_s: then this process is of no use any more. hung: some rank does
+        not go on. It is this one if its step neither ends nor waits for another rank, which is known at once.
         """
         if self._inbox is not None:
             self._inbox.close()
-        if self._steps is not None:
-            self._steps.join(timeout_s)
-            if self._steps.is_alive():
-                return False
+        if self._steps is not None and not self._steps_end(self._steps, timeout_s, hung):
+            return False
         if self._worker is None or not self._joining.acquire(timeout=timeout_s):
             return False
         try:
@@ -134,6 +153,22 @@ class RankProcess:
         """Slow numbers; None before loading."""
         return self._worker.stats() if self._worker is not None else None
 
+    def _name(self, options: dict[str, Any], rank: int | None) -> None:
+        self._config = Config.load(options, {})
+        self._rank, size = rank, self._config.parallel.tp
+        name = "spare rank" if rank is None else f"rank {rank}/{size}"
+        self._group = TPGroup(rank or 0, size, None)
+        logs.configure(self._config.server.log, name)
+        keep_title(f"tpqwen {name}")
+
+    def _steps_end(self, steps: threading.Thread, timeout_s: float, hung: bool) -> bool:
+        if hung:
+            steps.join(SETTLE_S)
+            if steps.is_alive() and not self._group.in_collective:
+                return False
+        steps.join(timeout_s)
+        return not steps.is_alive()
+
     def _meet(self, meeting: Meeting) -> None:
         interface = self._config.parallel.interface or _loopback()
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -158,6 +193,14 @@ class RankProcess:
         inbox, outbox, _ = join(address, epoch=epoch)
         self._inbox = inbox
         serve_steps(self._worker, inbox, outbox, epoch=epoch, answers=self._rank == 0)
+
+
+def _await_memory(ended: tuple[int, ...]) -> None:
+    """Wait until these processes have left this rank's GPU, whichever of them it was that used it."""
+    begin, gpu = time.monotonic(), torch.cuda.get_device_properties(0)
+    gone = await_exit(ended, str(gpu.uuid), GPU_FREE_TIMEOUT_S)
+    text = "replaced processes %s off the GPU=%s after seconds=%.2f"
+    _log.log(logging.INFO if gone else logging.ERROR, text, ended, gone, time.monotonic() - begin)
 
 
 def _loopback() -> str:

@@ -6,15 +6,19 @@ import os
 import select
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from tpqwen.errors import RankDied
+from tpqwen.executor import processes
 from tpqwen.executor.wiring import Links
 from tpqwen.step import Capacity, RankStats, StepInput, StepOutput, decode_output, encode
 
 SEND_TIMEOUT_S = 10.0
 LOOK_S = 0.05  # how long to wait for rank 0 before looking at the others
 RECEIPT_S = 3.0  # for a rank to take the oldest step, which it does before it computes anything
+STALL_S = 0.75  # of a step that is due and on which no rank computes
+WORK_LOOK_S = 0.15
+IDLE_SHARE = 0.05  # of a CPU; a Ray worker that only waits uses 0.01 to 0.02
 GRACE_S = 0.3  # a dead rank breaks its neighbours' collectives; their complaints may arrive before its death shows
 
 
@@ -48,16 +52,54 @@ class ProcessWatch:
             os.close(descriptor)
 
 
-class RingExecutor:
-    """Implements executor.protocol.Executor over the channels to ranks that have loaded already."""
+class WorkWatch:
+    """Notices that none of some processes of this node computes, by the CPU time they use (Linux; blind elsewhere).
 
-    def __init__(self, capacity: Capacity, links: Links, *, depth: int, epoch: int) -> None:
+    A step that is held up on a busy machine gets or wants some of it, so a hang is told long before a deadline may be.
+    """
+
+    def __init__(self, pids: Collection[int]) -> None:
+        self._pids = pids
+        self._used: list[float] = []
+        self._looked = 0.0
+        self._idle_s = 0.0
+
+    def begin(self) -> None:
+        """Forget what was seen."""
+        self._idle_s, self._looked, self._used = 0.0, 0.0, []
+
+    def idle_s(self) -> float:
+        """For how long none of them has worked, from the first call after `begin` on; call it often."""
+        now = time.monotonic()
+        if not self._pids or now - self._looked < WORK_LOOK_S:
+            return self._idle_s
+        used = [s for pid in self._pids if (s := processes.cpu_s(pid)) is not None]
+        passed, before = now - self._looked, self._used
+        self._looked, self._used = now, used
+        if len(used) == len(before) == len(self._pids):
+            if max(b - a for a, b in zip(before, used, strict=True)) >= IDLE_SHARE * passed:
+                self._idle_s = 0.0
+            elif not any(map(processes.wants_cpu, self._pids)):
+                # at most two looks' worth: the whole machine may have been paused, this process included
+                self._idle_s += min(passed, 2 * WORK_LOOK_S)
+        return self._idle_s
+
+
+class RingExecutor:
+    """Implements executor.protocol.Executor over the channels to ranks that have loaded already.
+
+    idle_is_hung: ranks compute on CPUs, so one that uses no CPU time has nothing to do or waits for another.
+    """
+
+    def __init__(self, capacity: Capacity, links: Links, *, depth: int, epoch: int, idle_is_hung: bool = False) -> None:
         self.depth = depth
         self._capacity = capacity
         self._links = links
         self._epoch = epoch
         self._marks: deque[int] = deque()  # of the steps in flight: what a rank has to have taken
-        self._watch = ProcessWatch(links.processes())
+        pids = links.processes()
+        self._watch = ProcessWatch(pids)
+        self._work = WorkWatch(pids.values() if idle_is_hung and len(pids) == len(links.receivers) else ())
 
     def start(self) -> Capacity:
         """What the ranks can hold together."""
@@ -78,6 +120,7 @@ class RingExecutor:
     def collect(self, timeout_s: float) -> StepOutput:
         """Rank 0's next output. Raises RankDied when a rank has ended, failed, not taken the step or not in time."""
         begin = time.monotonic()
+        self._work.begin()
         while True:
             waited = time.monotonic() - begin
             output = self._hear(0, max(0.0, min(LOOK_S, timeout_s - waited)))
@@ -89,6 +132,9 @@ class RingExecutor:
                 self._hear(rank, 0.0)
             if waited >= min(timeout_s, RECEIPT_S):
                 self._look_for_silence(waited)
+            if (idle_s := self._work.idle_s()) >= STALL_S:
+                self._look_for_silence(waited)
+                raise RankDied(f"no rank has computed for {idle_s:.1f} s on a step that all took: a collective hangs")
             if waited >= timeout_s:
                 text = f"no answer within {timeout_s:.0f} s: all ranks took the step, so a collective hangs"
                 raise RankDied(text)

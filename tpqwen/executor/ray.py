@@ -8,7 +8,7 @@ from pathlib import Path
 import ray
 
 from tpqwen.budget import REPAIRS
-from tpqwen.config import Config
+from tpqwen.config import Config, resolve_device
 from tpqwen.errors import ConfigError, EngineError, RankDied
 from tpqwen.executor.rank_group import RankGroup
 from tpqwen.executor.ranks import RingExecutor
@@ -40,6 +40,7 @@ class RayExecutor:
         except (ConfigError, EngineError):
             self.stop()
             raise
+        self.ranks.keep_spare()
         return capacity
 
     def repair(self, error: RankDied) -> Capacity:
@@ -49,13 +50,14 @@ class RayExecutor:
             self._ring.stop()
         for attempt in range(REPAIRS):
             try:
-                self.ranks.repair([] if error.rank is None else [error.rank])
+                self.ranks.repair([] if error.rank is None else [error.rank], hung=error.rank is None)
                 self._connect(self.ranks.capacity)
                 break
             except RankDied as another:
                 if attempt == REPAIRS - 1:
                     raise
                 error = another
+        self.ranks.keep_spare()
         return self.ranks.capacity
 
     @property
@@ -92,7 +94,8 @@ class RayExecutor:
             links = hub.connect(answers)
         except (ConnectionError, TimeoutError) as error:
             raise RankDied(f"a rank cannot be reached: {error}") from error
-        self._ring = RingExecutor(capacity, links, depth=self.depth, epoch=self.epoch)
+        cpu = resolve_device(self.ranks.config.parallel.device) == "cpu"
+        self._ring = RingExecutor(capacity, links, depth=self.depth, epoch=self.epoch, idle_is_hung=cpu)
 
     def stop(self) -> None:
         """End the ranks, and Ray if it was started here. Idempotent."""

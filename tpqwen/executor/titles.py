@@ -14,13 +14,20 @@ from ray._raylet import setproctitle  # type: ignore[attr-defined]
 
 KEEP_S = 0.5
 
+_kept = ""
+
 
 def keep_title(title: str) -> None:
-    """Show this title from now on, until the process ends.
+    """Show this title from now on, until the process ends or another one is kept.
 
     Calls that begin later no longer rename the process; the one that is running (the constructor) still does at its
     end, and Ray may change how it renames, so the title is also put back now and then.
     """
+
+    global _kept
+    first, _kept = not _kept, title
+    if not first:
+        return
 
     @contextmanager
     def keep_name(_title: str, _next_title: str) -> Iterator[None]:
@@ -28,7 +35,7 @@ def keep_title(title: str) -> None:
 
     def keep() -> None:
         while True:
-            setproctitle(title)
+            setproctitle(_kept)
             time.sleep(KEEP_S)
 
     ray_worker._changeproctitle = keep_name

@@ -6,7 +6,9 @@ captured in a CUDA graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,7 @@ class TPGroup:
     def __init__(self, rank: int, size: int, process_group: dist.ProcessGroup | None) -> None:
         self.rank = rank
         self.size = size
+        self.in_collective = False  # as of now: this rank waits for the others
         self._group = process_group
 
     @staticmethod
@@ -35,7 +38,7 @@ class TPGroup:
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, in place; returns x."""
         if self.size > 1:
-            dist.all_reduce(x, group=self._joined())
+            self._together(dist.all_reduce, x)
         return x
 
     def ordered_sum(self, x: torch.Tensor) -> torch.Tensor:
@@ -52,13 +55,13 @@ class TPGroup:
         if self.size == 1:
             return x[None]
         out = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
-        _gather(out.view(-1), x.contiguous().view(-1), group=self._joined())
+        self._together(_gather, out.view(-1), x.contiguous().view(-1))
         return out
 
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
-            dist.barrier(group=self._joined())
+            self._together(dist.barrier)
 
     def join(self, store: Store, epoch: int, device_type: str, timeout_s: float) -> None:
         """Meet the other ranks of this epoch through the owner's store. Raises torch.distributed's errors on time-out.
@@ -91,6 +94,14 @@ class TPGroup:
             _abort_process_group()
             self._group = None
         self.leave()
+
+    def _together(self, collective: Callable[..., Any], *tensors: torch.Tensor) -> None:
+        group = self._joined()
+        self.in_collective = True
+        try:
+            collective(*tensors, group=group)
+        finally:
+            self.in_collective = False
 
     def _joined(self) -> dist.ProcessGroup:
         if self._group is None:

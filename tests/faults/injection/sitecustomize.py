@@ -120,7 +120,23 @@ def patch_core(module) -> None:
     core.step = step
 
 
-EVENTS = {"tpqwen.worker.worker": patch_worker, "tpqwen.engine.core": patch_core}
+def patch_loop(module) -> None:
+    """Events of the engine: resume."""
+    loop, plan = module.EngineLoop, Plan()
+    original = loop._resume
+
+    def resume(self, command):
+        plan.event("engine", "resume")
+        return original(self, command)
+
+    loop._resume = resume
+
+
+EVENTS = {
+    "tpqwen.worker.worker": patch_worker,
+    "tpqwen.engine.core": patch_core,
+    "tpqwen.engine.loop": patch_loop,
+}
 
 
 class Finder:
