@@ -179,7 +179,7 @@ def test_training_conversations_equal_what_transformers_renders(tokenizer: Any) 
             if thinking:
                 reply["reasoning_content"] = example.reasoning
             whole = render(tokenizer, [*example.messages, reply], **options)
-            assert document.prompt + document.completion + "\n" == whole
+            assert document.prompt + document.wanted + "\n" == whole
 
 
 def test_held_out_instances_never_reach_the_training_data() -> None:
@@ -193,7 +193,7 @@ def test_held_out_instances_never_reach_the_training_data() -> None:
 
 def test_training_script_learns_and_writes_a_checkpoint(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools" / "train_embedded.py"), "train", "--out", str(tmp_path)]
-    sizes = ["--steps", "8", "--rows", "2", "--micro-rows", "1", "--sequence", "128", "--unique-tokens", "60000"]
+    sizes = ["--steps", "8", "--step-tokens", "256", "--pass-tokens", "128", "--longest-row", "128"]
     limits = ["--tokenizer-documents", "3000", "--cases", "0", "--workers", "1", "--device", "cpu"]
     done = subprocess.run(
         command + sizes + limits, capture_output=True, text=True, timeout=240, check=False, cwd=tmp_path

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from embedded.corpus import SKILLS, Material, conversation, draw, dressed, source_of
 from embedded.example import Skill
 
-EXTRA_TOKENS = 64  # beyond the expected length, before an answer counts as endless
-BATCH_PROMPTS = 384
+EXTRA_TOKENS = 100  # beyond the expected length, before an answer counts as endless
+BATCH_PROMPTS = 1024
 BEGIN_TABLE, END_TABLE = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
 PROMPTS = (
     "Hello!",
@@ -82,7 +82,7 @@ def cases(material: Material, number: int) -> list[Case]:
             if example is None:
                 raise RuntimeError(f"no instance of {skill.name}")
             document = conversation(dressed(source, example), i % 2 == 0)
-            found.append(Case(skill, i % 2 == 0, unseen is not None, document.prompt, document.completion))
+            found.append(Case(skill, i % 2 == 0, unseen is not None, document.prompt, document.wanted))
     return found
 
 
@@ -199,7 +199,7 @@ def table(report: dict[str, Any]) -> str:
         f"Loss on held-out text (nats per token): prose {losses['prose']:.3f}, answers {losses['answers']:.3f}.",
         "",
         f"The run: {run['steps']} steps, {run['tokens'] / 1e6:.0f} million tokens in {run['seconds'] / 60:.1f} minutes "
-        f"on {run['device']} (torch {run['torch']}), {run['unique_tokens'] / 1e6:.0f} million of them different, "
+        f"on {run['device']} (torch {run['torch']}), {run['new_tokens'] / 1e6:.0f} million of them made anew, "
         f"seed {run['seed']}.",
     ]
     return "\n".join(lines)
