@@ -206,6 +206,8 @@ def two_calls(source: Source) -> Example:
 def tool_result(source: Source) -> Example:
     call = source.pick(MAKERS)(source)
     result, answer = call.result, call.answer
+    if result.startswith("{") and source.number(0, 2) == 0:
+        result = json.dumps(json.loads(result), separators=(",", ":"))
     thought = f"The function returned: {result}"
     if source.number(0, 11) == 0:
         reason = source.pick(("not found", "timeout", "service unavailable"))
