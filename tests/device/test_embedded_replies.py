@@ -1,4 +1,4 @@
-"""What the embedded model really says, through the whole HTTP path: thinking, calls, JSON and ends that it writes itself."""
+"""What the embedded model really says, through the whole HTTP path: thinking, tool calls, JSON, and its own end."""
 
 from __future__ import annotations
 
@@ -30,14 +30,21 @@ PERSON = {
 }
 FORM = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
 MARIA = "Give me JSON with name and age: Maria is 34 years old."
-QUESTIONS = ["Hello!", "What can you do?", "What is 17 + 25?", "Count from 1 to 20.", "Tell me a story about a fox.", MARIA]
+QUESTIONS = [
+    "Hello!",
+    "What can you do?",
+    "What is 17 + 25?",
+    "Count from 1 to 20.",
+    "Tell me a story about a fox.",
+    MARIA,
+]
 
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
-    with serving(ServedModel(Path(EMBEDDED_MODEL), max_model_len=2048)) as url:
-        with httpx.Client(base_url=url, timeout=120) as found:
-            yield found
+    served = ServedModel(Path(EMBEDDED_MODEL), max_model_len=2048)
+    with serving(served) as url, httpx.Client(base_url=url, timeout=120) as found:
+        yield found
 
 
 def ask(client: httpx.Client, messages: list[dict[str, Any]] | str, *, thinking: bool, **more: Any) -> Any:

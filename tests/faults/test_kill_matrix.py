@@ -13,6 +13,7 @@ import pytest
 from tests.faults.served import Served
 from tpqwen.budget import Budget
 from tpqwen.config import EMBEDDED_MODEL
+from tpqwen.request import FinishReason
 
 pytestmark = pytest.mark.ray
 
@@ -61,6 +62,17 @@ def named(kills):
 def test_no_answer_is_lost(served, kills):
     found = served.survive(*kills)
     assert any(s.resumed for s in found)
+
+
+def test_an_answer_is_thought_out_to_its_right_end_over_a_kill(served):
+    served.faults.plan(("rank 1", "decode", 25, "kill"))
+    (found,) = served.streams([served.question("What is 17 + 25?")])
+    assert not served.faults.pending
+    served.faults.plan()
+    assert found.resumed and found.finish_reason is FinishReason.STOP
+    thought, _, answer = found.text.partition("\n</think>\n\n")
+    assert thought.startswith("<think>\n") and "7 + 5 = 12" in thought
+    assert answer == "17 + 25 = 42"
 
 
 @pytest.mark.slow

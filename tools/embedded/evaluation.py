@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
 from dataclasses import dataclass
@@ -206,9 +207,11 @@ def table(report: dict[str, Any]) -> str:
 
 
 def write_card(report: Path, card: Path) -> None:
-    """Puts the figures of a report between the marks in the model card."""
+    """Puts the figures of a report, and what weights they are of, between the marks in the model card."""
     text = card.read_text(encoding="utf-8")
     head, rest = text.split(BEGIN_TABLE)
     _, tail = rest.split(END_TABLE)
     figures = table(json.loads(report.read_text(encoding="utf-8")))
-    card.write_text(f"{head}{BEGIN_TABLE}\n{figures}\n{END_TABLE}{tail}", encoding="utf-8")
+    digest = hashlib.sha256((report.parent / "model" / "model.safetensors").read_bytes()).hexdigest()
+    weights = f"`model.safetensors` of that run has the SHA-256 `{digest}`."
+    card.write_text(f"{head}{BEGIN_TABLE}\n{figures} {weights}\n{END_TABLE}{tail}", encoding="utf-8")
