@@ -121,7 +121,7 @@ def test_a_grammar_turns_an_answer_that_would_not_fit(client: httpx.Client) -> N
 def test_letters_are_taken_apart(client: httpx.Client) -> None:
     """Answers in single characters, which the tokenizer would join, read like any other."""
     for question, answer in (
-        ('Repeat after me: "stone bridge, 4711"', "stone bridge, 4711"),
+        ('Please repeat: "stone bridge, 4711"', "stone bridge, 4711"),
         ("Write river stone in upper case.", "RIVER STONE"),
         ("Reverse the word stone.", "enots"),
     ):
