@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from embedded.corpus import SKILLS, Material, conversation, draw, dressed, source_of
-from embedded.example import Example, Skill, Source
+from embedded.example import Skill
 
 EXTRA_TOKENS = 100  # beyond the expected length, before an answer counts as endless
 BATCH_PROMPTS = 1024
@@ -76,25 +76,14 @@ def cases(material: Material, number: int) -> list[Case]:
     """number unseen instances per skill and thinking mode; seen ones for the few skills that have no unseen ones."""
     found = []
     for skill in SKILLS:
-        source, used = source_of(material, f"evaluation {skill.name}", held_out=True), set[str]()
+        source = source_of(material, f"evaluation {skill.name}", held_out=True)
         for i in range(2 * number):
-            unseen = fresh(source, skill, used)
+            unseen = draw(source, skill, held_out=True, tries=1500)
             example = unseen or draw(source, skill)
             if example is None:
                 raise RuntimeError(f"no instance of {skill.name}")
-            used.add(example.key)
             document = conversation(dressed(source, example), i % 2 == 0)
             found.append(Case(skill, i % 2 == 0, unseen is not None, document.prompt, document.wanted))
-    return found
-
-
-def fresh(source: Source, skill: Skill, used: set[str], tries: int = 30) -> Example | None:
-    """An unseen instance, one whose key is not in used if that comes within tries."""
-    found = None
-    for _ in range(tries):
-        found = draw(source, skill, held_out=True, tries=1500)
-        if found is None or found.key not in used:
-            break
     return found
 
 

@@ -147,7 +147,7 @@ def knowledge(source: Source) -> Example:
 
 
 SKILLS = (
-    Skill("small talk", 5, talk),
+    Skill("small talk", 4, talk),
     Skill("questions about tpqwen", 6, fact),
     Skill("saying no", 5, refusal),
     Skill("little knowledge", 3, knowledge),

@@ -129,4 +129,4 @@ def by_schema(source: Source, told: str, wanted: list[Field]) -> str:
     )
 
 
-SKILLS = (Skill("JSON by schema", 7, json_object),)
+SKILLS = (Skill("JSON by schema", 9, json_object),)

@@ -153,11 +153,11 @@ def sorting_words(source: Source) -> Example:
 
 
 SKILLS = (
-    Skill("two-digit addition", 6, addition),
+    Skill("two-digit addition", 9, addition),
     Skill("two-digit subtraction", 7, subtraction),
     Skill("multiplication table", 1.5, multiplication),
     Skill("counting", 3, counting),
-    Skill("comparing numbers", 2, comparing),
-    Skill("sorting numbers", 4, sorting_numbers),
-    Skill("sorting words", 10, sorting_words),
+    Skill("comparing numbers", 1.5, comparing),
+    Skill("sorting numbers", 5, sorting_numbers),
+    Skill("sorting words", 6, sorting_words),
 )

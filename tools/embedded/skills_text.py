@@ -83,12 +83,12 @@ def copying(source: Source) -> Example:
     quoted = source.pick((f'"{text}"', text))
     question = source.pick(
         (
-            f"Repeat after me: {quoted}",
-            f"Repeat exactly: {quoted}",
-            f"Copy this text: {quoted}",
+            f"Repeat after me: {text}",
+            f"Repeat exactly: {text}",
+            f"Copy this text: {text}",
             f"Say {quoted}",
             f"Please repeat: {quoted}",
-            f"Echo: {quoted}",
+            f"Echo: {text}",
             f"Write this again, word for word:\n{text}",
             f"Repeat the following text.\n\n{text}",
         )
@@ -127,7 +127,6 @@ def lower_case(source: Source) -> Example:
 
 def spelling(source: Source) -> Example:
     text = any_word(source)
-    text = text if source.number(0, 3) else text.capitalize()
     question = source.pick(
         (
             f"Spell the word {text}.",
@@ -173,8 +172,7 @@ def first_sentence(text: str) -> str:
 
 def summary(source: Source) -> Example:
     for _ in range(50):
-        document = source.pick(source.paragraphs)
-        text = document.split("\n\n")[0]
+        text = source.pick(source.paragraphs).split("\n\n")[0]
         first = first_sentence(text)
         if 20 < len(first) < 220 and len(first) < len(text) < 900 and '"' not in first:
             break
@@ -189,18 +187,18 @@ def summary(source: Source) -> Example:
             "{}\n\nSummarise the text above.",
         )
     ).format(text)
-    return quote(question, first, key=document)
+    return quote(question, first)
 
 
 def summary_of_words(source: Source) -> Example:
     sentences = [phrase(source, 4, 8).capitalize() + "." for _ in range(source.number(2, 5))]
-    return quote("Summarise this paragraph:\n\n" + " ".join(sentences), sentences[0], key="summary " + sentences[0])
+    return quote("Summarise this paragraph:\n\n" + " ".join(sentences), sentences[0])
 
 
-def quote(question: str, first: str, key: str) -> Example:
-    """A summary that quotes the first sentence. With a document as key it is held out where the document is."""
+def quote(question: str, first: str) -> Example:
+    """A summary that quotes the first sentence."""
     thought = "I summarise by quoting the first sentence, which usually says the main thing."
-    return ask(question, f'The text begins: "{first}"', thought, key=key)
+    return ask(question, f'The text begins: "{first}"', thought, key="summary " + first)
 
 
 def looking_up(source: Source) -> Example:
@@ -247,13 +245,13 @@ def memory(source: Source) -> Example:
 
 
 SKILLS = (
-    Skill("copying", 10, copying),
-    Skill("upper case", 7, upper_case),
-    Skill("lower case", 7, lower_case),
-    Skill("spelling", 6, spelling),
-    Skill("reversing", 12, reversing),
-    Skill("counting letters", 6, letters),
-    Skill("summary by quoting", 6, summary),
-    Skill("looking up", 4, looking_up),
+    Skill("copying", 14, copying),
+    Skill("upper case", 6, upper_case),
+    Skill("lower case", 4, lower_case),
+    Skill("spelling", 5, spelling),
+    Skill("reversing", 8, reversing),
+    Skill("counting letters", 4, letters),
+    Skill("summary by quoting", 5, summary),
+    Skill("looking up", 3, looking_up),
     Skill("remembering", 2, memory),
 )

@@ -153,7 +153,7 @@ def lookup(source: Source) -> Call:
     return Call(wish, tool, {key: value}, result, f"The {what} of {value} is {found}.")
 
 
-MAKERS = (weather, weather, weather, calculator, calculator, clock, clock, message, lookup, lookup, lookup, lookup)
+MAKERS = (weather, weather, weather, calculator, calculator, clock, clock, message, lookup, lookup)
 KINDS = {"weather": "weather", "time": "clock", "clock": "clock", "calc": "calculator", "compute": "calculator"}
 KINDS |= {"math": "calculator", "send": "message", "notify": "message"}
 
@@ -161,8 +161,9 @@ KINDS |= {"math": "calculator", "send": "message", "notify": "message"}
 def toolbox(source: Source, needed: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The needed tools and up to two others, in any order."""
     tools = {tool["function"]["name"]: tool for tool in needed}
-    for _ in range(source.number(0, 2)):
-        other = source.pick(MAKERS)(source).tool
+    kinds = {maker for maker in MAKERS if source.number(0, 3) == 0}
+    for maker in sorted(kinds, key=lambda m: m.__name__)[:2]:
+        other = maker(source).tool
         if kind(other) not in {kind(tool) for tool in tools.values()}:
             tools[other["function"]["name"]] = other
     found = list(tools.values())
@@ -243,7 +244,7 @@ def no_call(source: Source) -> Example:
 
 
 SKILLS = (
-    Skill("tool call", 14, tool_call),
+    Skill("tool call", 8, tool_call),
     Skill("two tool calls", 2, two_calls),
     Skill("no tool needed", 2, no_call),
     Skill("answer from a tool result", 5, tool_result),

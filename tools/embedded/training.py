@@ -23,7 +23,7 @@ CLIP_NORM = 1.0
 ID_MASK = 0x0FFF
 
 
-STAGES = ((512, 0.75), (2048, 1.0))  # tokens read of each row, and the share of the run at which the stage ends
+STAGES = ((512, 0.7), (2048, 1.0))  # tokens read of each row, and the share of the run at which the stage ends
 
 
 @dataclass(frozen=True)
