@@ -15,7 +15,7 @@ url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
 client = OpenAI(base_url=f"{url}/v1", api_key="none")
 answer = client.chat.completions.parse(
     model=client.models.list().data[0].id,
-    messages=[{"role": "user", "content": "Give me JSON with the name Ada and the age 36."}],
+    messages=[{"role": "user", "content": "Give me JSON with name and age: Maria is 34 years old."}],
     response_format=Person,
     temperature=0,
     max_completion_tokens=100,

@@ -9,7 +9,7 @@ client = OpenAI(base_url=f"{url}/v1", api_key="none")
 model = client.models.list().data[0].id
 answer = client.chat.completions.create(
     model=model,
-    messages=[{"role": "user", "content": "What is 17 + 25?"}],
+    messages=[{"role": "user", "content": "What can you do?"}],
     temperature=0,
     max_completion_tokens=200,
     extra_body={"chat_template_kwargs": {"enable_thinking": False}},

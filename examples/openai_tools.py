@@ -23,7 +23,7 @@ WEATHER = {
 
 
 def get_weather(city: str) -> str:
-    return json.dumps({"city": city, "sky": "sunny", "degrees": 21})
+    return json.dumps({"city": city, "temperature": 21, "condition": "sunny"})
 
 
 url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from embedded import checkpoint, corpus, prose, training
+from embedded.feed import Feed, processes
 from embedded.network import Qwen3, load_weights, save_weights
 
 CARD = Path(__file__).parent.parent / "docs" / "embedded-model.md"
@@ -35,14 +36,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--prose", type=Path, help="the file that gather wrote; without it stories take its place")
     train.add_argument("--minutes", type=float, help="of training, data and evaluation come on top")
     train.add_argument("--steps", type=int)
-    train.add_argument("--unique-tokens", type=int, default=240_000_000)
-    train.add_argument("--rows", type=int, default=64, help="of 2,048 tokens, per step")
-    train.add_argument("--sequence", type=int, default=corpus.ROW_TOKENS - 1, help="tokens of a row that are used")
-    train.add_argument("--micro-rows", type=int, default=64, help="per forward pass")
+    train.add_argument("--step-tokens", type=int, default=131_072)
+    train.add_argument("--pass-tokens", type=int, default=131_072, help="in one forward pass; less needs less memory")
+    train.add_argument("--longest-row", type=int, default=checkpoint.CONTEXT_TOKENS, help="tokens")
     train.add_argument("--tokenizer-documents", type=int, default=30_000)
     train.add_argument("--cases", type=int, default=100, help="evaluated per skill and thinking mode; 0: none")
     train.add_argument("--reply-tokens", type=int, default=480, help="most tokens of an evaluated reply")
-    train.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1))
+    train.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that make the data")
     train.add_argument("--seed", type=int, default=7)
     train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     train.add_argument("--no-compile", action="store_true")
@@ -54,46 +54,55 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return found
 
 
-def prepare(options: argparse.Namespace, folder: Path) -> tuple[corpus.Material, Any]:
-    """Tokenizer and configs in folder, and the training rows."""
+def prepare(options: argparse.Namespace, folder: Path) -> corpus.Material:
+    """Tokenizer and configs in folder."""
     material = corpus.Material(folder, options.prose, options.seed)
     clock = time.monotonic()
     tokenizer = checkpoint.train_tokenizer(corpus.tokenizer_texts(material, options.tokenizer_documents))
     checkpoint.write_tokenizer(folder, tokenizer)
     checkpoint.write_configs(folder, tokenizer)
     print(f"tokenizer: {time.monotonic() - clock:.0f} s", flush=True)
-    clock = time.monotonic()
-    rows = corpus.build(material, options.unique_tokens, options.workers)
-    share = (rows >= corpus.TARGET).mean()
-    print(f"data: {rows.size / 1e6:.1f}M tokens, {share:.0%} targets, {time.monotonic() - clock:.0f} s", flush=True)
-    return material, rows
+    return material
+
+
+def fitted(options: argparse.Namespace, material: corpus.Material, model: Qwen3) -> training.Outcome:
+    """Trains model on data that is made meanwhile."""
+    plan = training.Plan(
+        seconds=options.minutes * 60 if options.minutes else None,
+        steps=options.steps,
+        step_tokens=options.step_tokens,
+        pass_tokens=options.pass_tokens,
+        compiled=options.device.startswith("cuda") and not options.no_compile,
+    )
+    pool = processes(options.workers)
+    try:
+        stages = []
+        for longest, until in training.STAGES:
+            row_tokens = min(longest, options.longest_row)
+            feed = Feed(pool, material, row_tokens + 1, 2 * options.workers, patient=options.minutes is None)
+            stages.append(training.Stage(feed, row_tokens, until))
+        return training.train(model, stages, plan)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def train(options: argparse.Namespace) -> None:
     """Everything from data to report."""
     folder = options.out / "model"
-    material, rows = prepare(options, folder)
+    material = prepare(options, folder)
     device = torch.device(options.device)
     torch.manual_seed(options.seed)
     torch.set_float32_matmul_precision("high")
     model = Qwen3(checkpoint.ARCHITECTURE).to(device)
     print(f"parameters: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M", flush=True)
-    plan = training.Plan(
-        seconds=options.minutes * 60 if options.minutes else None,
-        steps=options.steps,
-        rows=options.rows,
-        micro_rows=min(options.micro_rows, options.rows),
-        seed=options.seed,
-        compiled=device.type == "cuda" and not options.no_compile,
-    )
-    outcome = training.train(model, rows[:, : options.sequence + 1], plan)
+    outcome = fitted(options, material, model)
     save_weights(model, folder)
     load_weights(model, folder)  # from here on the bf16 weights that ship
     report = {
         "run": {
             "steps": outcome.steps,
             "tokens": outcome.tokens,
-            "unique_tokens": int(rows.size),
+            "new_tokens": outcome.new_tokens,
             "seconds": round(outcome.seconds, 1),
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "a CPU",
             "torch": torch.__version__,
@@ -102,7 +111,7 @@ def train(options: argparse.Namespace) -> None:
         }
     }
     write_report(options, report)
-    plain, asked = (rows[:, : options.sequence + 1] for rows in corpus.held_out_rows(material))
+    plain, asked = (rows[:, : options.longest_row + 1] for rows in corpus.held_out_rows(material))
     report["held_out_loss"] = {
         "prose": training.mean_loss(model, plain),
         "answers": training.mean_loss(model, asked),

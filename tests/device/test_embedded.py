@@ -1,20 +1,17 @@
-"""The embedded checkpoint as shipped, its chat template, and its training script on a few steps."""
+"""The embedded checkpoint as shipped, and its chat template."""
 
 from __future__ import annotations
 
-import importlib
+import hashlib
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).parent.parent.parent
-MODEL = ROOT / "tpqwen" / "embedded" / "model"
+from tests.device.embedded_tools import MODEL, ROOT, tool
+
 TOOL = {"type": "function", "function": {"name": "f", "description": "<b> & 'c'", "parameters": {"z": 1, "a": "é"}}}
 Q, A = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 
@@ -81,8 +78,16 @@ def test_marks_are_single_and_never_skipped(tokenizer: Any, name: str) -> None:
 def test_any_text_survives_the_tokenizer(tokenizer: Any) -> None:
     for text in ("Hello, world 12345", "naïve 日本語 🎉\n\n\ttabs  and  blanks ", "\u0000\u200b", " leading"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    assert len(tokenizer("12345")["input_ids"]) == 5
+    assert len(tokenizer("12345")["input_ids"]) == len(tokenizer("STONE")["input_ids"]) == 5
     assert len(tokenizer) == 4096
+
+
+@pytest.mark.parametrize("word", ["stone", "lantern", "flibbertigibbet", "Paris"])
+def test_a_word_is_the_same_ids_wherever_it_stands(tokenizer: Any, word: str) -> None:
+    """Copying is repeating ids."""
+    ids = tokenizer(word)["input_ids"]
+    for before in ("", "a ", '"', "x: ", "\n", "(", "12"):
+        assert tokenizer(before + word)["input_ids"][-len(ids) :] == ids
 
 
 def test_plain_question_and_thinking_switch(tokenizer: Any) -> None:
@@ -146,13 +151,6 @@ def test_a_user_message_that_is_a_tool_result_is_no_question(tokenizer: Any) -> 
     assert "<think>\nR\n</think>\n\nA<|im_end|>" in text
 
 
-def tool(name: str) -> Any:
-    """A module of the training script, which is no part of the package."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "tools"))
-        return importlib.import_module(f"embedded.{name}")
-
-
 def test_logits_are_finite_and_equal_the_training_network(model: Any) -> None:
     network = tool("network")
     ours = network.Qwen3(tool("checkpoint").ARCHITECTURE)
@@ -165,44 +163,14 @@ def test_logits_are_finite_and_equal_the_training_network(model: Any) -> None:
     torch.testing.assert_close(ours_BTV, logits_BTV, atol=1e-4, rtol=1e-4)
 
 
-def test_training_conversations_equal_what_transformers_renders(tokenizer: Any) -> None:
-    corpus = tool("corpus")
-    assert tool("checkpoint").TEMPLATE_FILE.read_bytes() == (MODEL / "chat_template.jinja").read_bytes()
-    source = corpus.source_of(corpus.Material(MODEL, None, 1), "test")
-    for skill in corpus.SKILLS:
-        for thinking in (True, False):
-            example = corpus.dressed(source, corpus.draw(source, skill))
-            document = corpus.conversation(example, thinking)
-            options = {"tools": example.tools, "enable_thinking": thinking}
-            assert document.prompt == render(tokenizer, example.messages, add_generation_prompt=True, **options)
-            reply = {"role": "assistant", "content": example.answer}
-            if thinking:
-                reply["reasoning_content"] = example.reasoning
-            whole = render(tokenizer, [*example.messages, reply], **options)
-            assert document.prompt + document.completion + "\n" == whole
-
-
-def test_held_out_instances_never_reach_the_training_data() -> None:
-    corpus = tool("corpus")
-    source = corpus.source_of(corpus.Material(MODEL, None, 1), "test")
-    addition = next(skill for skill in corpus.SKILLS if skill.name == "two-digit addition")
-    seen = {corpus.draw(source, addition).key for _ in range(3000)}
-    unseen = {corpus.draw(source, addition, held_out=True).key for _ in range(100)}
-    assert not seen & unseen
-
-
-def test_training_script_learns_and_writes_a_checkpoint(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tools" / "train_embedded.py"), "train", "--out", str(tmp_path)]
-    sizes = ["--steps", "8", "--rows", "2", "--micro-rows", "1", "--sequence", "128", "--unique-tokens", "60000"]
-    limits = ["--tokenizer-documents", "3000", "--cases", "0", "--workers", "1", "--device", "cpu"]
-    done = subprocess.run(
-        command + sizes + limits, capture_output=True, text=True, timeout=240, check=False, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    losses = [loss for _, loss in report["run"]["losses"]]
-    assert losses[-1] < losses[0] - 0.5
-    assert report["run"]["steps"] == 8 and report["held_out_loss"]["answers"] < losses[0]
-    written = AutoModelForCausalLM.from_pretrained(tmp_path / "model", local_files_only=True)
-    assert written.dtype == torch.bfloat16
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "model", local_files_only=True)) == 4096
+def test_the_card_has_the_figures_of_these_very_weights_and_they_meet_the_targets() -> None:
+    card = (ROOT / "docs" / "embedded-model.md").read_text(encoding="utf-8")
+    assert hashlib.sha256((MODEL / "model.safetensors").read_bytes()).hexdigest() in card
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in card.split("\n") if line[:1] == "|"]
+    found = {row[0]: row[1:] for row in rows}
+    skills = ("copying", "counting", "two-digit addition", "JSON by schema", "tool call")
+    for skill in skills:
+        thinking, direct, _, instances = found[skill]
+        assert min(float(thinking), float(direct)) >= 90 and instances == "unseen", skill
+    for form in ("answers that end by themselves", "thinking well formed"):
+        assert min(map(float, found[form])) >= 99, form

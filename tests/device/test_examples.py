@@ -21,11 +21,11 @@ WORDS = {
     "curl.sh": ['"object":"list"', "42", "data: [DONE]", '"tokens"'],
     "langchain_chat.py": ["42", "17"],
     "openai_async.py": ["17 + 25? ->", "Hello! ->"],
-    "openai_json_schema.py": ["Person "],
+    "openai_json_schema.py": ["Person Maria 34"],
     "openai_responses.py": ["42", "17"],
-    "openai_stream.py": ["thinking: ", "answer: ", "42", "tokens)"],
-    "openai_sync.py": ["42", "tokens in"],
-    "openai_tools.py": ["call: get_weather {", "answer: "],
+    "openai_stream.py": ["thinking: 17 + 25.", "7 + 5 = 12", "answer: 17 + 25 = 42", "tokens)"],
+    "openai_sync.py": ["demonstration model", "tokens in"],
+    "openai_tools.py": ['call: get_weather {"city": "Paris"}', "answer: It is 21 degrees and sunny in Paris."],
 }
 
 

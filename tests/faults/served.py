@@ -173,6 +173,14 @@ class Served:
             made += expand(f"{i}-run{self._runs}", prompt, params, limits)
         return made
 
+    def question(self, text: str) -> GenerateRequest:
+        """A conversation's first turn, with thinking, answered greedily until the model ends it."""
+        self._runs += 1
+        prompt = self.tokenizer.encode(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")
+        limits = Limits(SIZES["max_model_len"], 4087, (4089,))
+        (made,) = expand(f"question-run{self._runs}", prompt, SamplingParams(temperature=0.0), limits)
+        return made
+
     async def stream(self, request: GenerateRequest) -> Stream:
         """One request to its end, as the HTTP layer would take it."""
         seen, text = Stream(), OutputText(self.tokenizer.vocabulary, request.params)

@@ -19,6 +19,7 @@ from tpqwen.budget import Budget
 from tpqwen.config import EMBEDDED_MODEL
 from tpqwen.executor import processes
 from tpqwen.executor.rank_group import RankGroup
+from tpqwen.request import FinishReason
 
 pytestmark = pytest.mark.ray
 
@@ -74,6 +75,17 @@ def test_a_hang_costs_the_rank_that_hangs_and_no_other(served):
     before = served.pids()
     served.survive(("rank 1", "decode", 12, "hang"))
     assert [a == b for a, b in zip(before, served.pids(), strict=True)] == [True, False]
+
+
+def test_an_answer_is_thought_out_to_its_right_end_over_a_kill(served):
+    served.faults.plan(("rank 1", "decode", 25, "kill"))
+    (found,) = served.streams([served.question("What is 17 + 25?")])
+    assert not served.faults.pending
+    served.faults.plan()
+    assert found.resumed and found.finish_reason is FinishReason.STOP
+    thought, _, answer = found.text.partition("\n</think>\n\n")
+    assert thought.startswith("<think>\n") and "7 + 5 = 12" in thought
+    assert answer == "17 + 25 = 42"
 
 
 @pytest.mark.slow

@@ -54,4 +54,16 @@ def test_it_asks_for_paths_that_exist() -> None:
 def test_the_embedded_model_is_called_what_it_is() -> None:
     model = exchange(make_server().app, "GET", "/v1/models").json()["data"][0]
     assert model["demonstration"] is False
-    assert "demonstration" in page()
+    (notice,) = re.findall(r'<p id="demo" hidden>(.*?)</p>', page(), re.DOTALL)
+    assert "demonstration model" in notice and "cannot reason, program or translate" in " ".join(notice.split())
+
+
+def test_it_suggests_what_shows_most() -> None:
+    (suggested,) = re.findall(r"const SUGGESTIONS = \[\n(.*?)\n\];", page(), re.DOTALL)
+    assert re.findall(r'text: "(.*?)"', suggested) == [
+        "What can you do?",
+        "What is 17 + 25?",
+        "What is the weather in Paris?",
+        "Give me JSON with name and age: Maria is 34 years old.",
+    ]
+    assert "tools: [" in suggested and "response_format: {" in suggested

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MARK_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 VOCAB_SIZE = 4096
 CONTEXT_TOKENS = 2048
+# A blank before a word is a token of its own, and so is each letter of a run of capitals: "stone" is the same ids
+# wherever it stands, so that copying is repeating ids, and changing case is a matter of single letters.
+PIECES = r"\p{Lu}?[\p{Ll}\p{M}]+|\p{Lu}|\p{N}|[\p{Lo}\p{Lm}]+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
 TEMPLATE_FILE = Path(__file__).with_name("chat_template.jinja")
 
 ARCHITECTURE: dict[str, Any] = {
@@ -47,13 +50,16 @@ ARCHITECTURE: dict[str, Any] = {
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """Byte-level BPE of VOCAB_SIZE entries: the learnt ones first, then the control and mark tokens.
+    """Byte-level BPE of VOCAB_SIZE entries within PIECES: the learnt ones first, then the control and mark tokens.
 
     Digits stand alone so that arithmetic can be learnt column by column.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -1,13 +1,12 @@
 """From skills and prose to packed rows of token ids.
 
-A row is 2,049 uint16: the id in the low bits, TARGET set where the loss counts (answers of conversations, all of plain
-text). Rows start with a document and hold whole ones. A shard is a function of (seed, its number) alone.
+A row is uint16: the id in the low bits, TARGET set where the loss counts (answers of conversations, all of plain text).
+Rows start with a document and hold whole ones. A shard is a function of (seed, row length, its number) alone.
 """
 
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import random
 import zlib
 from collections.abc import Iterable, Iterator
@@ -30,11 +29,12 @@ SKILLS: tuple[Skill, ...] = (
     *skills_tools.SKILLS,
     *skills_stories.SKILLS,
 )
-PROSE_WEIGHT, PLAIN_STORY_WEIGHT = 2.5, 2.5  # beside the weights of SKILLS
+PROSE_WEIGHT, PLAIN_STORY_WEIGHT = 2.0, 1.5  # beside the weights of SKILLS
 TARGET = 0x8000
 ROW_TOKENS = CONTEXT_TOKENS + 1
 SHARD_TOKENS = 500_000
 BATCH_DOCUMENTS = 256
+OPEN_ROWS = 16  # a document goes into the first of them that has room
 SYSTEM_PROMPTS = (
     "You are a helpful assistant.",
     "You are a helpful assistant.",
@@ -61,10 +61,17 @@ class Material:
 
 @dataclass(frozen=True)
 class Document:
-    """prompt carries no loss, completion does."""
+    """prompt carries no loss, completion and then spelt do; spelt is encoded character by character."""
 
     prompt: str
     completion: str
+    spelt: str = ""
+    end: str = ""
+
+    @property
+    def wanted(self) -> str:
+        """All that should follow the prompt."""
+        return self.completion + self.spelt + self.end
 
 
 @functools.cache
@@ -120,7 +127,9 @@ def conversation(example: Example, thinking: bool) -> Document:
     """The prompt as the server renders it and the completion that is wanted."""
     prompt = chat_renderer()(example.messages, example.tools, thinking)
     thought = f"<think>\n{example.reasoning}\n</think>\n\n" if thinking else ""
-    return Document(prompt, f"{thought}{example.answer}<|im_end|>")
+    if example.spelt:
+        return Document(prompt, thought, example.answer, "<|im_end|>")
+    return Document(prompt, thought + example.answer, end="<|im_end|>")
 
 
 def documents(source: Source) -> Iterator[Document]:
@@ -135,7 +144,7 @@ def documents(source: Source) -> Iterator[Document]:
                 yield conversation(dressed(source, example), source.number(0, 1) == 0)
         else:
             text = source.pick(source.paragraphs) if choice == "prose" else skills_stories.plain_story(source)
-            yield Document("", text + "<|endoftext|>")
+            yield Document("", text, end="<|endoftext|>")
 
 
 def tokenizer_texts(material: Material, number: int = 30_000) -> Iterator[str]:
@@ -160,39 +169,51 @@ def tokenizer_texts(material: Material, number: int = 30_000) -> Iterator[str]:
 
 
 def encoded(tokenizer: Any, batch: list[Document]) -> Iterator[np.ndarray]:
-    """Ids with TARGET set on completions. Prompt and completion are encoded apart, as at inference."""
+    """Ids with TARGET set on what is wanted. It is encoded apart from the prompt, as at inference."""
     prompts = tokenizer.encode_batch([d.prompt for d in batch])
     completions = tokenizer.encode_batch([d.completion for d in batch])
-    for prompt, completion in zip(prompts, completions, strict=True):
-        wanted = np.array(completion.ids, dtype=np.uint16) | np.uint16(TARGET)
-        yield np.concatenate([np.array(prompt.ids, dtype=np.uint16), wanted])[:ROW_TOKENS]
+    for document, prompt, completion in zip(batch, prompts, completions, strict=True):
+        single = [i for part in tokenizer.encode_batch(list(document.spelt)) for i in part.ids]
+        ids = [*completion.ids, *single, tokenizer.token_to_id(document.end)]
+        wanted = np.array(ids, dtype=np.uint16) | np.uint16(TARGET)
+        yield np.concatenate([np.array(prompt.ids, dtype=np.uint16), wanted])
 
 
-def packed(pieces: Iterable[np.ndarray], filler: int, num_tokens: int) -> np.ndarray:
-    """Rows [R, ROW_TOKENS] of whole documents until num_tokens or the end of pieces; filler pads the rest of a row."""
-    rows: list[np.ndarray] = []
-    row, used = np.full(ROW_TOKENS, filler, dtype=np.uint16), 0
+def packed(pieces: Iterable[np.ndarray], filler: int, num_tokens: int, row_tokens: int = ROW_TOKENS) -> np.ndarray:
+    """Rows [R, row_tokens] until num_tokens or the end of pieces.
+
+    Documents are whole unless they are longer than a row, which cuts them; filler pads the rest of a row.
+    """
+    rows: list[list[np.ndarray]] = []
+    room: list[int] = []  # of the last OPEN_ROWS of rows
     for piece in pieces:
-        if used + len(piece) > ROW_TOKENS:
-            rows.append(row)
-            row, used = np.full(ROW_TOKENS, filler, dtype=np.uint16), 0
-            if len(rows) * ROW_TOKENS >= num_tokens:
+        part = piece[:row_tokens]
+        at = next((i for i, free in enumerate(room) if free >= len(part)), None)
+        if at is None:
+            if (len(rows) + 1) * row_tokens > max(num_tokens, row_tokens):
                 break
-        row[used : used + len(piece)] = piece
-        used += len(piece)
-    return np.stack([*rows, row] if used else rows)
+            rows.append([])
+            room = [*room, row_tokens][-OPEN_ROWS:]
+            at = len(room) - 1
+        rows[len(rows) - len(room) + at].append(part)
+        room[at] -= len(part)
+    found = np.full((len(rows), row_tokens), filler, dtype=np.uint16)
+    for row, parts in zip(found, rows, strict=True):
+        joined = np.concatenate(parts)
+        row[: len(joined)] = joined
+    return found
 
 
-def shard(material: Material, number: int, num_tokens: int) -> np.ndarray:
-    """Rows of one shard."""
+def shard(material: Material, row_tokens: int, number: int) -> np.ndarray:
+    """Rows [R, row_tokens] of shard number, about SHARD_TOKENS in all."""
     tokenizer = load_tokenizer(material.tokenizer)
-    stream = documents(source_of(material, f"shard {number}"))
+    stream = documents(source_of(material, f"shard {row_tokens} {number}"))
 
     def pieces() -> Iterator[np.ndarray]:
         while True:
-            yield from encoded(tokenizer, [next(stream) for _ in range(min(BATCH_DOCUMENTS, 8 + num_tokens // 500))])
+            yield from encoded(tokenizer, [next(stream) for _ in range(BATCH_DOCUMENTS)])
 
-    return packed(pieces(), tokenizer.token_to_id("<|endoftext|>"), num_tokens)
+    return packed(pieces(), tokenizer.token_to_id("<|endoftext|>"), SHARD_TOKENS, row_tokens)
 
 
 def held_out_rows(material: Material) -> tuple[np.ndarray, np.ndarray]:
@@ -200,25 +221,11 @@ def held_out_rows(material: Material) -> tuple[np.ndarray, np.ndarray]:
     tokenizer = load_tokenizer(material.tokenizer)
     filler = tokenizer.token_to_id("<|endoftext|>")
     source = source_of(material, "held out", held_out=True)
-    plain = [Document("", text + "<|endoftext|>") for text in source.paragraphs[:120]]
+    plain = [Document("", text, end="<|endoftext|>") for text in source.paragraphs[:200]]
     asked = []
     for skill in SKILLS:
-        found = [draw(source, skill, held_out=True, tries=500) for _ in range(12)]
+        found = [draw(source, skill, held_out=True, tries=500) for _ in range(24)]
         asked += [conversation(e, i % 2 == 0) for i, e in enumerate(found) if e]
     source.rng.shuffle(asked)
     plain_rows, asked_rows = (packed(encoded(tokenizer, part), filler, 10**9) for part in (plain, asked))
     return plain_rows, asked_rows
-
-
-def _shard_job(job: tuple[Material, int, int]) -> np.ndarray:
-    return shard(*job)
-
-
-def build(material: Material, num_tokens: int, workers: int) -> np.ndarray:
-    """All training rows, about num_tokens, in an order that depends on the seed only."""
-    number = max(1, round(num_tokens / SHARD_TOKENS))
-    jobs = [(material, i, min(num_tokens, SHARD_TOKENS)) for i in range(number)]
-    if workers <= 1:
-        return np.concatenate([_shard_job(job) for job in jobs])
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        return np.concatenate(list(pool.imap(_shard_job, jobs)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from embedded.corpus import SKILLS, Material, conversation, draw, dressed, source_of
 from embedded.example import Skill
 
-EXTRA_TOKENS = 64  # beyond the expected length, before an answer counts as endless
-BATCH_PROMPTS = 384
+EXTRA_TOKENS = 100  # beyond the expected length, before an answer counts as endless
+BATCH_PROMPTS = 1024
 BEGIN_TABLE, END_TABLE = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
 PROMPTS = (
     "Hello!",
@@ -82,7 +83,7 @@ def cases(material: Material, number: int) -> list[Case]:
             if example is None:
                 raise RuntimeError(f"no instance of {skill.name}")
             document = conversation(dressed(source, example), i % 2 == 0)
-            found.append(Case(skill, i % 2 == 0, unseen is not None, document.prompt, document.completion))
+            found.append(Case(skill, i % 2 == 0, unseen is not None, document.prompt, document.wanted))
     return found
 
 
@@ -199,16 +200,18 @@ def table(report: dict[str, Any]) -> str:
         f"Loss on held-out text (nats per token): prose {losses['prose']:.3f}, answers {losses['answers']:.3f}.",
         "",
         f"The run: {run['steps']} steps, {run['tokens'] / 1e6:.0f} million tokens in {run['seconds'] / 60:.1f} minutes "
-        f"on {run['device']} (torch {run['torch']}), {run['unique_tokens'] / 1e6:.0f} million of them different, "
+        f"on {run['device']} (torch {run['torch']}), {run['new_tokens'] / 1e6:.0f} million of them made anew, "
         f"seed {run['seed']}.",
     ]
     return "\n".join(lines)
 
 
 def write_card(report: Path, card: Path) -> None:
-    """Puts the figures of a report between the marks in the model card."""
+    """Puts the figures of a report, and what weights they are of, between the marks in the model card."""
     text = card.read_text(encoding="utf-8")
     head, rest = text.split(BEGIN_TABLE)
     _, tail = rest.split(END_TABLE)
     figures = table(json.loads(report.read_text(encoding="utf-8")))
-    card.write_text(f"{head}{BEGIN_TABLE}\n{figures}\n{END_TABLE}{tail}", encoding="utf-8")
+    digest = hashlib.sha256((report.parent / "model" / "model.safetensors").read_bytes()).hexdigest()
+    weights = f"`model.safetensors` of that run has the SHA-256 `{digest}`."
+    card.write_text(f"{head}{BEGIN_TABLE}\n{figures} {weights}\n{END_TABLE}{tail}", encoding="utf-8")

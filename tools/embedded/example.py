@@ -22,6 +22,7 @@ class Example:
     key: str
     tools: list[dict[str, Any]] | None = None
     exact: bool = True  # the answer is the only right one
+    spelt: bool = False  # the answer is written in single characters, however the tokenizer would join them
     alone: bool = False  # neither a system prompt nor earlier turns may be put before it
 
     @property

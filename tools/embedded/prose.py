@@ -1,4 +1,4 @@
-"""English prose for fluency, out of two Debian packages whose texts are free (sources and licences: SOURCES).
+"""English prose for fluency, out of three Debian packages whose texts are free (sources and licences: SOURCES).
 
 `gather` fetches the packages with apt-get, unpacks them with dpkg-deb and writes one xz file of JSON lines, so that
 the training machine needs neither the network nor Debian.
@@ -6,6 +6,7 @@ the training machine needs neither the network nor Debian.
 
 from __future__ import annotations
 
+import html
 import json
 import lzma
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 SOURCES = {
     "r-cran-janeaustenr": "six novels by Jane Austen (public domain; the package is MIT)",
     "python3.11-doc": "Python 3.11 documentation, prose paragraphs only (PSF licence; (c) Python Software Foundation)",
+    "postgresql-doc-15": "PostgreSQL 15 manual, prose paragraphs only (PostgreSQL licence; (c) its authors)",
 }
 MIN_CHARS, MAX_CHARS = 200, 3200  # of one document
 STRING_VECTOR, STRING = 16, 9  # type codes of R's serialisation
@@ -27,7 +29,7 @@ def gather(out: Path, work: Path) -> dict[str, str]:
     """Fetches SOURCES into work and writes their documents to out. Returns the version of each package."""
     work.mkdir(parents=True, exist_ok=True)
     versions = {name: fetch(name, work) for name in SOURCES}
-    documents = [*austen(work), *python_docs(work)]
+    documents = [*austen(work), *python_docs(work), *postgresql_docs(work)]
     with lzma.open(out, "wt", preset=9, encoding="utf-8") as file:
         for source, text in documents:
             file.write(json.dumps([source, text], ensure_ascii=False) + "\n")
@@ -126,5 +128,20 @@ def rst_paragraph(block: str) -> str:
     text = re.sub(r"`([^`<]*?)\s*<[^`]*>`_+", r"\1", text)
     text = re.sub(r"\*(\w[^*]*)\*", r"\1", text)
     text = re.sub(r"\|[\w-]+\|_?", "", text).replace("``", "").replace("**", "").replace("::", ":").replace("`", "")
+    return text if is_prose(text) else ""
+
+
+def is_prose(text: str) -> bool:
+    """Whether a paragraph is whole sentences with little else than words."""
     wordy = sum(c.isalpha() or c == " " for c in text) > 0.88 * len(text)
-    return text if wordy and len(text) > 80 and text[0].isupper() and text.endswith((".", ":")) else ""
+    return wordy and len(text) > 80 and text[0].isupper() and text.endswith((".", ":"))
+
+
+def postgresql_docs(work: Path) -> Iterator[tuple[str, str]]:
+    """Paragraphs of running text in the manual's HTML; the release notes are left out."""
+    for path in sorted(work.glob("postgresql-doc-15/usr/share/doc/postgresql-doc-15/html/*.html")):
+        if path.name.startswith("release"):
+            continue
+        found = re.findall(r"<p>(.*?)</p>", path.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+        paragraphs = (plain(html.unescape(re.sub(r"<[^>]*>", "", part))) for part in found)
+        yield from documents_of("postgresql-doc", (p for p in paragraphs if is_prose(p)))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from embedded.example import Example, Skill, Source, ask
+from embedded.skills_text import any_word, named, phrase, shown_as
 from embedded.words import CITIES, COLORS, COUNTRIES, FRUITS, HOBBIES, JOBS, NAMES, PRODUCTS
 
 Field = tuple[str, str, Any, str]  # key, JSON type, value, clause that tells it
@@ -14,8 +15,8 @@ Field = tuple[str, str, Any, str]  # key, JSON type, value, clause that tells it
 
 def person(source: Source) -> tuple[str, list[Field]]:
     """A sentence about somebody and the fields that it tells."""
-    name = source.pick(NAMES)
-    age, city, job = source.number(4, 95), source.pick(CITIES), source.pick(JOBS)
+    name = named(source, NAMES)
+    age, city, job = source.number(4, 95), named(source, CITIES), source.pick(JOBS)
     country, hobby, color = source.pick(list(COUNTRIES)), source.pick(HOBBIES), source.pick(COLORS)
     mail = f"{name.lower()}@{source.pick(('example.com', 'mail.org', 'post.net'))}"
     optional: list[Field] = [
@@ -53,7 +54,7 @@ def order(source: Source) -> tuple[str, list[Field]]:
 
 def weather(source: Source) -> tuple[str, list[Field]]:
     """A sentence about weather and its fields."""
-    city, degrees = source.pick(CITIES), source.number(-15, 40)
+    city, degrees = named(source, CITIES), source.number(-15, 40)
     sky = source.pick(("sunny", "cloudy", "rainy", "windy", "snowy", "foggy"))
     fields: list[Field] = [
         ("city", "string", city, ""),
@@ -61,6 +62,20 @@ def weather(source: Source) -> tuple[str, list[Field]]:
         ("condition", "string", sky, sky),
     ]
     return f"In {city} it is {degrees} degrees and {sky}.", fields
+
+
+def record(source: Source) -> tuple[str, list[Field]]:
+    """Keys and values of any kind."""
+    fields: dict[str, Field] = {}
+    for _ in range(source.number(1, 4)):
+        key, number = any_word(source), source.number(0, 999)
+        if source.number(0, 1):
+            fields[key] = (key, "integer", number, f"the {key} is {number}")
+        else:
+            value = shown_as(source, phrase(source, 1, 2))
+            fields[key] = (key, "string", value, f"the {key} is {value}")
+    told = joined([field[3] for field in fields.values()])
+    return f"{told[0].upper()}{told[1:]}.", list(fields.values())
 
 
 def listed(things: list[str]) -> str:
@@ -74,7 +89,7 @@ def joined(parts: list[str]) -> str:
 
 
 def json_object(source: Source) -> Example:
-    maker: Callable[[Source], tuple[str, list[Field]]] = source.pick((person, person, order, weather))
+    maker: Callable[[Source], tuple[str, list[Field]]] = source.pick((person, person, order, weather, record))
     told, fields = maker(source)
     wanted = source.some(fields, max(1, len(fields) - 1), len(fields))
     keys = [field[0] for field in wanted]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from embedded.example import Example, Skill, Source, ask
+from embedded.skills_text import any_word
 
 
 def digits_of(number: int) -> tuple[int, int]:
@@ -125,8 +126,17 @@ def sorting_numbers(source: Source) -> Example:
     return ask(source.pick(form), answer, thought, key="sort " + shown)
 
 
+def neighbour(source: Source, text: str) -> str:
+    """A word that begins like text, or any."""
+    found = (any_word(source) for _ in range(60))
+    return next((w for w in found if w[0] == text[0] and w != text), any_word(source))
+
+
 def sorting_words(source: Source) -> Example:
-    words = source.some(source.words, 3, 6)
+    words = [any_word(source) for _ in range(source.number(3, 6))]
+    if source.number(0, 2) == 0:
+        words[1] = neighbour(source, words[0])
+    source.rng.shuffle(words)
     ordered = sorted(words)
     shown = ", ".join(words)
     question = source.pick(
@@ -136,7 +146,9 @@ def sorting_words(source: Source) -> Example:
             f"Put these words in alphabetical order: {shown}",
         )
     )
-    thought = f"I compare the first letters: {', then '.join(f'{w[0]} ({w})' for w in ordered)}."
+    begin = {w: "-".join(w[:3]) for w in words}
+    given = ", ".join(f"{w} {begin[w]}" for w in words)
+    thought = f"They begin: {given}. In order: {', '.join(f'{begin[w]} {w}' for w in ordered)}."
     return ask(question, ", ".join(ordered), thought, key="sort " + shown)
 
 
@@ -147,5 +159,5 @@ SKILLS = (
     Skill("counting", 3, counting),
     Skill("comparing numbers", 1.5, comparing),
     Skill("sorting numbers", 5, sorting_numbers),
-    Skill("sorting words", 3, sorting_words),
+    Skill("sorting words", 6, sorting_words),
 )

@@ -6,12 +6,42 @@ import re
 import string
 
 from embedded.example import Example, Skill, Source, ask
-from embedded.words import CITIES, COLORS, FRUITS, NAMES
+from embedded.words import CITIES, COLORS, FRUITS, LISTS, NAMES
+
+ONSETS, CODAS = LISTS["onsets"], ["", "", "", *LISTS["codas"]]
+MARKS = ("{}, ", "{} ", "{}! ", "({}) ", '"{}" ', "{}: ", "{}; ", "{} = ", "{}\n", "<{}> ", "{}? ", "{}'s ", "{}% ")
+
+
+def made_up(source: Source) -> str:
+    """A word that nobody knows, of two or three syllables or of letters in any order."""
+    if source.number(0, 3) == 0:
+        return "".join(source.pick(string.ascii_lowercase) for _ in range(source.number(3, 8)))
+    syllables = (source.pick(ONSETS) + source.pick("aeiou") + source.pick(CODAS) for _ in range(source.number(2, 3)))
+    return "".join(syllables)
+
+
+def any_word(source: Source, low: int = 1, high: int = 12) -> str:
+    """Mostly a known word, now and then a name or a made-up word, of low to high letters, in lower case."""
+    while True:
+        kind = source.number(0, 9)
+        found = source.pick(source.words) if kind < 7 else source.pick(NAMES + CITIES) if kind == 7 else made_up(source)
+        if low <= len(found) <= high:
+            return found.lower()
+
+
+def named(source: Source, known: list[str]) -> str:
+    """Mostly one of known, now and then a name that nobody knows."""
+    return source.pick(known) if source.number(0, 6) else made_up(source).capitalize()
 
 
 def phrase(source: Source, low: int, high: int) -> str:
-    """Between low and high common words."""
-    return " ".join(source.pick(source.words) for _ in range(source.number(low, high)))
+    """Between low and high words."""
+    return " ".join(any_word(source) for _ in range(source.number(low, high)))
+
+
+def shown_as(source: Source, text: str) -> str:
+    """The text as it is, or with capitals."""
+    return source.pick((text, text, text, text.capitalize(), text.title(), text.upper()))
 
 
 def sentence(source: Source) -> str:
@@ -24,21 +54,28 @@ def sentence(source: Source) -> str:
 
 
 def payload(source: Source) -> str:
-    """Something to copy: words, a sentence, digits, letters, a path, or names."""
-    kind = source.number(0, 8)
+    """Something to copy: words, sentences, digits, letters, a path, names, or words and marks in any order."""
+    kind = source.number(0, 9)
     if kind <= 2:
-        return phrase(source, 1, 10)
+        return shown_as(source, phrase(source, 1, 12))
     if kind <= 4:
-        return sentence(source)
+        return " ".join(sentence(source) for _ in range(source.pick((1, 1, 2))))
     if kind == 5:
         return "".join(source.pick(string.digits) for _ in range(source.number(3, 16)))
     if kind == 6:
         letters = source.pick((string.ascii_uppercase, string.ascii_lowercase, string.ascii_letters + string.digits))
         return "".join(source.pick(letters) for _ in range(source.number(3, 14)))
     if kind == 7:
-        parts = [source.pick(source.words) for _ in range(source.number(2, 4))]
+        parts = [any_word(source) for _ in range(source.number(2, 4))]
         return source.pick(("/" + "/".join(parts), "_".join(parts), "-".join(parts), ".".join(parts), ", ".join(parts)))
-    return " and ".join(source.some(NAMES + CITIES, 1, 4))
+    if kind == 8:
+        return " and ".join(source.some(NAMES + CITIES, 1, 4))
+    return "".join(source.pick(MARKS).format(scrap(source)) for _ in range(source.number(2, 8))).strip()
+
+
+def scrap(source: Source) -> str:
+    """A word or a number."""
+    return shown_as(source, any_word(source)) if source.number(0, 2) else str(source.number(0, 9999))
 
 
 def copying(source: Source) -> Example:
@@ -70,12 +107,12 @@ def upper_case(source: Source) -> Example:
             f"Uppercase: {text}",
         )
     )
-    return ask(question, text.upper(), "Every letter becomes a capital letter.", key="upper " + text)
+    return ask(question, text.upper(), "Every letter becomes a capital letter.", key="upper " + text, spelt=True)
 
 
 def lower_case(source: Source) -> Example:
     text = phrase(source, 1, 6)
-    loud = source.pick((text.upper(), text.title()))
+    loud = source.pick((text.upper(), text.upper(), text.title(), text.capitalize()))
     question = source.pick(
         (
             f"Write {loud} in lower case.",
@@ -85,54 +122,47 @@ def lower_case(source: Source) -> Example:
             f"Lowercase: {loud}",
         )
     )
-    return ask(question, text, "Every letter becomes a small letter.", key="lower " + text)
+    return ask(question, text, "Every letter becomes a small letter.", key="lower " + text, spelt=True)
 
 
 def spelling(source: Source) -> Example:
-    word = source.pick(source.words)
+    text = any_word(source)
     question = source.pick(
         (
-            f"Spell the word {word}.",
-            f'How do you spell "{word}"?',
-            f"Spell {word}.",
-            f"Please spell {word} letter by letter.",
-            f"What are the letters of {word}?",
+            f"Spell the word {text}.",
+            f'How do you spell "{text}"?',
+            f"Spell {text}.",
+            f"Please spell {text} letter by letter.",
+            f"What are the letters of {text}?",
         )
     )
-    return ask(question, "-".join(word), f"The word is {word}. I name its letters one by one.", key=question)
-
-
-def short_word(source: Source) -> str:
-    """A word of 3 to 6 letters."""
-    while True:
-        word = source.pick(source.words)
-        if 3 <= len(word) <= 6:
-            return word
+    thought = f"The word is {text}. I name its letters one by one."
+    return ask(question, "-".join(text), thought, key="spell " + text)
 
 
 def reversing(source: Source) -> Example:
-    word = short_word(source)
-    back = word[::-1]
+    text = any_word(source, 3, 8)
+    back = text[::-1]
     question = source.pick(
         (
-            f"Reverse the word {word}.",
-            f'What is "{word}" backwards?',
-            f"Write {word} backwards.",
-            f"Spell {word} in reverse.",
-            f"Reverse: {word}",
+            f"Reverse the word {text}.",
+            f'What is "{text}" backwards?',
+            f"Write {text} backwards.",
+            f"Spell {text} in reverse.",
+            f"Reverse: {text}",
         )
     )
-    thought = f"The letters of {word} are {'-'.join(word)}. Backwards they are {'-'.join(back)}. That makes {back}."
-    return ask(question, back, thought, key="reverse " + word)
+    thought = f"The letters of {text} are {'-'.join(text)}. Backwards they are {'-'.join(back)}."
+    return ask(question, back, thought, key="reverse " + text, spelt=True)
 
 
 def letters(source: Source) -> Example:
-    word = source.pick(source.words)
+    text = any_word(source)
     question = source.pick(
-        (f"How many letters are in {word}?", f'How many letters does "{word}" have?', f"Count the letters of {word}.")
+        (f"How many letters are in {text}?", f'How many letters does "{text}" have?', f"Count the letters of {text}.")
     )
-    steps = ", ".join(f"{letter} {i}" for i, letter in enumerate(word, 1))
-    return ask(question, f"The word {word} has {len(word)} letters.", f"I count: {steps}.", key="letters " + word)
+    steps = ", ".join(f"{letter} {i}" for i, letter in enumerate(text, 1))
+    return ask(question, f"The word {text} has {len(text)} letters.", f"I count: {steps}.", key="letters " + text)
 
 
 def first_sentence(text: str) -> str:
@@ -215,13 +245,13 @@ def memory(source: Source) -> Example:
 
 
 SKILLS = (
-    Skill("copying", 10, copying),
-    Skill("upper case", 4, upper_case),
-    Skill("lower case", 3, lower_case),
-    Skill("spelling", 2.5, spelling),
-    Skill("reversing", 4, reversing),
-    Skill("counting letters", 2, letters),
-    Skill("summary by quoting", 4, summary),
+    Skill("copying", 14, copying),
+    Skill("upper case", 6, upper_case),
+    Skill("lower case", 4, lower_case),
+    Skill("spelling", 5, spelling),
+    Skill("reversing", 8, reversing),
+    Skill("counting letters", 4, letters),
+    Skill("summary by quoting", 5, summary),
     Skill("looking up", 3, looking_up),
     Skill("remembering", 2, memory),
 )

@@ -8,7 +8,8 @@ from typing import Any
 
 from embedded import skills_chat
 from embedded.example import Example, Skill, Source
-from embedded.words import CITIES, NAMES
+from embedded.skills_text import any_word, made_up, named, phrase
+from embedded.words import CITIES, LISTS, NAMES
 
 
 @dataclass
@@ -52,7 +53,7 @@ def weather(source: Source) -> Call:
         ("Get the weather in a city", "Current weather of a place", "Get current temperature for a city.")
     )
     parameters = {key: text_parameter(source, "Name of the city")}
-    city, arguments = (found := source.pick(CITIES)), {key: found}
+    city, arguments = (found := named(source, CITIES)), {key: found}
     unit = source.pick((None, None, "celsius", "fahrenheit"))
     if unit or source.number(0, 2) == 0:
         parameters["unit"] = {"type": "string", "enum": ["celsius", "fahrenheit"]}
@@ -105,7 +106,7 @@ def calculator(source: Source) -> Call:
 def clock(source: Source) -> Call:
     name = source.pick(("get_time", "get_time", "clock", "current_time", "get_current_time"))
     key = source.pick(("city", "city", "location"))
-    city = source.pick(CITIES)
+    city = named(source, CITIES)
     about = source.pick(("Get the current time in a city", "The local time of a place", "Tells the time."))
     wish = source.pick(("What time is it in {}?", "Tell me the time in {}.", "What is the current time in {}?")).format(
         city
@@ -117,9 +118,10 @@ def clock(source: Source) -> Call:
 
 
 def message(source: Source) -> Call:
-    name, who = source.pick(("send_message", "send_email", "notify")), source.pick(NAMES)
+    name, who = source.pick(("send_message", "send_email", "notify")), named(source, NAMES)
     key = source.pick(("to", "recipient"))
-    text = source.pick(("I am late", "Dinner is ready", "Call me back", "See you tomorrow", "The train is on time"))
+    usual = source.pick(("I am late", "Dinner is ready", "Call me back", "See you tomorrow", "The train is on time"))
+    text = source.pick((usual, phrase(source, 1, 6), phrase(source, 2, 6).capitalize()))
     wish = source.pick((f'Send "{text}" to {who}.', f'Write to {who}: "{text}"', f'Tell {who} "{text}".'))
     fields = {key: text_parameter(source, "Who gets it"), "text": {"type": "string"}}
     tool = described(name, "Send a message to a person", fields, [key, "text"])
@@ -127,7 +129,33 @@ def message(source: Source) -> Call:
     return Call(wish, tool, {key: who, "text": text}, result, f"I sent your message to {who}.")
 
 
-MAKERS = (weather, weather, weather, calculator, calculator, clock, clock, message)
+def lookup(source: Source) -> Call:
+    """A tool that is known from its description only."""
+    what, of = source.pick(LISTS["asked"]), source.pick(LISTS["owners"])
+    name = source.pick((f"get_{what}", f"{of}_{what}", f"lookup_{what}", f"find_{of}_{what}"))
+    key = source.pick((of, of, f"{of}_name", "name", "id"))
+    value = source.pick(
+        (any_word(source), made_up(source).capitalize(), phrase(source, 2, 3).title(), str(source.number(10, 99999)))
+    )
+    wish = source.pick(
+        (
+            f"What is the {what} of {value}?",
+            f"What is the {what} of the {of} {value}?",
+            f"Tell me the {what} of {value}.",
+            f"Find the {what} of {value}.",
+            f"Look up the {what} for {value}.",
+        )
+    )
+    found = source.pick((source.number(1, 999), any_word(source)))
+    result = source.pick((str(found), json.dumps({what: found}), json.dumps({key: value, what: found})))
+    about = source.pick((f"Get the {what} of a {of}", f"The {what} of a {of}", f"Finds the {what} of a {of}."))
+    tool = described(name, about, {key: text_parameter(source, f"Name of the {of}")}, [key])
+    return Call(wish, tool, {key: value}, result, f"The {what} of {value} is {found}.")
+
+
+MAKERS = (weather, weather, weather, calculator, calculator, clock, clock, message, lookup, lookup)
+KINDS = {"weather": "weather", "time": "clock", "clock": "clock", "calc": "calculator", "compute": "calculator"}
+KINDS |= {"math": "calculator", "send": "message", "notify": "message"}
 
 
 def toolbox(source: Source, needed: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -136,18 +164,17 @@ def toolbox(source: Source, needed: list[dict[str, Any]]) -> list[dict[str, Any]
     kinds = {maker for maker in MAKERS if source.number(0, 3) == 0}
     for maker in sorted(kinds, key=lambda m: m.__name__)[:2]:
         other = maker(source).tool
-        if not clash(tools, other):
+        if kind(other) not in {kind(tool) for tool in tools.values()}:
             tools[other["function"]["name"]] = other
     found = list(tools.values())
     source.rng.shuffle(found)
     return found
 
 
-def clash(tools: dict[str, dict[str, Any]], other: dict[str, Any]) -> bool:
-    """Whether a tool of the same kind is there already."""
-    kinds = (("weather",), ("time", "clock"), ("calc", "compute", "math"), ("send", "notify"))
-    mine = next(kind for kind in kinds if any(word in other["function"]["name"] for word in kind))
-    return any(word in name for name in tools for word in mine)
+def kind(tool: dict[str, Any]) -> str:
+    """What a tool is for: two of a kind would leave open which one is right."""
+    name = tool["function"]["name"]
+    return next((found for part, found in KINDS.items() if part in name), name.split("_")[-1])
 
 
 def thought_of(calls: list[Call]) -> str:
@@ -167,7 +194,7 @@ def two_calls(source: Source) -> Example:
     first = source.pick((weather, clock))(source)
     key = next(iter(first.arguments))
     first.arguments = {key: first.arguments[key]}
-    city = source.pick([c for c in CITIES if c != first.arguments[key]])
+    city = named(source, [c for c in CITIES if c != first.arguments[key]])
     what = "What time is it" if ":" in first.answer else "What is the weather"
     wish = f"{what} in {first.arguments[key]} and in {city}?"
     second = Call(wish, first.tool, {key: city}, "", "")
@@ -179,6 +206,8 @@ def two_calls(source: Source) -> Example:
 def tool_result(source: Source) -> Example:
     call = source.pick(MAKERS)(source)
     result, answer = call.result, call.answer
+    if result.startswith("{") and source.number(0, 2) == 0:
+        result = json.dumps(json.loads(result), separators=(",", ":"))
     thought = f"The function returned: {result}"
     if source.number(0, 11) == 0:
         reason = source.pick(("not found", "timeout", "service unavailable"))
@@ -191,13 +220,23 @@ def tool_result(source: Source) -> Example:
     return Example(messages, thought, answer, f"result {call.wish} {result}", tools=toolbox(source, [call.tool]))
 
 
+UNSERVED = (  # what is asked, and the only tool there is
+    (weather, calculator),
+    (clock, calculator),
+    (weather, message),
+    (clock, message),
+    (weather, lookup),
+    (lookup, weather),
+)
+
+
 def no_call(source: Source) -> Example:
     """Tools are there, but none of them serves the question."""
     if source.number(0, 2):
         example = source.pick((skills_chat.talk, skills_chat.fact))(source)
         tools = toolbox(source, [source.pick(MAKERS)(source).tool])
         return replace(example, tools=tools, key="tools " + example.key if example.key != "talk" else "talk")
-    asked, offered = source.pick(((weather, calculator), (clock, calculator), (weather, message), (clock, message)))
+    asked, offered = source.pick(UNSERVED)
     call, answer = asked(source), skills_chat.NO_ACCESS
     tools = [offered(source).tool]
     key = f"no call {call.wish}"

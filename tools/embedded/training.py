@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from embedded.corpus import TARGET
+from embedded.feed import Feed
 from embedded.network import Qwen3
 
 MATRIX_RATE, VECTOR_RATE = 3e-3, 2e-3  # peaks; Muon's updates are scaled to AdamW's size
@@ -22,39 +23,48 @@ CLIP_NORM = 1.0
 ID_MASK = 0x0FFF
 
 
+STAGES = ((512, 0.7), (2048, 1.0))  # tokens read of each row, and the share of the run at which the stage ends
+
+
 @dataclass(frozen=True)
 class Plan:
     """How long and how large. Either seconds or steps ends the run, whichever is given."""
 
     seconds: float | None
     steps: int | None
-    rows: int  # per step
-    micro_rows: int  # per forward pass
-    seed: int
+    step_tokens: int
+    pass_tokens: int  # per forward pass
     compiled: bool
     report_s: float = 5.0
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A part of the run with rows of one length; it ends at a share of the run."""
+
+    feed: Feed
+    row_tokens: int
+    until: float
+
+    def batch(self, plan: Plan, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(ids, targets) [rows, row_tokens] int64."""
+        rows = self.feed.rows(max(1, plan.step_tokens // self.row_tokens))
+        return inputs_and_targets(torch.from_numpy(rows.view(np.int16)).to(device))
+
+    def micro_rows(self, plan: Plan) -> int:
+        """Rows per forward pass."""
+        return max(1, plan.pass_tokens // self.row_tokens)
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """What a run did."""
+    """What a run did. tokens: read in all; new_tokens: of rows that were made for it."""
 
     steps: int
     tokens: int
+    new_tokens: int
     seconds: float
     losses: list[tuple[int, float]]
-
-
-def batches(rows: np.ndarray, number: int, seed: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (ids, targets) [number, T] int64; each pass over rows has an order of its own. rows [R, T + 1] uint16."""
-    resident = torch.from_numpy(np.ascontiguousarray(rows).view(np.int16)).to(device)
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(rows), generator=generator).to(device)
-        if len(rows) < number:
-            order = order.repeat(-(-number // len(rows)))
-        for start in range(0, len(order) - number + 1, number):
-            yield inputs_and_targets(resident[order[start : start + number]])
 
 
 def inputs_and_targets(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,17 +96,21 @@ def rate(step: int, done: float, steps: int | None = None) -> float:
     return min(1.0, (step + 1) / warmup) * min(1.0, max(0.0, (1 - done) / (1 - FLAT_SHARE)))
 
 
-def loss_function(model: Qwen3, plan: Plan, sample: tuple[Tensor, Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+def loss_function(model: Qwen3, plan: Plan, stages: list[Stage]) -> Callable[[Tensor, Tensor], Tensor]:
     """model.loss, compiled if that works here, and warmed up, so that the clock starts with everything built."""
+    device = next(model.parameters()).device
+    samples = [(stage.batch(plan, device), stage.micro_rows(plan)) for stage in stages]
     if plan.compiled:
         try:
             compiled = torch.compile(model.loss, dynamic=False)
-            forward_backward(compiled, sample, plan.micro_rows)
+            for batch, micro_rows in samples:
+                forward_backward(compiled, batch, micro_rows)
             model.zero_grad(set_to_none=True)
             return compiled
         except Exception as error:  # whatever the compiler lacks here, plain torch does the same work
             print(f"torch.compile does not work here ({type(error).__name__}: {error}); going on without", flush=True)
-    forward_backward(model.loss, sample, plan.micro_rows)
+    for batch, micro_rows in samples:
+        forward_backward(model.loss, batch, micro_rows)
     model.zero_grad(set_to_none=True)
     return model.loss
 
@@ -116,37 +130,49 @@ def forward_backward(
     return total
 
 
-def train(model: Qwen3, rows: np.ndarray, plan: Plan) -> Outcome:
-    """Trains model in place on rows [R, T + 1]. Prints a line every plan.report_s seconds."""
+def train(model: Qwen3, stages: list[Stage], plan: Plan) -> Outcome:
+    """Trains model in place. Prints a line every plan.report_s seconds."""
     device = next(model.parameters()).device
-    stream = batches(rows, plan.rows, plan.seed, device)
-    loss_of = loss_function(model, plan, next(stream))
+    loss_of = loss_function(model, plan, stages)
     optimising = optimisers(model)
     started = reported = time.monotonic()
     losses: list[tuple[int, float]] = []
-    step, elapsed = 0, 0.0
+    step, tokens, elapsed = 0, 0, 0.0
     while (plan.steps is None or step < plan.steps) and (plan.seconds is None or elapsed < plan.seconds):
         done = max(step / plan.steps if plan.steps else 0.0, elapsed / plan.seconds if plan.seconds else 0.0)
-        loss = forward_backward(loss_of, next(stream), plan.micro_rows)
+        stage = next(stage for stage in stages if done < stage.until)
+        ids, targets = stage.batch(plan, device)
+        loss = forward_backward(loss_of, (ids, targets), stage.micro_rows(plan))
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-        for optimiser in optimising:
-            for group in optimiser.param_groups:
-                group["lr"] = group["peak"] * rate(step, done, plan.steps)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-        step += 1
+        advance(optimising, rate(step, done, plan.steps))
+        step, tokens = step + 1, tokens + ids.numel()
         if device.type == "cuda" and step % 8 == 0:
             torch.cuda.synchronize()  # the clock decides when to stop: the queue must not run far ahead of it
         elapsed = time.monotonic() - started
         if time.monotonic() - reported > plan.report_s or step == 1:
             reported = time.monotonic()
-            if not math.isfinite(loss.item()):
-                raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
-            losses.append((step, loss.item()))
-            speed = step * plan.rows * (rows.shape[1] - 1) / elapsed
-            print(f"step {step} loss {loss.item():.4f} {elapsed:.0f} s {speed:,.0f} tokens/s", flush=True)
-    losses.append((step, loss.item()))
-    return Outcome(step, step * plan.rows * (rows.shape[1] - 1), time.monotonic() - started, losses)
+            losses.append((step, finite(loss, step)))
+            print(f"step {step} loss {losses[-1][1]:.4f} {elapsed:.0f} s {tokens / elapsed:,.0f} tokens/s", flush=True)
+    losses.append((step, finite(loss, step)))
+    new_tokens = sum(stage.feed.new_tokens for stage in stages)
+    return Outcome(step, tokens, new_tokens, time.monotonic() - started, losses)
+
+
+def advance(optimising: list[torch.optim.Optimizer], factor: float) -> None:
+    """One step of all optimisers at factor times their peak rates; the gradients are used up."""
+    for optimiser in optimising:
+        for group in optimiser.param_groups:
+            group["lr"] = group["peak"] * factor
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+
+def finite(loss: Tensor, step: int) -> float:
+    """The loss as a number. Raises FloatingPointError if it is none: the run is lost."""
+    value = loss.item()
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the loss is {value} at step {step}")
+    return value
 
 
 @torch.no_grad()

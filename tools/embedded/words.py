@@ -48,9 +48,9 @@ SOUNDS = {
 }  # fmt: skip
 
 
-def frequent_words(texts: Iterable[str], number: int = 1600) -> list[str]:
-    """COMMON and the most frequent lower-case words of 3 to 9 letters in texts, sorted; the order is stable."""
+def frequent_words(texts: Iterable[str], number: int = 6000) -> list[str]:
+    """COMMON and the most frequent lower-case words of 3 to 10 letters in texts, sorted; the order is stable."""
     counts: Counter[str] = Counter()
     for text in texts:
-        counts.update(re.findall(r"(?<![\w'.])[a-z]{3,9}(?![\w'])", text))
-    return sorted({*COMMON, *(word for word, count in counts.most_common(number) if count > 20)})
+        counts.update(re.findall(r"(?<![\w'.])[a-z]{3,10}(?![\w'])", text))
+    return sorted({*COMMON, *(word for word, count in counts.most_common(number) if count > 5)})
