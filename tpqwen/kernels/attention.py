@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from tpqwen.kernels.attention_table import DecodePlan, decode_plan, num_splits
-from tpqwen.kernels.launch import launch_options, prefetch_l2, release_next, wait_previous
+from tpqwen.kernels.launch import fitting_stages, launch_options, prefetch_l2, release_next, wait_previous
 
 COMBINE_FLOATS = 8192  # partial sums that the combining program holds at a time
 LINE_ELEMENTS = tl.constexpr(64)  # of 2 bytes: one 128-byte cache line
@@ -300,6 +300,7 @@ def _constants(plan: DecodePlan, splits: int, group: int, k_cache: torch.Tensor)
     """What the kernel is compiled for."""
     _, kv_heads, block_size, head_dim = k_cache.shape
     padded = max(2, triton.next_power_of_2(group))
+    tile = min(plan.tile, block_size)
     return {
         "PREFETCH": plan.prefetch if k_cache.is_cuda else 0,
         "HOLD": plan.hold,
@@ -307,8 +308,8 @@ def _constants(plan: DecodePlan, splits: int, group: int, k_cache: torch.Tensor)
         "G": group,
         "GP": max(16, padded),
         "GS": padded,
-        "SHAPE": (block_size, head_dim, min(plan.tile, block_size)),
-        "STAGES": plan.stages,
+        "SHAPE": (block_size, head_dim, tile),
+        "STAGES": fitting_stages(plan.stages, 2 * tile * head_dim * k_cache.itemsize),
         "S": splits,
         "S_POW2": max(2, triton.next_power_of_2(splits)),
         "MIN_TILES": plan.min_tiles,

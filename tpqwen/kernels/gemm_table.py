@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+from tpqwen.kernels.launch import fitting_stages
+
 MAX_ROWS = 128  # of one launch of our kernels; more go to cuBLAS
 GEMV_ROWS = 4
 NARROWEST = 64  # columns: the smallest block_k, so K must be a multiple of it
 PROGRAMS = 132  # multiprocessors of H100 and H200
-SHARED_BYTES = 227 * 1024  # that one program may take there
 
 
 class Config(NamedTuple):
@@ -137,11 +138,8 @@ def fit(config: Config, rows: int, width: int, itemsize: int = 2) -> Config:
         block_k //= 2
     tiles = width // split // block_k
     stages = min(config.stages, tiles) if config.path == "gemv" else config.stages
-    while (
-        config.path == "dot"
-        and shared_bytes(config._replace(block_k=block_k, stages=stages), rows, itemsize) > SHARED_BYTES
-    ):
-        stages -= 1
+    if config.path == "dot":
+        stages = fitting_stages(stages, shared_bytes(config._replace(block_k=block_k, stages=1), rows, itemsize))
     pieces = max(config.warps * 32 // config.block_n, 1) if config.bulk else 1
     columns = min(config.prefetch, (tiles - stages) * block_k if config.path == "gemv" else tiles * block_k)
     columns -= columns % (pieces * 64)

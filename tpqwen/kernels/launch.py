@@ -28,6 +28,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 PDL_CAPABILITY = (9, 0)
 
 
+SHARED_BYTES = 227 * 1024  # that one program may take on H100 and H200
+
+
+def fitting_stages(stages: int, stage_bytes: int, other_bytes: int = 0) -> int:
+    """Pipeline stages of so many bytes that shared memory holds beside the rest: plans are measured in 16 bits, and
+    float32 takes twice as much."""
+    return max(1, min(stages, (SHARED_BYTES - other_bytes) // stage_bytes))
+
+
 @functools.cache
 def _pdl_supported(index: int) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(index) >= PDL_CAPABILITY

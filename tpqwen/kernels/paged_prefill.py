@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tpqwen.kernels.launch import launch_options, release_next, wait_previous
+from tpqwen.kernels.launch import fitting_stages, launch_options, release_next, wait_previous
 
 PROGRAMS = 264  # that fill a large GPU: two on each of 132 multiprocessors
 MAX_SPLITS = 16
@@ -271,7 +271,7 @@ def paged_prefill(
     _, kv_heads, block_size, _ = k_cache.shape
     plan = plan or PLANS.get(head_dim, SMALL_PLAN)
     queries = max(16, min(plan.queries, triton.next_power_of_2(max_query)))
-    keys = min(plan.keys, block_size)
+    keys, token_bytes = min(plan.keys, block_size), head_dim * k_cache.itemsize
     num_chunks = len(lengths_C)
     assert k_cache.is_contiguous() and v_cache.is_contiguous() and q_TND.stride()[1:] == (head_dim, 1)
     out = torch.empty_like(q_TND, memory_format=torch.contiguous_format) if out is None else out
@@ -295,7 +295,7 @@ def paged_prefill(
         SHAPE=(kv_heads, block_size, head_dim, keys),
         G=num_heads // kv_heads,
         QUERIES=queries,
-        STAGES=plan.stages,
+        STAGES=fitting_stages(plan.stages, 2 * keys * token_bytes, queries * token_bytes),
         CHUNKS=max(16, triton.next_power_of_2(num_chunks + 1)),
         SKIP_FROM=skip_from,
         TMA=plan.tma,
