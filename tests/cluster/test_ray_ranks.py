@@ -152,7 +152,7 @@ def test_a_rank_that_refuses_ends_the_start_at_once_in_its_own_words(ray_cluster
 
 def test_a_rank_that_dies_while_loading_ends_the_start(ray_cluster, checkpoint):
     group = RankGroup(config_for(checkpoint, 2), checkpoint)
-    found = [pid for _, pid in ray.get([actor.where.remote() for actor in group.actors])]
+    found = [where.pid for where in ray.get([actor.where.remote() for actor in group.actors])]
     os.kill(found[1], signal.SIGKILL)
     with pytest.raises(EngineError, match="rank 1"):
         group.load()

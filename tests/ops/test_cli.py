@@ -58,7 +58,7 @@ def flags(capsys, *words):
 @pytest.mark.parametrize("name", ["generate", "chat"])
 def test_the_options_of_a_command_are_a_frozen_list(name, capsys):
     engine = {n for n, (section, _) in option_fields().items() if section != "server"} - {"model"} | {"log"}
-    switches = {"no-random-weights", "no-prefix-cache", "no-deterministic"}
+    switches = {"no-random-weights", "no-prefix-cache", "no-warm-spare", "no-deterministic"}
     expected = {n.replace("_", "-") for n in engine} | switches
     assert flags(capsys, name) == expected | EXTRA_FLAGS[name]
 
