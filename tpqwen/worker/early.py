@@ -3,16 +3,15 @@
 On a machine that never compiled them they take longer than a small model's weights, which only wait for the disk.
 
 What a pass launches is decided in many places by shapes, so nothing here lists kernels: the parts of the first passes
-run on a model of one layer, of the real widths and full of zeros, each part in a thread of its own.
+run on a model of one layer, of the real widths and full of zeros. One after another, in one thread: Triton 3.6 mixes up
+the launchers of kernels that are compiled in several at once.
 """
 
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 
@@ -26,8 +25,6 @@ from tpqwen.worker.runner import Runner
 from tpqwen.worker.sampler import SampleKind
 from tpqwen.worker.slots import MIXED_CHUNKS
 
-THREADS = 8
-SWITCH_S = 1e-4  # compiling threads give the interpreter up all the time, and wait for it so long each time; 5 ms else
 WHOLE = 2048  # tokens of a prompt that is launched kernel by kernel
 NUM_BLOCKS = 2  # of the runner's cache; what is written goes to the null block
 KINDS = (SampleKind(), SampleKind(candidates=True))  # by temperature alone, and with Qwen3's own top_k
@@ -50,27 +47,24 @@ class Alone(TPGroup):
 
 
 @contextmanager
-def compiled_beside(make: Callable[[], list[Part]], threads: int = THREADS) -> Iterator[None]:
-    """While the body runs, make the parts and run each in one of some threads; leaves when all of them are done.
+def compiled_beside(make: Callable[[], list[Part]]) -> Iterator[None]:
+    """While the body runs, make the parts and run them in a thread; leaves when all of them are done.
 
     A part that fails is no error: whoever needs the kernel compiles it again, and there it is one.
     """
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_S)
-    thread = threading.Thread(target=_run, args=(make, threads), name="early", daemon=True)
+    thread = threading.Thread(target=_run, args=(make,), name="early", daemon=True)
     thread.start()
     try:
         yield
     finally:
         thread.join()
-        sys.setswitchinterval(interval)
 
 
-def _run(make: Callable[[], list[Part]], threads: int) -> None:
+def _run(make: Callable[[], list[Part]]) -> None:
     parts: list[Part] = []
     _quietly(lambda: parts.extend(make()))
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(_quietly, parts))
+    for part in parts:
+        _quietly(part)
 
 
 @torch.inference_mode()
