@@ -30,8 +30,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> set[Launch]:
     seen: set[Launch] = set()
     pick = ops._pick
 
-    def watched(name: str, x: torch.Tensor) -> Any:
-        op = pick(name, x)
+    def watched(name: str, x: torch.Tensor, *how: Any) -> Any:
+        op = pick(name, x, *how)
 
         def call(*args: Any, **options: Any) -> Any:
             weights = [a for a in args if isinstance(a, torch.nn.Parameter) and a.dim() == 2]
