@@ -84,7 +84,7 @@ def bundles(config: Config) -> list[dict[str, float]]:
     max_ongoing_requests=4096,
     max_queued_requests=-1,
     health_check_period_s=2,
-    health_check_timeout_s=5,
+    health_check_timeout_s=20,  # late is not dead: on a starved machine the loop may be seconds behind
     graceful_shutdown_timeout_s=90,
 )
 @serve.ingress()

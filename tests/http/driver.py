@@ -43,11 +43,11 @@ class Connection:
     complete: bool = False
     stuck: bool = False  # the client takes nothing more
     method: str = "POST"
+    body_read: bool = False
 
     def __post_init__(self) -> None:
         self._gone = asyncio.Event()
         self._changed = asyncio.Event()
-        self._body_read = False
 
     async def run(self) -> None:
         """The exchange; ends when the app returns."""
@@ -82,8 +82,8 @@ class Connection:
         return events("".join(part.decode() for part in self.sent))
 
     async def _receive(self, raw: bytes) -> dict[str, Any]:
-        if not self._body_read:
-            self._body_read = True
+        if not self.body_read:
+            self.body_read = True
             return {"type": "http.request", "body": raw, "more_body": False}
         await self._gone.wait()
         return {"type": "http.disconnect"}

@@ -57,6 +57,9 @@ class FakeEngine:
     def state(self) -> EngineState:
         return self.current
 
+    def check_room(self) -> None:
+        """There is always room."""
+
     async def look(self, timeout_s: float) -> Snapshot | None:
         self.looks += 1
         return self.snapshot

@@ -107,6 +107,27 @@ def test_far_more_than_can_be_served_keeps_all_slots_full_and_is_refused_politel
     run(main)
 
 
+def test_a_full_queue_refuses_before_the_body_is_read() -> None:
+    async def main() -> None:
+        async with site(max_waiting=1) as here:
+            over = asyncio.Event()
+
+            async def client() -> None:
+                while not over.is_set():
+                    await here.ask()
+                    await asyncio.sleep(0.001)
+
+            crowd = [asyncio.create_task(client()) for _ in range(3 * SLOTS)]
+            late = await here.ask()
+            while late.status != 429 or late.body_read:  # between two looks at the queue it may have had room
+                late = await here.ask()
+            over.set()
+            assert json.loads(late.sent[0])["error"]["code"] == "queue_full"
+            await asyncio.gather(*crowd)
+
+    run(main)
+
+
 def test_a_quiet_key_is_never_refused_and_waits_for_its_turn_only() -> None:
     async def main() -> None:
         keys = f"noisy {NOISY}\nquiet {QUIET}"

@@ -156,6 +156,10 @@ class EngineClient:
             if not finished:
                 self.send(Abort(request.id))
 
+    def check_room(self) -> None:
+        """Raises Overloaded (queue_full) when the queue has no room for anybody, so that no work need be done first."""
+        self._gate.check_room()
+
     async def look(self, timeout_s: float) -> Snapshot | None:
         """What the scheduler holds; None while there is no engine, or when it does not answer in time.
 

@@ -69,9 +69,19 @@ class Gate:
         """After each step: how many pages are free or can be had."""
         self._free_tokens = (stats.blocks_free + stats.blocks_cached) * self._block_size
 
+    def check_room(self) -> None:
+        """Whether anybody may enter. Raises Overloaded as `enter` would for an empty prompt of nobody."""
+        self._check("", Queued(), 0)
+
     def enter(self, tenant: str, tokens: int) -> Place:
         """A request with a prompt of so many tokens arrives. Raises Overloaded: queue_full."""
         own = self._tenants.get(tenant) or Queued()
+        self._check(tenant, own, tokens)
+        self._tenants.setdefault(tenant, own).add(1, tokens)
+        self._all.add(1, tokens)
+        return Place(tenant, tokens)
+
+    def _check(self, tenant: str, own: Queued, tokens: int) -> None:
         wait_s = self._expected_wait_s(own)
         text = ""
         if self._is_full(tokens) or (self._patience_s and wait_s > self._patience_s):
@@ -81,9 +91,6 @@ class Gate:
             text = f"this key's share of the queue is full: {own.requests} of its requests are waiting already"
         if text:
             raise Overloaded(text, code="queue_full", retry_after_s=min(max(wait_s, 1.0), LONGEST_RETRY_S))
-        self._tenants.setdefault(tenant, own).add(1, tokens)
-        self._all.add(1, tokens)
-        return Place(tenant, tokens)
 
     def leave(self, place: Place, *, served: bool = True) -> None:
         """It waits no longer. served: it got its first token, so it counts for the pace. Idempotent."""

@@ -94,6 +94,9 @@ class Engine(Protocol):
     def work(self) -> Work:
         """All steps heard of so far; a local value."""
 
+    def check_room(self) -> None:
+        """Raises Overloaded (queue_full) when no request at all would be let in; a local look, before any work."""
+
     async def look(self, timeout_s: float) -> Snapshot | None:
         """What the scheduler holds now; None when the engine does not say so in time. Costs it nothing otherwise."""
 
