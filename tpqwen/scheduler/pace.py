@@ -9,7 +9,7 @@ import math
 
 from tpqwen.step import StepInput, StepStats
 
-STALL = 1.5  # what prompts may add to a step, in decode steps; with the decode rows' own part 2.5 in all
+STALL = 1.2  # what prompts may add to a step, in decode steps; with the decode rows' own part 2.2 in all
 LEAST = 128  # tokens: below it a step is mostly overhead, and the prompt would never get done
 OUTNUMBER = 4  # streams per waiting prompt from which their pace comes first
 NEWEST = 0.2  # weight of the newest measurement
