@@ -166,7 +166,7 @@ class FakeExecutor:
         assert step.decode is not None or self._next_step > 1, "None in the first step of an epoch"
         self.decode = self.decode if step.decode is None else ints(step.decode).tolist()
         used = [*self.decode, *(c.slot for c in step.chunks)]
-        assert used or self.capacity.graphs_ahead, "an empty step"
+        assert used, "an empty step"
         assert len(set(used)) == len(used), "a slot is twice in a step"
         assert len(self.decode) + step.num_chunk_tokens <= self.capacity.max_batched_tokens, "over the budget"
         # as on a device, all of a step's KV is written before anything is read back

@@ -152,7 +152,6 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     max_batched_tokens: int  # tokens in one step, decode rows included
     context_cost: float = 0.0  # how much a token of context adds to the computation of a prompt token
-    graphs_ahead: int = 0  # idle steps in which there is a graph to capture, one in each
     kv_dtype: str = ""
     load_seconds: dict[str, float] = {}  # stage -> seconds: weights, kernels, warmup, kv_alloc
 

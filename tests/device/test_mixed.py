@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 
-from tests.tiny import tiny_checkpoint
 from tpqwen import LLM, SamplingParams
-from tpqwen.config import Config
-from tpqwen.offline import OfflineEngine
 from tpqwen.step import Chunk, packed
-from tpqwen.worker.ahead import captures, num_captures
 from tpqwen.worker.batch import chunk_parts
 from tpqwen.worker.mixed import MixedGraphs, pad
 from tpqwen.worker.slots import MIXED_CHUNKS
@@ -37,52 +30,6 @@ def test_the_tokens_of_a_padded_pass_are_found_in_the_ring() -> None:
     assert Where(3, 5, None).take(ring).tolist() == [0, 1, 2, 3, 4]
     assert Where(3, 5, 8).take(ring).tolist() == [0, 1, 2, 8, 9]
     assert Where(0, 1, 0).take(ring).tolist() == [0]
-
-
-@pytest.mark.gpu
-def test_graphs_captured_ahead_answer_as_those_captured_when_needed() -> None:
-    options = {"dtype": "float32", "device": "cuda", "max_batched_tokens": 70, "max_num_seqs": 8}
-
-    def answers(ahead: bool) -> list[list[int]]:
-        engine = OfflineEngine(Config.load(options, {}))
-        while ahead and engine.core.can_prepare:
-            engine.core.prepare()
-        params = SamplingParams(temperature=0.7, top_k=20, seed=3, max_tokens=30)
-        requests = [engine.request(list(range(3, 3 + n)), params) for n in (5, 17, 60, 100, 250, 8)]
-        found: dict[str, list[int]] = {r.id: [] for r in requests}
-        for deltas in engine.run(requests):
-            for delta in deltas:
-                found[delta.id] += delta.token_ids
-        engine.close()
-        return [found[r.id] for r in requests]
-
-    assert answers(True) == answers(False)
-
-
-def test_there_are_as_many_captures_as_idle_steps_are_made_for() -> None:
-    captured = []
-
-    class Graphs:
-        def prepare(self, *key: object) -> None:
-            captured.append(key)
-
-    graphs: Any = Graphs()
-    for max_rows in (1, 8, 256):
-        captured.clear()
-        for capture in captures(graphs, graphs, max_rows):
-            capture()
-        assert len(captured) == len(set(captured)) == num_captures(max_rows)
-
-
-def test_an_idle_step_captures_one_graph(tmp_path: Path) -> None:
-    engine = OfflineEngine(Config.load({"model": str(tiny_checkpoint(tmp_path)), "device": "cpu"}, {}))
-    worker, done = engine.executor._worker, []
-    assert not engine.core.can_prepare, "there are no graphs on a CPU"
-    worker.graphs.ahead = iter([lambda: done.append(1), lambda: done.append(2)])
-    for count in (1, 2, 2):
-        engine.core.prepare()
-        assert len(done) == count
-    engine.close()
 
 
 @pytest.mark.gpu

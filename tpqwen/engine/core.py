@@ -63,7 +63,6 @@ class EngineCore:
         self._last_collect = clock()
         self._deadlines = Deadlines(compiles=compiles)
         self._pace = Pace(capacity.context_cost)
-        self._prepared = 0  # idle steps made
         self._deltas: list[Delta] = []  # of requests that ended between steps
         self.on_started: Callable[[list[str]], None] | None = None  # hears who is to be computed, before it happens
 
@@ -75,11 +74,6 @@ class EngineCore:
     def has_work(self) -> bool:
         """Whether `step` has something to do: requests, deltas not yet handed out, or steps in flight."""
         return bool(self._deltas or self._in_flight) or self.scheduler.has_work
-
-    @property
-    def can_prepare(self) -> bool:
-        """Whether there is nothing to do for anybody, and something to prepare for whoever comes next."""
-        return self._prepared < self.capacity.graphs_ahead and not self.has_work and not self.draining
 
     @property
     def silent_s(self) -> float:
@@ -138,17 +132,6 @@ class EngineCore:
             deltas.others[:0] = self.take_deltas()
         return StepResult(deltas, stats)
 
-    def prepare(self) -> None:
-        """An idle step: every rank captures one graph ahead. Only when `can_prepare`. Raises as `step` does."""
-        self._prepared += 1
-        step = self.scheduler.idle_step()
-        self.executor.submit(step)
-        output = self.executor.collect(self._deadlines.idle_s)
-        if output.error:
-            raise EngineError(output.error)
-        self.scheduler.update(output)
-        self._last_collect = self._clock()
-
     def restart(self, epoch: int, capacity: Capacity, executor: Executor | None = None) -> None:
         """The ranks are new: forget steps in flight and all cached blocks, recompute what ran. Streams go on.
 
@@ -156,7 +139,6 @@ class EngineCore:
         """
         self.executor = executor or self.executor
         self._in_flight.clear()
-        self._prepared = 0
         self._deadlines.restart()
         self._last_collect = self._clock()
         self._deltas += self.scheduler.reset(epoch, capacity)

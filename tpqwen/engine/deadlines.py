@@ -38,11 +38,6 @@ class Deadlines:
         guided = any(admit.params.guided for admit in step.admits)
         return max(needed, NEW_SHAPE_S) if guided or (self._compiles and new_shape) else needed
 
-    @property
-    def idle_s(self) -> float:
-        """Seconds for a step that computes nothing, in which a rank may compile and capture."""
-        return NEW_SHAPE_S if self._compiles else FLOOR_S
-
     def observe(self, step: StepInput, duration_s: float) -> None:
         """Learn from a step that has ended; the first of an epoch is no measure."""
         if not step.step:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import TypeVar
 
 from tpqwen.engine.core import EngineCore, StepResult
 from tpqwen.engine.messages import (
@@ -38,11 +37,9 @@ from tpqwen.transport.channel import Receiver, Sender
 
 SEND_TIMEOUT_S = 30.0
 IDLE_S = 0.5
-LULL_S = 0.1  # without a request before something is prepared for those to come
 
 _log = logging.getLogger(__name__)
 Attach = Callable[[Resume], Executor]
-T = TypeVar("T")
 
 
 class EngineLoop:
@@ -70,8 +67,6 @@ class EngineLoop:
                 self._take_commands()
                 if self._runs:
                     self._step()
-                elif self._prepares:
-                    self._guarded(self._core.prepare)
         except ConnectionError:
             _log.info("the other end of the engine's channel is gone")
         finally:
@@ -82,14 +77,9 @@ class EngineLoop:
         """Whether there is a step to be made."""
         return self._dead is None and not self._lost and self._core.has_work
 
-    @property
-    def _prepares(self) -> bool:
-        """Whether there is an idle step to be made."""
-        return self._dead is None and not self._lost and self._core.can_prepare
-
     def _take_commands(self) -> None:
         """All commands that are here; waits for one when there is nothing to run."""
-        data = self._commands.recv(0.0 if self._runs else LULL_S if self._prepares else IDLE_S)
+        data = self._commands.recv(0.0 if self._runs else IDLE_S)
         while data is not None and not self._stopped:
             self._handle(decode_command(data))
             data = self._commands.recv(0.0)
@@ -134,19 +124,14 @@ class EngineLoop:
             self._send(Started([request.id]))
             self._break(error)
 
-    def _guarded(self, run: Callable[[], T]) -> T | None:
-        """What it gives; None when it failed, which has been dealt with then."""
+    def _step(self) -> None:
         try:
-            return run()
+            result = self._core.step()
         except EngineError as error:
             self._lose(error)
+            return
         except Exception as error:
             self._break(error)
-        return None
-
-    def _step(self) -> None:
-        result = self._guarded(self._core.step)
-        if result is None:
             return
         if result.deltas or result.stats is not None:
             self._send(Batch(result.deltas, result.stats))

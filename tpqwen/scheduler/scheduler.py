@@ -188,11 +188,6 @@ class Scheduler:
             return None
         return self._commit(draft, decode)
 
-    def idle_step(self) -> StepInput:
-        """A step that computes nothing, for when there is nothing to run and nothing in flight."""
-        assert not self.has_work and not self._flights
-        return self._commit(Draft(), NO_ROWS)
-
     def update(self, output: StepOutput) -> Deltas:
         """Take in the result of the oldest step in flight. Late results of an earlier epoch are dropped.
 

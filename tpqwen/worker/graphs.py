@@ -7,7 +7,7 @@ share one memory pool: only one runs at a time. On a CPU the same calls run eage
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -38,7 +38,6 @@ class DecodeGraphs:
         self.slots = torch.full((max_rows,), self.state.padding_slot, dtype=torch.int32, device=device)
         self._graphs: dict[tuple[int, SampleKind | None], tuple[torch.cuda.CUDAGraph, Sampled | torch.Tensor]] = {}
         self.pool = torch.cuda.graph_pool_handle() if enabled else None
-        self.ahead: Iterator[Callable[[], None]] = iter(())  # what idle steps call, one in each
         self._count = 0
         self._width = self._buckets[0]  # the bucket that holds as many
 
@@ -74,11 +73,6 @@ class DecodeGraphs:
         result = self._replay(NO_SAMPLING)
         assert isinstance(result, torch.Tensor)
         return result[: self._count]
-
-    def prepare(self, width: int, kind: SampleKind) -> None:
-        """Capture the pass of a bucket now, if it has not been."""
-        if (width, kind) not in self._graphs:
-            self._graphs[width, kind] = self._capture(width, kind)
 
     def _replay(self, kind: SampleKind | None) -> Sampled | torch.Tensor:
         key = self._width, kind

@@ -17,7 +17,6 @@ from tpqwen.model.sizing import DTYPE_BYTES, Sizes
 from tpqwen.model.weights import allocate, load_weights, random_weights
 from tpqwen.parallel.group import TPGroup
 from tpqwen.step import Admit, Capacity, Chunk, RowParams, StepInput, packed
-from tpqwen.worker.ahead import num_captures
 from tpqwen.worker.batch import Stager, chunk_parts, eager_chunks, stage
 from tpqwen.worker.early import NUM_BLOCKS, Alone, Part, compiled_beside, first_parts
 from tpqwen.worker.kv_cache import KVCache, block_bytes, blocks_on_cpu, blocks_on_gpu
@@ -72,7 +71,6 @@ def load(config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, 
         max_model_len=sizes.max_model_len,
         max_batched_tokens=sizes.max_batched_tokens,
         context_cost=_context_cost(model_config),
-        graphs_ahead=num_captures(sizes.max_num_seqs) if sizes.device == "cuda" else 0,
         kv_dtype=sizes.dtype,
         load_seconds=clock.seconds,
     )

@@ -53,9 +53,6 @@ class SampleKind:
         return not (self.full or self.edits or self.logprobs)
 
 
-USUAL_KINDS = (SampleKind(), SampleKind(candidates=True))  # by temperature alone, and with Qwen3's own top_k
-
-
 def kind_of(rows: Sequence[RowParams]) -> SampleKind:
     """The least kind that serves all rows."""
     sampled = [p for p in rows if p.temperature >= GREEDY_BELOW]

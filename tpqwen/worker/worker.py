@@ -23,7 +23,6 @@ from tpqwen.model.sizing import Sizes, derive
 from tpqwen.parallel.group import TPGroup
 from tpqwen.request import TokenLogprob
 from tpqwen.step import Capacity, Ints, RankStats, RowParams, StepInput, StepOutput, ints
-from tpqwen.worker.ahead import captures
 from tpqwen.worker.batch import Stager, chunk_parts, eager_chunks, stage, target_part
 from tpqwen.worker.graphs import DecodeGraphs
 from tpqwen.worker.guides import GuideRows
@@ -152,7 +151,7 @@ class Worker:
             busy = p.before.elapsed_time(p.done) / 1e3
         self._busy_s += busy
         tokens = p.where.take(p.tokens)
-        idle = self._idle.after(p.turn, decodes=p.where.count > 0 and not p.step.chunks) if p.done is not None else None
+        idle = self._idle.after(p.turn, decodes=not p.step.chunks) if p.done is not None else None
         logprobs: tuple[tuple[int, TokenLogprob], ...] = ()
         if p.run.logprobs is not None:
             logprobs = tuple(p.run.logprobs.rows([r.logprobs for r in p.run.params]))
@@ -205,8 +204,6 @@ class Worker:
         sizes, cuda = self.sizes, self._device.type == "cuda"
         self.graphs = DecodeGraphs(self.runner, sizes.max_num_seqs, enabled=cuda)
         self.mixed = MixedGraphs(self.runner, self.graphs, sizes.max_num_seqs, sizes.block_size, enabled=cuda)
-        if cuda:
-            self.graphs.ahead = captures(self.graphs, self.mixed, sizes.max_num_seqs)
 
     def close(self) -> None:
         """Leave the group together with the others and free the device."""
@@ -258,9 +255,7 @@ class Worker:
         return Run(params, sampled.logprobs, sampled.prompt_scores, sampled.pooled)
 
     def _decode(self, slots: tuple[int, ...]) -> Run:
-        if not slots:  # an idle step
-            if (capture := next(self.graphs.ahead, None)) is not None:
-                capture()
+        if not slots:
             return NOTHING
         self._turn += 1
         if self._kind.in_graph:
