@@ -61,6 +61,9 @@ def test_stream_that_just_ends_becomes_an_error() -> None:
         def __init__(self, server: Server) -> None:
             self.state, self.capacity = server.engine.state, server.engine.capacity
 
+        def check_room(self) -> None:
+            """There is."""
+
         async def generate(self, request: Any) -> Any:
             yield Delta(id=request.id, index=0, token_ids=ids("Hello")[:1])
 

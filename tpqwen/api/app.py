@@ -204,6 +204,7 @@ class _Api:
             read: Callable[[dict[str, Any]], Call] = lambda body: endpoint.read(body, self._info)  # noqa: E731
             most = limits.max_body_bytes
             with self._access.counted(exchange):
+                self._check_state()
                 self._engine.check_room()  # a refusal must cost less than an answer, or refusing takes all there is
                 call = await read_json(exchange.headers, exchange.receive, most, read=read, long=self._long)
                 work = asyncio.create_task(self._answer(exchange, endpoint, call, running))

@@ -74,12 +74,12 @@ def _attend_chunks(
     where = (ctx.positions_T[ctx.num_decode :], k_cache, v_cache, ctx.cache_slots_T[ctx.num_decode :])
     q_TND = prefill.qk_norm_rope_write(qkv_TF, *norms, *where, k_out=k_TKD)
     out = None if out_TF is None else out_TF.view(q_TND.shape)
+    scratch = _prefill_scratch(*q_TND.shape[1:], q_TND.device)  # here, so that the pass that measures memory counts it
     starts = [0, *itertools.accumulate(rows.num_query)]
     if k_TKD is not None and all(long):
         attended = prefill.fresh_prefill(q_TND, k_TKD, v_TKD, starts, scale)
         return (attended if out is None else out.copy_(attended)).flatten(1)
     tables, skip_from = (rows.tables_CM, rows.query_start, rows.lengths_C), LONG if any(long) else 0
-    scratch = _prefill_scratch(*q_TND.shape[1:], q_TND.device)
     out = paged_prefill.paged_prefill(
         q_TND, k_cache, v_cache, *tables, rows.max_query, scale, skip_from=skip_from, scratch=scratch, out=out
     )
