@@ -199,7 +199,7 @@ def test_malformed_http_ends_at_the_proxy_with_one_answer_at_most(server: Live, 
 
 
 def test_without_a_server_behind_it_the_answer_is_a_503_to_be_retried(tmp_path: Path) -> None:
-    with front(tmp_path / "alone", free_port()) as port:
+    with front(tmp_path / "alone", free_port("127.0.0.1")) as port:
         answer = httpx.get(f"http://127.0.0.1:{port}/v1/models")
     assert (answer.status_code, code(answer), answer.headers["retry-after"]) == (503, "unavailable", "2")
 
