@@ -70,9 +70,7 @@ class RankGroup:
         self._here = str(ray.get_runtime_context().get_node_id())
         self.actors: list[Any] = [self._spawn(rank) for rank in range(config.parallel.tp)]
         self._where: list[Where | None] = [None] * config.parallel.tp  # once known
-        self._spare: tuple[Any, Any] | None = (
-            None  # a process for the next rank that is lost, and the call that asks where
-        )
+        self._spare: tuple[Any, Any] | None = None  # for the next rank that is lost: actor, and the call for its Where
         self._ended: set[tuple[str, int]] = set()  # node and process of those replaced since the last whole group
 
     def load(self) -> Capacity:
@@ -91,8 +89,8 @@ class RankGroup:
         """Replace the suspects, and whoever else does not leave the old group in time; form the next epoch's group.
 
         hung: some rank does not go on, and which one it is shows when all are asked to leave. Survivors keep their
-        weights, everybody forgets the cache. Call it after `load`; then `connect`. Raises
-        ConfigError when the checkpoint cannot be read again, RankDied when another rank dies meanwhile: call it again.
+        weights, everybody forgets the cache. Call it after `load`; then `connect`. Raises ConfigError when the
+        checkpoint cannot be read again, RankDied when another rank dies meanwhile: call it again.
         """
         done, mark = Repair(), time.monotonic()
 

@@ -9,19 +9,17 @@ here: they exist for graphs. Sums are in another order than in the reference, so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 
 from tpqwen.kernels import reference
-from tpqwen.kernels.context import PrefillRows, SlotTensors, StepContext
-from tpqwen.kernels.reference import by_row
+from tpqwen.kernels.context import PrefillRows, StepContext
+from tpqwen.kernels.reference import Op, by_row
 
-Op = Callable[..., Any]
 ONEDNN_FROM = 1 << 19  # elements of a weight; below, calling oneDNN costs more than it saves
 GATHER_ELEMENTS = 1 << 18  # 1 MiB of fp32: keys of one attention call over several rows
 # What torch.compile calls. F.linear(x.to_mkldnn(), w).to_dense() is the public way: the same product and two copies.
@@ -111,20 +109,7 @@ def _attend(
     return out.flatten(1)
 
 
-def head_slices(
-    h_RH: torch.Tensor,
-    norm_H: torch.Tensor,
-    eps: float,
-    weight_VH: torch.Tensor,
-    state: SlotTensors,
-    slots_R: torch.Tensor,
-    first_id: int,
-    num_valid: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """reference.head_slices."""
-    logits_RV = norm_linear(h_RH, norm_H, eps, weight_VH)
-    logits_RV[:, num_valid:] = float("-inf")
-    return reference.noisy_slices(logits_RV, state, slots_R, first_id)
+head_slices = reference.head_of(norm_linear, reference.noisy_slices)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from tpqwen.kernels import prefill, reference, sampling
-from tpqwen.kernels.context import SlotTensors, StepContext
+from tpqwen.kernels.context import StepContext
 from tpqwen.kernels.launch import launch_options, release_next, wait_previous
 from tpqwen.kernels.norm import rms_norm, silu_mul
 
@@ -104,20 +104,8 @@ def linear_add(x_TI: torch.Tensor, weight_HI: torch.Tensor, residual_TH: torch.T
     return _matmul(x_TI, weight_HI, residual_TH)
 
 
-def head_slices(
-    h_RH: torch.Tensor,
-    norm_H: torch.Tensor,
-    eps: float,
-    weight_VH: torch.Tensor,
-    state: SlotTensors,
-    slots_R: torch.Tensor,
-    first_id: int,
-    num_valid: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """reference.head_slices: of the rounded logits, which every other way to sample starts from as well."""
-    logits_RV = norm_linear(h_RH, norm_H, eps, weight_VH)
-    logits_RV[:, num_valid:] = float("-inf")
-    return sampling.noisy_slices(logits_RV, state, slots_R, first_id)
+# Of the rounded logits, which every other way to sample starts from as well.
+head_slices = reference.head_of(norm_linear, sampling.noisy_slices)
 
 
 @triton.jit

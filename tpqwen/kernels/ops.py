@@ -6,17 +6,14 @@ invariant: bits of a row that depend on its own sequence alone (kernels/invarian
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from typing import Any
 
 import torch
 
 from tpqwen.kernels import cpu, reference
 from tpqwen.kernels.context import DecodeInputs, SlotTensors, StepContext
-
-Op = Callable[..., Any]
+from tpqwen.kernels.reference import Op
 
 
 @cache

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from tpqwen.kernels.context import DecodeInputs, SlotTensors, StepContext
 
+Op = Callable[..., Any]
 GREEDY_BELOW = 1e-5  # temperatures under it mean plain argmax, as SamplingParams.greedy
 MAX_CANDIDATES = 64  # the largest top_k that is answered from the best candidates alone
 PHILOX_ROUNDS = 10
@@ -25,7 +26,7 @@ WORD_MASK = 0xFFFFFFFF
 LARGEST_UNIFORM = 1.0 - 2.0**-24
 
 
-def by_row(op: Callable[..., Any], *places: int, copies: int = 1) -> Callable[..., Any]:
+def by_row(op: Op, *places: int, copies: int = 1) -> Op:
     """The operation, with its arguments at `places` taken one row at a time: calls of one shape on storage of its own.
 
     So a library has no occasion to treat a row otherwise than the next, and a row's bits do not depend on its place or
@@ -328,20 +329,29 @@ def has_small_top_k(state: SlotTensors, slots: torch.Tensor) -> torch.Tensor:
     return (top_k > 0) & (top_k <= MAX_CANDIDATES) & (state.temperature[slots] >= GREEDY_BELOW)
 
 
-def head_slices(
-    h_RH: torch.Tensor,
-    norm_H: torch.Tensor,
-    eps: float,
-    weight_VH: torch.Tensor,
-    state: SlotTensors,
-    slots_R: torch.Tensor,
-    first_id: int,
-    num_valid: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Final norm, LM head and noisy_slices over its first num_valid ids."""
-    logits_RV = norm_linear(h_RH, norm_H, eps, weight_VH)
-    logits_RV[:, num_valid:] = float("-inf")
-    return noisy_slices(logits_RV, state, slots_R, first_id)
+def head_of(norm_linear: Op, noisy_slices: Op) -> Op:
+    """head_slices by way of logits in memory, made and drawn from by these two operations."""
+
+    def head_slices(
+        h_RH: torch.Tensor,
+        norm_H: torch.Tensor,
+        eps: float,
+        weight_VH: torch.Tensor,
+        state: SlotTensors,
+        slots_R: torch.Tensor,
+        first_id: int,
+        num_valid: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Final norm, LM head and noisy_slices over its first num_valid ids."""
+        logits_RV = norm_linear(h_RH, norm_H, eps, weight_VH)
+        logits_RV[:, num_valid:] = float("-inf")
+        value_RS, token_RS = noisy_slices(logits_RV, state, slots_R, first_id)
+        return value_RS, token_RS
+
+    return head_slices
+
+
+head_slices = head_of(norm_linear, noisy_slices)
 
 
 def best_slice(value_RS: torch.Tensor, id_RS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,7 +20,7 @@ from tpqwen.kernels.context import SlotTensors
 from tpqwen.kernels.gemm import prefetch_weights
 from tpqwen.kernels.launch import launch_options, release_next, wait_previous
 from tpqwen.kernels.norm import rms_norm
-from tpqwen.kernels.reference import GREEDY_BELOW, MAX_CANDIDATES
+from tpqwen.kernels.reference import GREEDY_BELOW, MAX_CANDIDATES, head_of
 
 NO_ID = tl.constexpr(0x7FFFFFFF)
 COLDEST = tl.constexpr(GREEDY_BELOW)
@@ -370,6 +370,9 @@ def noisy_slices(
     return best, best_id
 
 
+_unfused_head = head_of(gemm.norm_linear, noisy_slices)
+
+
 def head_slices(
     h_RH: torch.Tensor,
     norm_H: torch.Tensor,
@@ -389,9 +392,8 @@ def head_slices(
     """
     rows, hidden = h_RH.shape
     if not 0 < rows <= MAX_FUSED_ROWS or hidden % 64:
-        logits_RV = gemm.norm_linear(h_RH, norm_H, eps, weight_VH)
-        logits_RV[:, num_valid:] = float("-inf")
-        return noisy_slices(logits_RV, state, slots_R, first_id)
+        value_RS, token_RS = _unfused_head(h_RH, norm_H, eps, weight_VH, state, slots_R, first_id, num_valid)
+        return value_RS, token_RS
     assert h_RH.is_contiguous() and weight_VH.is_contiguous(), "head_slices takes contiguous tensors"
     vocab, shift = len(weight_VH), first_id % 4
     place = (vocab, first_id - shift, first_id + num_valid)

@@ -71,7 +71,7 @@ class Pace:
             self._age = self._age + 1 if alike else FRESH
         if stats.prompt_tokens < LEAST or (self._mixed and not mixed):
             return
-        own = self._decode_s if mixed and self._decode_s is not None else 0.0
+        own = (self._decode_s or 0.0) if mixed else 0.0
         work = sum(work_of(c.start, c.num_tokens, self._context_cost) for c in step.chunks)
         self._s_per_work = _mean(self._s_per_work, max(0.0, stats.duration_s - own) / work)
         self._mixed |= mixed
