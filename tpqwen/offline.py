@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 
 from tpqwen.budget import REPAIRS, Budget
-from tpqwen.config import Config
+from tpqwen.config import Config, resolve_device
 from tpqwen.engine.core import EngineCore
 from tpqwen.errors import RankDied
 from tpqwen.executor.local import LocalExecutor
@@ -50,6 +50,7 @@ class OfflineEngine:
             schedule=self.config.schedule,
             prefix_cache=self.config.cache.prefix_cache,
             epoch=getattr(self.executor, "epoch", 0),
+            compiles=resolve_device(self.config.parallel.device) == "cuda",
         )
         core.paced = False
         return core

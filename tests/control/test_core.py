@@ -207,6 +207,20 @@ def test_where_shapes_are_compiled_each_new_one_gets_time_for_it() -> None:
     assert deadlines.of(step_of(9, 4)) == 60.0
 
 
+def test_a_step_gets_the_time_that_the_one_launched_before_its_answer_may_take() -> None:
+    executor = FakeExecutor(tiny_capacity())
+    core = EngineCore(executor, executor.start(), ScheduleOptions(depth=2), compiles=True)
+    core.add(request(0, max_tokens=20))
+    while executor.num_collected < 8:
+        core.step()
+    assert executor.timeouts[-1] == 4.0
+    core.add(request(1))
+    executor.timeouts.clear()
+    core.step()  # launches its prompt beside the row, which is new, and collects the step before it
+    core.step()
+    assert executor.timeouts == [60.0, 60.0]
+
+
 def test_the_first_step_of_an_epoch_gets_what_its_prompts_and_guides_need_as_well() -> None:
     deadlines = Deadlines()
     assert deadlines.of(step_of(0, tokens=2048)) == pytest.approx(4 + 2048 * 0.02)  # a large model on a few cores

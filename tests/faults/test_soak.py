@@ -27,7 +27,7 @@ from tests.http.driver import CHAT, COMPLETIONS
 from tests.http.fake_engine import RecordingHooks
 from tpqwen.api.app import build_app
 from tpqwen.api.info import ModelInfo
-from tpqwen.errors import RequestError
+from tpqwen.errors import EngineError, RequestError
 from tpqwen.executor import processes
 from tpqwen.request import FinishReason, GenerateRequest
 from tpqwen.text.chat import ChatFormat, GenerationDefaults
@@ -100,17 +100,27 @@ class Load:
 
     async def _client(self, number: int) -> None:
         while time.monotonic() < self._until:
-            kind = self._random.randrange(len(self._expected))
-            request = self._served.requests()[kind]
-            dice = self._random.random()
-            if dice < 0.05:
-                await self._leave(request)
-            elif dice < 0.07:
-                await self._ask_too_much(request)
-            elif dice < 0.12:
-                await self._ask_badly()
-            else:
-                self._check(kind, await self._served.stream(request))
+            try:
+                await self._ask()
+            except EngineError as error:  # of a repair that takes longer than anybody wants to queue, before the stream
+                assert (error.status, error.code) == (503, "rank_dead"), error
+                self.ends["told to come back later"] += 1
+                while not (state := self._served.client.state).accepts:
+                    assert state.name == "degraded", state
+                    await asyncio.sleep(0.1)
+
+    async def _ask(self) -> None:
+        kind = self._random.randrange(len(self._expected))
+        request = self._served.requests()[kind]
+        dice = self._random.random()
+        if dice < 0.05:
+            await self._leave(request)
+        elif dice < 0.07:
+            await self._ask_too_much(request)
+        elif dice < 0.12:
+            await self._ask_badly()
+        else:
+            self._check(kind, await self._served.stream(request))
 
     async def _leave(self, request: GenerateRequest) -> None:
         async with aclosing(self._served.client.generate(request)) as deltas:

@@ -155,9 +155,10 @@ class EngineCore:
 
     def _collect(self, begin: float) -> tuple[Deltas, StepStats | None]:
         """The oldest step's result. begin: when this thread began to work for the step, on perf_counter's clock."""
-        step, submitted, allowed_s = self._in_flight[0]
+        step, submitted, _ = self._in_flight[0]
         asked = time.perf_counter()
-        output = self.executor.collect(allowed_s)
+        # ranks launch a step before they answer the one before it, and to launch it may be to compile it
+        output = self.executor.collect(max(allowed_s for _, _, allowed_s in self._in_flight))
         waited_s = time.perf_counter() - asked
         if output.error:
             raise EngineError(output.error)
