@@ -135,6 +135,7 @@ class FakeExecutor:
         self.decode: list[int] = []
         self.outputs: deque[bytes] = deque()
         self._next_step = 0
+        self.graphs_left = self.capacity.graphs_ahead
 
     def submit(self, step: StepInput) -> None:
         assert len(self.outputs) < self.depth, "more steps in flight than agreed"
@@ -166,7 +167,8 @@ class FakeExecutor:
         assert step.decode is not None or self._next_step > 1, "None in the first step of an epoch"
         self.decode = self.decode if step.decode is None else ints(step.decode).tolist()
         used = [*self.decode, *(c.slot for c in step.chunks)]
-        assert used, "an empty step"
+        assert used or self.graphs_left, "an empty step, and no graph to be captured in it"
+        self.graphs_left -= not used
         assert len(set(used)) == len(used), "a slot is twice in a step"
         assert len(self.decode) + step.num_chunk_tokens <= self.capacity.max_batched_tokens, "over the budget"
         # as on a device, all of a step's KV is written before anything is read back
@@ -261,6 +263,7 @@ class FakeExecutor:
             tokens=packed(tokens) if tokens else b"",
             bad_rows=tuple(bad),
             logprobs=tuple(logprobs),
+            graphs_left=0 if rows or step.chunks else self.graphs_left,
             prompt_logprobs=tuple((i, self._scores(c)) for i, c in enumerate(step.chunks) if c.targets),
             pooled=tuple(
                 (i, packed(self.slots[r].history[:-1]))

@@ -110,6 +110,12 @@ FAMILIES = (
     Family("tp_rank_up", "gauge", "1 while the rank answers.", ("tp_rank",)),
     Family("tp_rank_busy_seconds_total", "counter", "Device time of the rank's steps.", ("tp_rank",)),
     Family("tp_rank_memory_bytes", "gauge", "Memory the rank's tensors hold on its device.", ("tp_rank",)),
+    Family(
+        "tp_rank_graphs_pending",
+        "gauge",
+        "CUDA graphs that the rank would still capture while nobody waits; until then it captures them when needed.",
+        ("tp_rank",),
+    ),
     Family("http_requests_total", "counter", "HTTP exchanges; 499: the client left.", ("route", "method", "code")),
     Family("http_request_duration_seconds", "histogram", "HTTP exchanges, streams to their end.", ("route",), E2E),
     _gpu("utilization_ratio", "Share of the last sample period in which a kernel ran."),
@@ -227,6 +233,7 @@ class ServerMetrics:
         self._child("tp_rank_up", rank).set(1)
         self._child("tp_rank_busy_seconds_total", rank).inc(busy_s)
         self._child("tp_rank_memory_bytes", rank).set(stats.memory_allocated_bytes)
+        self._child("tp_rank_graphs_pending", rank).set(stats.graphs_pending)
         if stats.gpu:
             self._observe_gpu(stats)
         return busy_s

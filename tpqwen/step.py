@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tpqwen.request import Guide, Pooling, TokenLogprob
 
 Ints = NDArray[np.int32]
+GIVEN_UP = -1  # as StepOutput.graphs_left: there is no memory for more graphs
 
 
 def packed(values: object) -> bytes:
@@ -101,6 +102,7 @@ class StepInput(msgspec.Struct, frozen=True, array_like=True):
     decode: int32 bytes, slots that decode one token each, in row order; None means the same as in the last step.
     blocks: int32 bytes [n, 3], rows (slot, index in its block table, block id).
     Row order of the pass and of StepOutput.tokens: the decode rows, then the chunks that sample, in the order given.
+    With neither it is an idle step: nothing runs, and each rank captures the next of its CUDA graphs ahead.
     """
 
     epoch: int
@@ -128,7 +130,9 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True):
     0.0 where it is not measured. error: the rank's own failure in words; then nothing else is valid.
     prompt_logprobs: (index into StepInput.chunks, one for each of its targets). pooled: (index into tokens, float32
     bytes) for the rows with params.pooling. idle_s: seconds that the device did nothing between the step before and
-    this one; None unless both only decode and it is measured.
+    this one; None unless both only decode and it is measured. captured: the step had to capture a CUDA graph first, so
+    that its duration says nothing about the next. graphs_left: of an idle step, how many it has left for later ones, or
+    GIVEN_UP.
     """
 
     epoch: int
@@ -141,6 +145,8 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: tuple[tuple[int, list[TokenLogprob]], ...] = ()
     pooled: tuple[tuple[int, bytes], ...] = ()
     idle_s: float | None = None
+    captured: bool = False
+    graphs_left: int = 0
 
 
 class Capacity(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,6 +157,7 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int
     max_model_len: int
     max_batched_tokens: int  # tokens in one step, decode rows included
+    graphs_ahead: int = 0  # CUDA graphs that idle steps may capture, one in each
     context_cost: float = 0.0  # how much a token of context adds to the computation of a prompt token
     kv_dtype: str = ""
     load_seconds: dict[str, float] = {}  # stage -> seconds: weights, kernels, warmup, kv_alloc
@@ -165,6 +172,7 @@ class RankStats(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     busy_s_total: float = 0.0
     memory_allocated_bytes: int = 0
+    graphs_pending: int = 0  # CUDA graphs that it would still capture ahead
     gpu: dict[str, float] = {}  # NVML readings, empty where there is none
     gpu_uuid: str = ""
     gpu_name: str = ""

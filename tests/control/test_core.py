@@ -203,6 +203,11 @@ def test_where_shapes_are_compiled_each_new_one_gets_time_for_it() -> None:
     assert deadlines.of(step_of(6, 4, top_k=30)) == 4.0
     assert deadlines.of(step_of(7, 4, tokens=100)) == 60.0  # and prompt tokens beside the rows
     assert deadlines.of(step_of(8, 4, tokens=101)) == pytest.approx(4 + 101 * 0.02)
+    deadlines.observe(step_of(7, 4, tokens=100), 9.0)
+    assert deadlines.of(step_of(9, 4, tokens=100)) == pytest.approx(4 + 100 * 0.02), "compilation is no measure"
+    deadlines.observe(step_of(8, 4, tokens=101), 9.0, captured=True)
+    deadlines.observe(step_of(8, 4, tokens=101), 1.01)
+    assert deadlines.of(step_of(10, 4, tokens=100)) == pytest.approx(4 + 8 * 100 * 0.01)
     deadlines.restart()
     assert deadlines.of(step_of(9, 4)) == 60.0
 
@@ -219,6 +224,19 @@ def test_a_step_gets_the_time_that_the_one_launched_before_its_answer_may_take()
     core.step()  # launches its prompt beside the row, which is new, and collects the step before it
     core.step()
     assert executor.timeouts == [60.0, 60.0]
+
+
+def test_idle_steps_get_time_to_compile_and_leave_the_first_step_the_first() -> None:
+    deadlines = Deadlines(compiles=True)
+    assert [deadlines.of_idle(step_of(n)) for n in range(3)] == [180.0, 60.0, 60.0]
+    assert deadlines.of(step_of(3, tokens=8)) == 180.0
+    deadlines.observe(step_of(3, tokens=8), 100.0)
+    assert deadlines.of(step_of(4, 1)) == 60.0
+    assert deadlines.of_idle(step_of(5)) == 60.0
+    assert deadlines.of(step_of(6, 1, tokens=9)) == 60.0
+    assert deadlines.of(step_of(7, 1, tokens=10)) == pytest.approx(4 + 10 * 0.02), "nothing was learnt from the first"
+    deadlines.restart()
+    assert deadlines.of(step_of(0, 1)) == 180.0
 
 
 def test_the_first_step_of_an_epoch_gets_what_its_prompts_and_guides_need_as_well() -> None:

@@ -22,7 +22,7 @@ OPERATIONS_PAGE = """
     request_time_per_output_token_seconds e2e_request_latency_seconds request_decode_time_seconds
     request_queue_time_seconds request_prefill_time_seconds request_prompt_tokens request_generation_tokens
     step_duration_seconds step_tokens step_host_seconds_total decode_idle_seconds_total
-    tp_step_skew_seconds tp_rank_up tp_rank_busy_seconds_total http_requests_total
+    tp_step_skew_seconds tp_rank_up tp_rank_busy_seconds_total tp_rank_graphs_pending http_requests_total
     http_request_duration_seconds gpu_utilization_ratio gpu_memory_used_bytes gpu_memory_total_bytes gpu_power_watts
     gpu_temperature_celsius gpu_sm_clock_hertz gpu_torch_allocated_bytes gpu_energy_joules_total gpu_throttled
 """
@@ -170,10 +170,11 @@ def test_rank_readings_count_growth_and_survive_a_restarted_rank():
     metrics.observe_ranks([rank(0, 1.0), rank(1, 1.0, memory_allocated_bytes=5)], tp=2)
     metrics.observe(step())
     metrics.observe(step())
-    metrics.observe_ranks([rank(0, 1.5), rank(1, 0.1)], tp=2)
+    metrics.observe_ranks([rank(0, 1.5), rank(1, 0.1, graphs_pending=7)], tp=2)
     assert value(metrics, "tp_rank_busy_seconds_total", tp_rank="0") == pytest.approx(1.5)
     assert value(metrics, "tp_rank_busy_seconds_total", tp_rank="1") == pytest.approx(1.1)
     assert value(metrics, "tp_rank_memory_bytes", tp_rank="1") == 0
+    assert [value(metrics, "tp_rank_graphs_pending", tp_rank=r) for r in "01"] == [0, 7]
     assert value(metrics, "tp_step_skew_seconds_count") == 2
     assert value(metrics, "tp_step_skew_seconds_sum") == pytest.approx((0.5 - 0.1) / 2)
 

@@ -21,6 +21,7 @@ from tpqwen.engine.messages import (
     Batch,
     Command,
     Dead,
+    Drain,
     Look,
     Lost,
     Refused,
@@ -179,6 +180,7 @@ class EngineClient:
     def drain(self) -> None:
         """Take no new requests; the open ones go on."""
         self._life.draining = True
+        self.send(Drain())
 
     def degrade(self, reason: str) -> None:
         """Something is being replaced; open requests pause, new ones queue."""
@@ -205,6 +207,8 @@ class EngineClient:
         for opened in list(self._open.values()):
             if not opened.ended:
                 self.send(Add(opened.resubmitted(crashed=True)))
+        if self._life.draining:
+            self.send(Drain())
 
     def fail(self, reason: str, code: str = "engine_dead") -> None:
         """The engine is gone for good: end every open request with this cause. The first cause stays."""

@@ -15,7 +15,7 @@ from tpqwen.executor.protocol import Executor
 from tpqwen.request import Delta, Deltas, GenerateRequest
 from tpqwen.scheduler.pace import Pace
 from tpqwen.scheduler.scheduler import Scheduler
-from tpqwen.step import Capacity, StepInput, StepStats
+from tpqwen.step import GIVEN_UP, Capacity, StepInput, StepStats
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ class EngineCore:
         self._last_collect = clock()
         self._deadlines = Deadlines(compiles=compiles)
         self._pace = Pace(capacity.context_cost)
+        self._graphs_ahead = capacity.graphs_ahead  # still to be captured; GIVEN_UP for good once that has failed
         self._deltas: list[Delta] = []  # of requests that ended between steps
         self.on_started: Callable[[list[str]], None] | None = None  # hears who is to be computed, before it happens
 
@@ -74,6 +75,11 @@ class EngineCore:
     def has_work(self) -> bool:
         """Whether `step` has something to do: requests, deltas not yet handed out, or steps in flight."""
         return bool(self._deltas or self._in_flight) or self.scheduler.has_work
+
+    @property
+    def can_prepare(self) -> bool:
+        """Whether there is nothing to do for anybody, and something to capture for whoever comes next."""
+        return self._graphs_ahead > 0 and not self.has_work and not self.draining
 
     @property
     def silent_s(self) -> float:
@@ -132,6 +138,27 @@ class EngineCore:
             deltas.others[:0] = self.take_deltas()
         return StepResult(deltas, stats)
 
+    def prepare(self) -> None:
+        """An idle step: every rank captures one graph ahead. Only when `can_prepare`. Raises as `step` does.
+
+        One that fails is the last of this engine, so that what fails again and again cannot use up the repairs.
+        """
+        self._graphs_ahead = GIVEN_UP
+        step = self.scheduler.idle_step()
+        self._in_flight.append((step, self._clock(), self._deadlines.of_idle(step)))
+        try:
+            self.executor.submit(step)
+            output = self.executor.collect(self._in_flight[0][2])
+            if output.error:
+                raise EngineError(output.error)
+        except EngineError as error:
+            _log.warning("a graph could not be captured ahead; from now on they are captured when needed: %s", error)
+            raise
+        self._in_flight.clear()
+        self.scheduler.update(output)
+        self._last_collect = self._clock()
+        self._graphs_ahead = output.graphs_left
+
     def restart(self, epoch: int, capacity: Capacity, executor: Executor | None = None) -> None:
         """The ranks are new: forget steps in flight and all cached blocks, recompute what ran. Streams go on.
 
@@ -139,6 +166,8 @@ class EngineCore:
         """
         self.executor = executor or self.executor
         self._in_flight.clear()
+        if self._graphs_ahead != GIVEN_UP:
+            self._graphs_ahead = capacity.graphs_ahead
         self._deadlines.restart()
         self._last_collect = self._clock()
         self._deltas += self.scheduler.reset(epoch, capacity)
@@ -168,12 +197,13 @@ class EngineCore:
         now = self._clock()
         duration_s = now - max(submitted, self._last_collect)  # it began when the one before it ended
         self._last_collect = now
-        self._deadlines.observe(step, duration_s)
         deltas = self.scheduler.update(output)
         if _log.isEnabledFor(logging.DEBUG):
             parts = (f"{d.id}:{d.index}+{len(d.token_ids)}" for d in deltas)
             _log.debug("collect step=%d ms=%.2f outputs=%s", step.step, duration_s * 1e3, ",".join(parts))
         host_s = time.perf_counter() - begin - waited_s
         stats = self.scheduler.step_stats(duration_s, output.busy_s, output.idle_s, host_s)
-        self._pace.observe(step, stats)
+        self._deadlines.observe(step, duration_s, captured=output.captured)
+        if not output.captured:
+            self._pace.observe(step, stats)
         return deltas, stats

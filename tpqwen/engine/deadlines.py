@@ -22,6 +22,8 @@ class Deadlines:
 
     def __init__(self, *, compiles: bool = False) -> None:
         self._compiles = compiles
+        self._first = 0  # number of the epoch's first step that is not idle
+        self._compiling: set[int] = set()  # numbers of steps in flight that may compile kernels
         self._s_per_token: float | None = None
         self._decode_s = 0.0  # moving average
         self._rows = 0  # that decode, as of the last step asked about
@@ -30,17 +32,27 @@ class Deadlines:
 
     def of(self, step: StepInput) -> float:
         """Seconds from the moment the step is the oldest in flight. Ask once for each step, in order."""
-        new_shape = self._note_shape(step)
+        compiling = self._note_shape(step) and self._compiles
+        if compiling:
+            self._compiling.add(step.step)
         rate = SLOW_PREFILL_S_PER_TOKEN if self._s_per_token is None else PREFILL_MARGIN * self._s_per_token
         needed = max(FLOOR_S, DECODE_MARGIN * self._decode_s) + rate * step.num_chunk_tokens
-        if step.step == 0:
+        if step.step == self._first:
             needed = max(needed, FIRST_COMPILED_STEP_S if self._compiles else FIRST_STEP_S)
         guided = any(admit.params.guided for admit in step.admits)
-        return max(needed, NEW_SHAPE_S) if guided or (self._compiles and new_shape) else needed
+        return max(needed, NEW_SHAPE_S) if guided or compiling else needed
 
-    def observe(self, step: StepInput, duration_s: float) -> None:
-        """Learn from a step that has ended; the first of an epoch is no measure."""
-        if not step.step:
+    def of_idle(self, step: StepInput) -> float:
+        """The same for an idle step, in which ranks compile and capture. It is nobody's measure and no first step."""
+        self._first += step.step == self._first
+        return NEW_SHAPE_S if step.step else FIRST_COMPILED_STEP_S
+
+    def observe(self, step: StepInput, duration_s: float, *, captured: bool = False) -> None:
+        """Learn from a step that has ended. No measure is the first of an epoch, and what captured a graph or may have
+        compiled kernels."""
+        compiled = step.step in self._compiling
+        self._compiling.discard(step.step)
+        if captured or compiled or step.step <= self._first:
             return
         if tokens := step.num_chunk_tokens:
             seen = duration_s / tokens
@@ -51,6 +63,8 @@ class Deadlines:
     def restart(self) -> None:
         """The ranks are new: what they compiled is gone, how fast they are is not."""
         self._shapes.clear()
+        self._compiling.clear()
+        self._first = 0
 
     def _note_shape(self, step: StepInput) -> bool:
         if step.decode is not None:

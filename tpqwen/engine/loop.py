@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 from tpqwen.engine.core import EngineCore, StepResult
 from tpqwen.engine.messages import (
@@ -17,6 +18,7 @@ from tpqwen.engine.messages import (
     Batch,
     Command,
     Dead,
+    Drain,
     Look,
     Lost,
     RanksLost,
@@ -37,16 +39,19 @@ from tpqwen.transport.channel import Receiver, Sender
 
 SEND_TIMEOUT_S = 30.0
 IDLE_S = 0.5
+LULL_S = 0.5  # without work, before a graph is captured ahead: the next request of one client is not to meet it
+PATIENCE = 4.0  # or so many times what the last capture took: one that compiles kernels takes seconds
 
 _log = logging.getLogger(__name__)
 Attach = Callable[[Resume], Executor]
+T = TypeVar("T")
 
 
 class EngineLoop:
     """Runs until Stop comes or the commands' other end is gone.
 
     attach: makes an executor of Resume, raising ConnectionError, TimeoutError or EngineError. Without it nobody repairs
-    anything, and whatever is lost is lost for good.
+    anything, and whatever is lost is lost for good; so nothing is risked for graphs captured ahead either.
     """
 
     def __init__(self, core: EngineCore, commands: Receiver, reports: Sender, attach: Attach | None = None) -> None:
@@ -58,6 +63,8 @@ class EngineLoop:
         self._lost = False
         self._resumed_at: float | None = None  # when the ranks came back, until their first tokens are there
         self._stopped = False
+        self._lull_ends = 0.0  # when graphs may be captured ahead; at once, as long as nobody has come
+        self._idle_step_s = 0.0  # what the last idle step took
         core.on_started = lambda ids: self._send(Started(ids))
 
     def run(self) -> None:
@@ -67,6 +74,8 @@ class EngineLoop:
                 self._take_commands()
                 if self._runs:
                     self._step()
+                elif not self._stopped and self._wait_s == 0.0:
+                    self._prepare()
         except ConnectionError:
             _log.info("the other end of the engine's channel is gone")
         finally:
@@ -77,9 +86,18 @@ class EngineLoop:
         """Whether there is a step to be made."""
         return self._dead is None and not self._lost and self._core.has_work
 
+    @property
+    def _wait_s(self) -> float:
+        """For how long there is nothing to do but to listen: 0 when a step is to be made, be it an idle one."""
+        if self._runs:
+            return 0.0
+        if self._dead is not None or self._lost or self._attach is None or not self._core.can_prepare:
+            return IDLE_S
+        return min(IDLE_S, max(0.0, self._lull_ends - time.monotonic()))
+
     def _take_commands(self) -> None:
         """All commands that are here; waits for one when there is nothing to run."""
-        data = self._commands.recv(0.0 if self._runs else IDLE_S)
+        data = self._commands.recv(self._wait_s)
         while data is not None and not self._stopped:
             self._handle(decode_command(data))
             data = self._commands.recv(0.0)
@@ -96,6 +114,8 @@ class EngineLoop:
                 self._lose(RankDied(command.reason, rank=command.rank))
         elif isinstance(command, Resume):
             self._resume(command)
+        elif isinstance(command, Drain):
+            self._core.drain()
         elif isinstance(command, Look):
             self._send(Seen(snapshot(self._core.scheduler)))
         else:
@@ -124,14 +144,25 @@ class EngineLoop:
             self._send(Started([request.id]))
             self._break(error)
 
-    def _step(self) -> None:
+    def _guarded(self, run: Callable[[], T]) -> T | None:
+        """What it gives; None when it failed, which has been dealt with then."""
         try:
-            result = self._core.step()
+            return run()
         except EngineError as error:
             self._lose(error)
-            return
         except Exception as error:
             self._break(error)
+        return None
+
+    def _prepare(self) -> None:
+        begin = time.monotonic()
+        self._guarded(self._core.prepare)
+        self._idle_step_s = time.monotonic() - begin
+
+    def _step(self) -> None:
+        result = self._guarded(self._core.step)
+        self._lull_ends = time.monotonic() + max(LULL_S, PATIENCE * self._idle_step_s)
+        if result is None:
             return
         if result.deltas or result.stats is not None:
             self._send(Batch(result.deltas, result.stats))

@@ -49,6 +49,10 @@ class Look(msgspec.Struct, frozen=True, array_like=True, tag=6):
     """Say once, between two steps, what the scheduler holds."""
 
 
+class Drain(msgspec.Struct, frozen=True, array_like=True, tag=7):
+    """Nobody else will come. What is here goes on."""
+
+
 class Batch(msgspec.Struct, frozen=True, array_like=True, tag=11):
     """All that one step brought."""
 
@@ -104,7 +108,7 @@ class Started(msgspec.Struct, frozen=True, array_like=True, tag=17):
     ids: list[str]
 
 
-Command = Add | Abort | RanksLost | Stop | Resume | Look
+Command = Add | Abort | RanksLost | Stop | Resume | Look | Drain
 Report = Batch | Refused | Dead | Lost | Resumed | Seen | Started
 
 encode = msgspec.msgpack.Encoder().encode

@@ -117,6 +117,8 @@ class RankProcess:
         """
         if self._inbox is not None:
             self._inbox.close()
+        if self._worker is not None:
+            self._worker.call_off()
         if self._steps is not None and not self._steps_end(self._steps, timeout_s, hung):
             return False
         if self._worker is None or not self._joining.acquire(timeout=timeout_s):

@@ -6,6 +6,7 @@ captured in a CUDA graph.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _abort_process_group
+
+LOOK_S = 100e-6
 
 # torch 2.13 renames the operation and warns about the old name, which is the only one that 2.11 has.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -28,6 +31,7 @@ class TPGroup:
         self.rank = rank
         self.size = size
         self.in_collective = False  # as of now: this rank waits for the others
+        self.called_off = False  # set by another thread: this rank is about to leave, whatever its pass waits for
         self._group = process_group
 
     @staticmethod
@@ -37,6 +41,7 @@ class TPGroup:
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, in place; returns x."""
+        self.check()
         if self.size > 1:
             self._together(dist.all_reduce, x)
         return x
@@ -52,6 +57,7 @@ class TPGroup:
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's x stacked in rank order: [size, *x.shape]."""
+        self.check()
         if self.size == 1:
             return x[None]
         out = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
@@ -62,6 +68,17 @@ class TPGroup:
         """Wait for all ranks."""
         if self.size > 1:
             self._together(dist.barrier)
+
+    def check(self) -> None:
+        """Raise ConnectionError once this rank is called off."""
+        if self.called_off:
+            raise ConnectionError(f"rank {self.rank} of {self.size} leaves its group")
+
+    def wait_until(self, passed: Callable[[], bool]) -> None:
+        """Wait for the device, which may be waiting for another rank that is gone: raises as `check` does."""
+        while not passed():
+            self.check()
+            time.sleep(LOOK_S)
 
     def join(self, store: Store, epoch: int, device_type: str, timeout_s: float) -> None:
         """Meet the other ranks of this epoch through the owner's store. Raises torch.distributed's errors on time-out.

@@ -188,6 +188,10 @@ class Scheduler:
             return None
         return self._commit(draft, decode)
 
+    def idle_step(self) -> StepInput:
+        """A step without rows, when nothing has work or is in flight."""
+        return self._commit(Draft(), NO_ROWS)
+
     def update(self, output: StepOutput) -> Deltas:
         """Take in the result of the oldest step in flight. Late results of an earlier epoch are dropped.
 

@@ -22,12 +22,11 @@ from tpqwen.step import Chunk, Ints, packed
 from tpqwen.worker.batch import ChunkBatch, Stager, chunk_batch, chunk_parts, eager_chunks
 from tpqwen.worker.mixed import TOKENS, pad
 from tpqwen.worker.runner import Runner
-from tpqwen.worker.sampler import SampleKind
+from tpqwen.worker.sampler import USUAL_KINDS, SampleKind
 from tpqwen.worker.slots import MIXED_CHUNKS
 
 WHOLE = 2048  # tokens of a prompt that is launched kernel by kernel
 NUM_BLOCKS = 2  # of the runner's cache; what is written goes to the null block
-KINDS = (SampleKind(), SampleKind(candidates=True))  # by temperature alone, and with Qwen3's own top_k
 
 _log = logging.getLogger(__name__)
 Part = Callable[[], object]
@@ -92,7 +91,7 @@ def first_parts(runner: Runner) -> list[Part]:
     for count, context in contexts:
         parts.append(partial(runner.model.attention[0], _hidden(runner, count), context))
         parts.append(partial(runner.model.mlp[0], _hidden(runner, count)))
-    for kind in KINDS:
+    for kind in USUAL_KINDS:
         parts.append(partial(runner.finish, _hidden(runner, 1), first, kind))
         parts.append(partial(_sample, runner, few, kind))
     return parts

@@ -1,4 +1,4 @@
-"""Decode passes as CUDA graphs, one per batch bucket and kind of sampling, captured when first needed.
+"""Decode passes as CUDA graphs, one per batch bucket and kind of sampling, captured ahead or when first needed.
 
 The rows' slots lie in a buffer at a fixed address, so a graph stays valid whatever sequences the rows hold. Graphs
 share one memory pool: only one runs at a time. On a CPU the same calls run eagerly.
@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 
 from tpqwen.kernels import ops
+from tpqwen.parallel.group import TPGroup
 from tpqwen.worker.runner import Runner, Sampled
 from tpqwen.worker.sampler import SampleKind
 
@@ -29,8 +30,9 @@ def buckets(max_rows: int) -> list[int]:
 class DecodeGraphs:
     """Captured decode passes and the buffer of slots that they read."""
 
-    def __init__(self, runner: Runner, max_rows: int, *, enabled: bool) -> None:
+    def __init__(self, runner: Runner, group: TPGroup, max_rows: int, *, enabled: bool) -> None:
         self._runner = runner
+        self._group = group
         self._buckets = buckets(max_rows)
         self._enabled = enabled
         self.state = runner.state.tensors
@@ -38,6 +40,7 @@ class DecodeGraphs:
         self.slots = torch.full((max_rows,), self.state.padding_slot, dtype=torch.int32, device=device)
         self._graphs: dict[tuple[int, SampleKind | None], tuple[torch.cuda.CUDAGraph, Sampled | torch.Tensor]] = {}
         self.pool = torch.cuda.graph_pool_handle() if enabled else None
+        self.num_captured = 0  # passes so far, those with chunks included
         self._count = 0
         self._width = self._buckets[0]  # the bucket that holds as many
 
@@ -74,11 +77,27 @@ class DecodeGraphs:
         assert isinstance(result, torch.Tensor)
         return result[: self._count]
 
+    def prepare(self, width: int, kind: SampleKind | None) -> bool:
+        """Capture the pass of a bucket. False if it has been, and there was nothing to do."""
+        if (width, kind) in self._graphs:
+            return False
+        self._graphs[width, kind] = self._capture(width, kind)
+        return True
+
+    def settle(self) -> None:
+        """Wait until the device has done all that was launched. Raises ConnectionError when the group is called off."""
+        if self._enabled:
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()  # type: ignore[no-untyped-call]
+            self._group.wait_until(done.query)
+
+    def forget(self) -> None:
+        """Destroy the captured passes, at once and whoever else still knows this object."""
+        self._graphs.clear()
+
     def _replay(self, kind: SampleKind | None) -> Sampled | torch.Tensor:
-        key = self._width, kind
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(*key)
-        graph, result = self._graphs[key]
+        self.prepare(self._width, kind)
+        graph, result = self._graphs[self._width, kind]
         graph.replay()
         return result
 
@@ -93,16 +112,18 @@ class DecodeGraphs:
 def capture(graphs: DecodeGraphs, width: int, run: Callable[[torch.Tensor], T]) -> tuple[torch.cuda.CUDAGraph, T]:
     """Warm up and capture a pass over the first `width` of the graphs' rows.
 
-    The warm-up runs padding rows only and is taken back, so that no slot moves.
+    The warm-up runs padding rows only and is taken back, so that no slot moves. Raises ConnectionError when the group
+    is called off meanwhile: the host waits for other ranks only in `settle`.
     """
     slots, state = graphs.slots[:width], graphs.state
-    real = slots.clone()
+    real, turn = slots.clone(), state.turn.clone()
     slots.fill_(state.padding_slot)
     run(slots)
-    state.turn.sub_(1)
-    torch.cuda.synchronize()
+    graphs.settle()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=graphs.pool):
         result = run(slots)
+    state.turn.copy_(turn)
     slots.copy_(real)
+    graphs.num_captured += 1
     return graph, result

@@ -17,6 +17,7 @@ from tpqwen.model.sizing import DTYPE_BYTES, Sizes
 from tpqwen.model.weights import allocate, load_weights, random_weights
 from tpqwen.parallel.group import TPGroup
 from tpqwen.step import Admit, Capacity, Chunk, RowParams, StepInput, packed
+from tpqwen.worker.ahead import Ahead, least_free, planned
 from tpqwen.worker.batch import Stager, chunk_parts, eager_chunks, stage
 from tpqwen.worker.early import NUM_BLOCKS, Alone, Part, compiled_beside, first_parts
 from tpqwen.worker.kv_cache import KVCache, block_bytes, blocks_on_cpu, blocks_on_gpu
@@ -30,6 +31,7 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Loaded:
     runner: Runner
+    ahead: Ahead
     capacity: Capacity
 
 
@@ -64,17 +66,22 @@ def load(config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, 
     clock.mark("warmup")
     runner = build.runner(blocks)
     clock.mark("kv_alloc")
+    ahead = Ahead(group)
+    if sizes.device == "cuda":
+        passes = planned(sizes.max_num_seqs, sizes.max_batched_tokens, sizes.max_model_len)
+        ahead = Ahead(group, passes, least_free(config.cache.memory_fraction, config.parallel.gpus_per_rank))
     capacity = Capacity(
         num_blocks=blocks,
         block_size=sizes.block_size,
         max_num_seqs=sizes.max_num_seqs,
         max_model_len=sizes.max_model_len,
         max_batched_tokens=sizes.max_batched_tokens,
+        graphs_ahead=len(ahead),
         context_cost=_context_cost(model_config),
         kv_dtype=sizes.dtype,
         load_seconds=clock.seconds,
     )
-    return Loaded(runner, capacity)
+    return Loaded(runner, ahead, capacity)
 
 
 def _context_cost(c: ModelConfig) -> float:

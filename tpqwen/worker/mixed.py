@@ -23,13 +23,18 @@ ROWS = (0, 8, 32, 64, 128, 256)
 TOKENS = (64, 128, 256, 512, 1024, 2048)
 
 
+def row_buckets(max_rows: int) -> list[int]:
+    """Numbers of decode rows; the last one holds max_rows."""
+    return [r for r in ROWS if r < max_rows] + [max_rows]
+
+
 class MixedGraphs:
     """Captured passes with chunks, and the buffers of chunks that they read."""
 
     def __init__(self, runner: Runner, graphs: DecodeGraphs, max_rows: int, block_size: int, *, enabled: bool) -> None:
         self._runner = runner
         self._decode = graphs
-        self._rows = (*(r for r in ROWS if r < max_rows), max_rows)
+        self._rows = row_buckets(max_rows)
         self._block_size = block_size
         self._enabled = enabled
         self._chunks: dict[int, torch.Tensor] = {}  # T -> all integers of a pass, in the order of chunk_parts
@@ -45,13 +50,24 @@ class MixedGraphs:
         width = next(r for r in self._rows if r >= self._decode.num_rows)
         padding = self._runner.state.tensors.padding_slot
         padded = pad(parts, tokens, padding)
-        buffer = self._buffer(tokens)
-        if (width, tokens, kind) not in self._graphs:
-            buffer.copy_(torch.from_numpy(np.concatenate(pad(_nothing(), tokens, padding))))
-            self._graphs[width, tokens, kind] = self._capture(width, tokens, kind)
-        buffer.copy_(stager.flat(padded), non_blocking=True)
+        self.prepare(width, tokens, kind)
+        self._buffer(tokens).copy_(stager.flat(padded), non_blocking=True)
         self._graphs[width, tokens, kind][0].replay()
         return width
+
+    @torch.inference_mode()
+    def prepare(self, width: int, tokens: int, kind: SampleKind) -> bool:
+        """Capture the pass of a bucket. False if it has been, and there was nothing to do."""
+        if (width, tokens, kind) in self._graphs:
+            return False
+        nothing = pad(_nothing(), tokens, self._runner.state.tensors.padding_slot)
+        self._buffer(tokens).copy_(torch.from_numpy(np.concatenate(nothing)))
+        self._graphs[width, tokens, kind] = self._capture(width, tokens, kind)
+        return True
+
+    def forget(self) -> None:
+        """As DecodeGraphs.forget."""
+        self._graphs.clear()
 
     def _buffer(self, tokens: int) -> torch.Tensor:
         if tokens not in self._chunks:

@@ -53,6 +53,9 @@ class SampleKind:
         return not (self.full or self.edits or self.logprobs)
 
 
+USUAL_KINDS = (SampleKind(candidates=True), SampleKind())  # Qwen3's own top_k, and by temperature alone or greedy
+
+
 def kind_of(rows: Sequence[RowParams]) -> SampleKind:
     """The least kind that serves all rows."""
     sampled = [p for p in rows if p.temperature >= GREEDY_BELOW]

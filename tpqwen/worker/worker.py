@@ -38,13 +38,14 @@ COPIES = 3  # buffers that one step may take from the stager: edits and rows, ad
 @dataclass(frozen=True)
 class Run:
     """What is known of a pass when it has been launched. chunks_at: where its chunks' tokens begin in the ring, if not
-    right behind the decode rows'."""
+    right behind the decode rows'. graphs_left: as StepOutput has it."""
 
     params: tuple[RowParams, ...] = ()
     logprobs: LogprobTensors | None = None
     prompt_scores: tuple[PromptScores, ...] = ()
     pooled: Pooled | None = None
     chunks_at: int | None = None
+    graphs_left: int = 0
 
 
 NOTHING = Run()
@@ -67,16 +68,18 @@ class Where:
 
 @dataclass(frozen=True)
 class Pending:
-    """A launched step, complete once `done` has passed."""
+    """A launched step, complete once `done` has passed. before: the end of the step before, or the start of this one
+    where the device was idle; None on a CPU, and of an idle step. captured: a graph, before its pass could run."""
 
     step: StepInput
     turn: int  # of the slots' ring
     tokens: Ints  # a row of the ring
     where: Where
     run: Run
-    before: torch.cuda.Event | None  # end of the step before, or the start of this one where the device was idle
+    before: torch.cuda.Event | None
     done: torch.cuda.Event | None
     busy_s: float
+    captured: bool
 
 
 class Worker:
@@ -86,8 +89,7 @@ class Worker:
         self._config = config
         self._folder = folder
         self._group = group
-        self._model_config = ModelConfig.from_folder(folder)
-        self.sizes: Sizes = derive(config, self._model_config)
+        self.sizes: Sizes = derive(config, ModelConfig.from_folder(folder))
         cuda = self.sizes.device == "cuda"
         self._device = torch.device("cuda:0" if cuda else "cpu")
         if not cuda:
@@ -101,12 +103,11 @@ class Worker:
         """Weights, cache, warm-up. Raises ConfigError with the tensor's name or the memory that is missing."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-        loaded: Loaded = load(self._config, self._model_config, self.sizes, self._folder, self._group)
-        self.runner = loaded.runner
+        model = ModelConfig.from_folder(self._folder)
+        loaded: Loaded = load(self._config, model, self.sizes, self._folder, self._group)
+        self.runner, self._ahead = loaded.runner, loaded.ahead
         head = self.runner.model.lm_head
-        self._guides = GuideRows(
-            self._folder, self._model_config.vocab_size, head.first_id, head.num_local, self._device
-        )
+        self._guides = GuideRows(self._folder, model.vocab_size, head.first_id, head.num_local, self._device)
         self.runner.edits.guides = self._guides
         self._stager = Stager(self._device, COPIES * (self._config.schedule.depth + 2))
         self.rejoined()
@@ -128,12 +129,18 @@ class Worker:
         turn = self._turn
         tokens = self._ring[turn % len(self._ring)]
         self._guides.select(sampled_slots)
-        run = self._run(step, sampled_slots) if step.chunks else self._decode(sampled_slots)
+        graphs = self.graphs.num_captured
+        idle = not step.chunks and not sampled_slots
+        if idle:
+            run = Run(graphs_left=self._ahead.capture(self.graphs, self.mixed))
+        else:
+            run = self._run(step, sampled_slots) if step.chunks else self._decode(sampled_slots)
         where = Where(len(self._rows), len(sampled_slots), run.chunks_at)
         done = self._marks.set()
         self._guides.sampled(tokens, done)
-        busy = 0.0 if done is not None else time.perf_counter() - begin
-        self._pending.append(Pending(step, turn, tokens, where, run, before, done, busy))
+        busy = 0.0 if done is not None or idle else time.perf_counter() - begin
+        captured = self.graphs.num_captured > graphs
+        self._pending.append(Pending(step, turn, tokens, where, run, None if idle else before, done, busy, captured))
 
     def ready(self) -> bool:
         """Whether collect would return at once."""
@@ -146,12 +153,13 @@ class Worker:
         """The oldest launched step's output; waits for the device."""
         p = self._pending.popleft()
         busy = p.busy_s
-        if p.before is not None and p.done is not None:
+        if p.done is not None:
             p.done.synchronize()
-            busy = p.before.elapsed_time(p.done) / 1e3
+            busy = p.before.elapsed_time(p.done) / 1e3 if p.before is not None else 0.0
         self._busy_s += busy
         tokens = p.where.take(p.tokens)
-        idle = self._idle.after(p.turn, decodes=not p.step.chunks) if p.done is not None else None
+        decodes = p.where.count > 0 and not p.step.chunks
+        idle = self._idle.after(p.turn, decodes=decodes) if p.done is not None else None
         logprobs: tuple[tuple[int, TokenLogprob], ...] = ()
         if p.run.logprobs is not None:
             logprobs = tuple(p.run.logprobs.rows([r.logprobs for r in p.run.params]))
@@ -165,6 +173,8 @@ class Worker:
             prompt_logprobs=tuple((s.chunk, s.tokens()) for s in p.run.prompt_scores),
             pooled=p.run.pooled.rows(p.run.params) if p.run.pooled is not None else (),
             idle_s=idle,
+            captured=p.captured,
+            graphs_left=p.run.graphs_left,
         )
 
     def stats(self) -> RankStats:
@@ -177,11 +187,17 @@ class Worker:
             device=str(self._device),
             busy_s_total=self._busy_s,
             memory_allocated_bytes=torch.cuda.memory_allocated() if cuda else 0,
+            graphs_pending=len(self._ahead),
             gpu=self._gpu.readings() if self._gpu else {},
             gpu_uuid=self._gpu.uuid if self._gpu else "",
             gpu_name=self._gpu.name if self._gpu else "",
             throttle_reasons=self._gpu.throttle_reasons() if self._gpu else (),
         )
+
+    def call_off(self) -> None:
+        """From another thread, before `leave`: a GPU's rank that captures a graph, or launches a pass, ends with a
+        ConnectionError at its next collective or look at the device. On a CPU a rank that leaves finishes its step."""
+        self._group.called_off = self._device.type == "cuda"
 
     def leave(self) -> None:
         """Forget all sequences and leave the group, whatever its other members do; the weights stay. No step may be
@@ -195,6 +211,7 @@ class Worker:
     @torch.inference_mode()
     def rejoined(self) -> None:
         """The group is there, for the first time or again: no slot is taken, and graphs are captured when needed."""
+        self._group.called_off = False
         self._rows: tuple[int, ...] = ()
         self._kind = SampleKind()
         state = self.runner.state.tensors
@@ -202,8 +219,9 @@ class Worker:
         self._ring, self._idle = state.ring.numpy(), Idle(state.stamps.numpy())
         self._marks = Marks(self._device, 2 * (self._config.schedule.depth + 2))
         sizes, cuda = self.sizes, self._device.type == "cuda"
-        self.graphs = DecodeGraphs(self.runner, sizes.max_num_seqs, enabled=cuda)
+        self.graphs = DecodeGraphs(self.runner, self._group, sizes.max_num_seqs, enabled=cuda)
         self.mixed = MixedGraphs(self.runner, self.graphs, sizes.max_num_seqs, sizes.block_size, enabled=cuda)
+        self._ahead.renew()
 
     def close(self) -> None:
         """Leave the group together with the others and free the device."""
@@ -219,6 +237,8 @@ class Worker:
     def _drop_graphs(self) -> None:
         """Before the communicator that they hold goes: destroying it would wait for them."""
         if hasattr(self, "graphs"):
+            self.mixed.forget()
+            self.graphs.forget()
             del self.mixed, self.graphs
         gc.collect()
 
@@ -255,8 +275,6 @@ class Worker:
         return Run(params, sampled.logprobs, sampled.prompt_scores, sampled.pooled)
 
     def _decode(self, slots: tuple[int, ...]) -> Run:
-        if not slots:
-            return NOTHING
         self._turn += 1
         if self._kind.in_graph:
             self.graphs.decode(self._kind)

@@ -98,8 +98,12 @@ def patch_worker(module) -> None:
 
         handle = self.runner.model.attention[1].register_forward_pre_hook(spoil)
 
+    def kind_of(self, step) -> str:
+        rows = self._rows if step.decode is None else step.decode
+        return "prefill" if step.chunks else "decode" if rows else ""  # idle
+
     before("load", lambda self: "load")
-    before("submit", lambda self, step: "prefill" if step.chunks else "decode")
+    before("submit", kind_of)
     before("leave", lambda self: "leave")
     before("rejoined", lambda self: "rejoin" if hasattr(self, "graphs") or hasattr(self, "_was_loaded") else mark(self))
 

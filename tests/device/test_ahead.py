@@ -1,0 +1,316 @@
+"""Graphs captured ahead: which and in what order, all ranks alike, and nothing of them is in the way of leaving."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks_in_threads import Meeting, ThreadGroup
+from tests.tiny import tiny_checkpoint
+from tpqwen.config import Config
+from tpqwen.executor.rank_process import RankProcess
+from tpqwen.offline import OfflineEngine
+from tpqwen.parallel.group import TPGroup
+from tpqwen.request import SamplingParams
+from tpqwen.step import GIVEN_UP
+from tpqwen.worker.ahead import Ahead, Pass, least_free, planned
+from tpqwen.worker.graphs import DecodeGraphs, buckets
+from tpqwen.worker.mixed import TOKENS, MixedGraphs, row_buckets
+from tpqwen.worker.sampler import USUAL_KINDS, SampleKind
+from tpqwen.worker.slots import MIXED_CHUNKS
+from tpqwen.worker.worker import Worker
+
+GREEDY = SampleKind()
+
+
+def possible(max_rows: int, max_tokens: int, max_length: int) -> set[tuple[int, int]]:
+    """Buckets of all steps that a scheduler of these sizes may make, one by one."""
+    at_most = min(max_rows, max_tokens)
+    found = {(min(b for b in buckets(max_rows) if b >= rows), 0) for rows in range(1, at_most + 1)}
+    for rows in range(at_most):
+        width = min(b for b in row_buckets(max_rows) if b >= rows)
+        for chunks in range(1, min(MIXED_CHUNKS, at_most - rows) + 1):
+            for tokens in range(chunks, min(max_tokens - rows, chunks * max_length, TOKENS[-1]) + 1):
+                found.add((width, min(t for t in TOKENS if t >= tokens)))
+    return found
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 8, 9, 40])
+@pytest.mark.parametrize("max_tokens", [1, 16, 70, 300, 1100])
+@pytest.mark.parametrize("max_length", [40, 1000])
+def test_exactly_what_steps_may_need_is_planned(max_rows: int, max_tokens: int, max_length: int) -> None:
+    passes = planned(max_rows, max_tokens, max_length)
+    assert len(set(passes)) == len(passes)
+    assert {(p.rows, p.tokens) for p in passes} == possible(max_rows, max_tokens, max_length)
+    assert {p.kind for p in passes} == set(USUAL_KINDS)
+
+
+def test_the_most_usual_come_first_with_both_kinds_of_sampling() -> None:
+    passes = planned(256, 8192, 40960)
+    assert [p.kind for p in passes[::2]] == [SampleKind(candidates=True)] * (len(passes) // 2)
+    sizes = [(p.rows, p.tokens) for p in passes[::2]]
+    assert sizes == [(p.rows, p.tokens) for p in passes[1::2]]
+    few = [(1, 0), (2, 0), (4, 0), (8, 0), *((rows, tokens) for tokens in TOKENS for rows in (0, 8))]
+    assert sizes[: len(few)] == few
+    many = sizes[len(few) :]
+    assert many == sorted(many), "with more and more streams, prompts beside them included"
+    assert many[:4] == [(16, 0), (24, 0), (32, 0), (32, 64)] and many[-1] == (256, 2048)
+
+
+class Captures:
+    """What captures would be made, of one rank."""
+
+    def __init__(self, already: set[Any] | None = None) -> None:
+        self.made: list[Any] = []
+        self.already = already or set()
+        self.slots = torch.zeros(1)
+
+    def prepare(self, *key: Any) -> bool:
+        if key in self.already:
+            return False
+        self.made.append(key)
+        return True
+
+    def settle(self) -> None:
+        """Nothing runs."""
+
+
+def device_with(monkeypatch: pytest.MonkeyPatch, free: Callable[[], int], total: int = 100) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free(), total))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+
+def test_one_graph_a_step_but_none_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    device_with(monkeypatch, lambda: 50)
+    passes = [Pass(1, 0, GREEDY), Pass(0, 64, GREEDY), Pass(2, 0, GREEDY), Pass(4, 0, GREEDY)]
+    graphs: Any = Captures({(0, 64, GREEDY), (4, GREEDY)})
+    ahead = Ahead(TPGroup.single(), passes, 50)
+    assert len(ahead) == 4
+    assert [ahead.capture(graphs, graphs) for _ in range(4)] == [3, 1, 0, 0]
+    assert graphs.made == [(1, GREEDY), (2, GREEDY)]
+    ahead.renew()
+    assert len(ahead) == 4
+
+
+def test_the_first_rank_without_room_stops_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = threading.local()
+    device_with(monkeypatch, lambda: here.free)
+    meeting = Meeting(2)
+
+    def rank(number: int) -> tuple[list[int], list[Any]]:
+        graphs: Any = Captures()
+        ahead = Ahead(ThreadGroup(number, 2, meeting), [Pass(n, 0, GREEDY) for n in (1, 2, 4, 8)], 50)
+        left = []
+        for free in (70, 60, 40 if number else 60):
+            here.free = free
+            left.append(ahead.capture(graphs, graphs))
+        return left, [*graphs.made, len(ahead)]
+
+    with ThreadPoolExecutor(2) as threads:
+        for left, made in threads.map(rank, range(2)):
+            assert left == [3, 2, GIVEN_UP]
+            assert made == [(1, GREEDY), (2, GREEDY), 0]
+
+
+def test_graphs_leave_half_of_the_spare_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    device_with(monkeypatch, lambda: 1200, 10000)
+    assert least_free(0.9, 1.0) == 700
+    assert least_free(0.9, 0.5) == 950
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[OfflineEngine]:
+    made = OfflineEngine(Config.load({"model": str(tiny_checkpoint(tmp_path)), "device": "cpu", "max_num_seqs": 4}, {}))
+    yield made
+    made.close()
+
+
+def worker_of(engine: OfflineEngine) -> Worker:
+    worker: Worker = engine.executor._worker  # type: ignore[attr-defined]
+    return worker
+
+
+def test_an_idle_step_captures_and_computes_nothing(engine: OfflineEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not engine.core.can_prepare, "there are no graphs on a CPU"
+    worker, graphs = worker_of(engine), Captures()
+    device_with(monkeypatch, lambda: 50)
+    worker._ahead = Ahead(TPGroup.single(), [Pass(1, 0, GREEDY), Pass(0, 64, GREEDY)])
+    monkeypatch.setattr(DecodeGraphs, "prepare", lambda self, *key: graphs.prepare(*key))
+    monkeypatch.setattr(MixedGraphs, "prepare", lambda self, *key: graphs.prepare(*key))
+
+    def answer() -> list[int]:
+        request = engine.request(list(range(20)), SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True))
+        return [t for deltas in engine.run([request]) for d in deltas for t in d.token_ids]
+
+    before = answer()
+    busy_s = worker.stats().busy_s_total
+    for left in (1, 0):
+        assert worker.stats().graphs_pending == left + 1
+        engine.core.prepare()
+        assert worker.stats().graphs_pending == engine.core._graphs_ahead == left
+    assert worker.stats().busy_s_total == busy_s
+    assert graphs.made == [(1, GREEDY), (0, 64, GREEDY)]
+    assert answer() == before
+
+
+def test_a_step_says_that_it_captured_a_graph_first(engine: OfflineEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, decode = worker_of(engine), DecodeGraphs.decode
+    outputs, collect = [], worker.collect
+
+    def capturing(self: DecodeGraphs, kind: SampleKind) -> Any:
+        self.num_captured += self.num_captured == 0
+        return decode(self, kind)
+
+    monkeypatch.setattr(DecodeGraphs, "decode", capturing)
+    monkeypatch.setattr(worker, "collect", lambda: outputs.append(collect()) or outputs[-1])  # type: ignore[func-returns-value]
+    request = engine.request([1, 2, 3], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True))
+    list(engine.run([request]))
+    assert [output.captured for output in outputs] == [False, True, False, False]
+
+
+class Graph:
+    """Stands for a CUDAGraph."""
+
+
+def test_no_graph_outlives_its_group(engine: OfflineEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = worker_of(engine)
+    device_with(monkeypatch, lambda: 50)
+    worker._ahead = Ahead(TPGroup.single(), [Pass(1, 0, GREEDY), Pass(0, 64, GREEDY), Pass(2, 0, GREEDY)])
+    monkeypatch.setattr(DecodeGraphs, "_capture", lambda self, *key: (Graph(), None))
+    monkeypatch.setattr(MixedGraphs, "_capture", lambda self, *key: (Graph(), None))
+    engine.core.prepare()
+    engine.core.prepare()
+    assert worker.stats().graphs_pending == 1
+    (first,), (second,) = worker.graphs._graphs.values(), worker.mixed._graphs.values()
+    graphs = [weakref.ref(first[0]), weakref.ref(second[0])]
+    del first, second
+    holders = [weakref.ref(worker.graphs), weakref.ref(worker.mixed)]
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        worker.leave()
+        assert [r() for r in (*graphs, *holders)] == [None] * 4
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    worker.rejoined()
+    assert worker.stats().graphs_pending == 3, "the next group's graphs are captured anew"
+
+
+def test_what_waits_for_the_device_or_goes_on_to_a_collective_ends_when_called_off() -> None:
+    group = TPGroup.single()
+    x = torch.ones(2)
+    assert group.all_reduce(x) is x
+    group.wait_until(iter([False, True]).__next__)
+    looked, ended = threading.Event(), []
+
+    def never() -> bool:
+        looked.set()
+        return False
+
+    def wait() -> None:
+        try:
+            group.wait_until(never)
+        except ConnectionError as error:
+            ended.append(str(error))
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    assert looked.wait(30) and not ended
+    group.called_off = True
+    thread.join(30)
+    assert ended == ["rank 0 of 1 leaves its group"]
+    for collective in (group.all_reduce, group.all_gather):
+        with pytest.raises(ConnectionError):
+            collective(x)
+
+
+@pytest.mark.parametrize("hung", [False, True])
+def test_a_rank_leaves_while_it_captures(engine: OfflineEngine, hung: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its capture waits for a rank that is gone; everything but the device is as in service."""
+    worker, looked = worker_of(engine), threading.Event()
+    device_with(monkeypatch, lambda: 50)
+    worker._ahead = Ahead(worker._group, [Pass(1, 0, GREEDY)])
+
+    def never() -> bool:
+        looked.set()
+        return False
+
+    monkeypatch.setattr(DecodeGraphs, "prepare", lambda self, *key: self._group.wait_until(never))
+    monkeypatch.setattr(worker, "_device", torch.device("cuda"))  # from here on: on a CPU nobody is called off
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    ended: list[str] = []
+
+    def serve() -> None:
+        try:
+            engine.core.prepare()
+        except ConnectionError as error:
+            ended.append(str(error))
+
+    process = RankProcess({"model": str(engine.folder), "device": "cpu"}, 0)
+    process._worker, process._steps = worker, threading.Thread(target=serve, daemon=True)
+    process._steps.start()
+    assert looked.wait(30)
+    assert process.leave(30.0, hung)
+    assert ended == ["rank 0 of 1 leaves its group"]
+    monkeypatch.undo()
+    worker.rejoined()
+    engine.core.restart(0, engine.core.capacity)
+    request = engine.request([1, 2, 3], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True))
+    assert sum(len(d.token_ids) for deltas in engine.run([request]) for d in deltas) == 4
+
+
+@pytest.mark.gpu
+def test_graphs_captured_ahead_answer_as_those_captured_when_needed() -> None:
+    options = {"dtype": "float32", "device": "cuda", "max_batched_tokens": 70, "max_num_seqs": 8}
+
+    def answers(ahead: bool) -> list[list[int]]:
+        engine = OfflineEngine(Config.load(options, {}))
+        worker = worker_of(engine)
+        passes = engine.capacity.graphs_ahead
+        assert passes == worker.stats().graphs_pending == len(planned(8, 70, engine.capacity.max_model_len))
+        while ahead and engine.core.can_prepare:
+            engine.core.prepare()
+        captured = worker.graphs.num_captured
+        assert captured == (passes if ahead else 0)
+        found: list[list[int]] = []
+        for kind in ({"temperature": 0.0}, {"temperature": 0.7, "top_k": 20, "seed": 3}):
+            params = SamplingParams(**kind, max_tokens=30)  # type: ignore[arg-type]
+            requests = [engine.request(list(range(3, 3 + n)), params) for n in (5, 17, 60, 100, 250, 8)]
+            tokens: dict[str, list[int]] = {r.id: [] for r in requests}
+            for deltas in engine.run(requests):
+                for delta in deltas:
+                    tokens[delta.id] += delta.token_ids
+            found += tokens.values()
+        assert not ahead or worker.graphs.num_captured == captured, "a step needed a graph that was not planned"
+        engine.close()
+        return found
+
+    assert answers(True) == answers(False)
+
+
+@pytest.mark.gpu
+def test_graphs_are_gone_when_a_rank_has_left_and_are_captured_anew() -> None:
+    engine = OfflineEngine(Config.load({"device": "cuda", "max_batched_tokens": 70, "max_num_seqs": 2}, {}))
+    worker = worker_of(engine)
+    engine.core.prepare()
+    engine.core.prepare()
+    graphs = [weakref.ref(graph) for graph, _ in worker.graphs._graphs.values()]
+    assert len(graphs) == 2
+    worker.leave()
+    assert [r() for r in graphs] == [None, None]
+    worker.rejoined()
+    engine.core.restart(0, engine.core.capacity)
+    while engine.core.can_prepare:
+        engine.core.prepare()
+    assert worker.graphs.num_captured == engine.capacity.graphs_ahead
+    engine.close()

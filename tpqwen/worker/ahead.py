@@ -1,0 +1,102 @@
+"""CUDA graphs captured before they are needed, one in each idle step.
+
+A graph that is captured when it is first needed holds every running stream up, for 60 ms, and for seconds where its
+kernels have never been compiled. So the engine makes idle steps while nobody waits (engine/loop.py). A capture runs the
+pass's collectives, so all ranks of a group take the same graphs in the same order and stop at the same one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from tpqwen.parallel.group import TPGroup
+from tpqwen.step import GIVEN_UP
+from tpqwen.worker.graphs import DecodeGraphs, buckets
+from tpqwen.worker.mixed import TOKENS, MixedGraphs, row_buckets
+from tpqwen.worker.sampler import USUAL_KINDS, SampleKind
+from tpqwen.worker.slots import MIXED_CHUNKS
+
+FEW = 8  # decode rows; passes with no more come first, with prompts of all lengths
+GRAPHS_SHARE = 0.5  # of the memory that memory_fraction leaves: what graphs captured ahead may take
+
+
+class Pass(NamedTuple):
+    """A pass that has a graph, by its buckets; tokens 0: decode rows alone."""
+
+    rows: int
+    tokens: int
+    kind: SampleKind
+
+
+def planned(max_rows: int, max_tokens: int, max_length: int) -> list[Pass]:
+    """The passes that steps may need, the most usual first: few streams, then prompts beside few, then many streams.
+
+    max_rows: slots; max_tokens: of one step, decode rows included; max_length: of one sequence.
+    """
+    at_most = min(max_rows, max_tokens)
+    sizes = [(rows, 0) for fewest, rows in _ranges(1, buckets(max_rows)) if fewest <= at_most]
+    for fewest, rows in _ranges(0, row_buckets(max_rows)):
+        chunks = min(MIXED_CHUNKS, at_most - fewest)  # each has a slot of its own
+        longest = min(max_tokens - fewest, chunks * max_length)
+        sizes += [(rows, tokens) for shortest, tokens in _ranges(1, TOKENS) if shortest <= longest]
+    sizes.sort(key=lambda size: (False, *reversed(size)) if size[0] <= FEW else (True, *size))
+    return [Pass(*size, kind) for size in sizes for kind in USUAL_KINDS]
+
+
+def least_free(memory_fraction: float, share: float) -> int:
+    """Bytes of the device that must stay free, asked when all is loaded: what the largest step takes is not used up.
+
+    share: this rank's part of the device.
+    """
+    free, total = torch.cuda.mem_get_info()
+    return free - round(GRAPHS_SHARE * (1.0 - memory_fraction) * share * total)
+
+
+class Ahead:
+    """What one rank has still to capture. It holds keys only: nothing here leads to a graph, which has to go when its
+    group does."""
+
+    def __init__(self, group: TPGroup, passes: Sequence[Pass] = (), least_free_bytes: int = 0) -> None:
+        self._group = group
+        self._passes = passes
+        self._least_free = least_free_bytes
+        self._left = deque(passes)
+
+    def __len__(self) -> int:
+        return len(self._left)
+
+    def renew(self) -> None:
+        """There are no graphs (any more)."""
+        self._left = deque(self._passes)
+
+    def capture(self, decode: DecodeGraphs, mixed: MixedGraphs) -> int:
+        """Capture the next pass that has not been captured meanwhile. Returns how many are left, or GIVEN_UP.
+
+        Any error but a ConnectionError (as from `graphs.capture`) leaves the rank unfit: others may wait for it in the
+        pass's collectives, and the stream of a capture that was cut off stays the current one.
+        """
+        torch.cuda.empty_cache()
+        if self._left and not self._agreed(decode, torch.cuda.mem_get_info()[0] >= self._least_free):
+            self._left.clear()
+            return GIVEN_UP
+        while self._left:
+            rows, tokens, kind = self._left.popleft()
+            if mixed.prepare(rows, tokens, kind) if tokens else decode.prepare(rows, kind):
+                break
+        self._agreed(decode, True)  # who fails fails in this step, not under the next request
+        return len(self._left)
+
+    def _agreed(self, decode: DecodeGraphs, mine: bool) -> bool:
+        """Whether it is so on every rank; waits for all of them."""
+        answers = self._group.all_gather(torch.tensor([mine], dtype=torch.int32, device=decode.slots.device))
+        decode.settle()
+        return bool(answers.all())
+
+
+def _ranges(first: int, bounds: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The smallest number that each bucket holds, and the bucket."""
+    return zip((first, *(bound + 1 for bound in bounds)), bounds, strict=False)
