@@ -130,9 +130,9 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True):
     0.0 where it is not measured. error: the rank's own failure in words; then nothing else is valid.
     prompt_logprobs: (index into StepInput.chunks, one for each of its targets). pooled: (index into tokens, float32
     bytes) for the rows with params.pooling. idle_s: seconds that the device did nothing between the step before and
-    this one; None unless both only decode and it is measured. captured: the step had to capture a CUDA graph first, so
-    that its duration says nothing about the next. graphs_left: of an idle step, how many it has left for later ones, or
-    GIVEN_UP.
+    this one; None unless both only decode and it is measured. captured: a CUDA graph was captured between the step's
+    launch and this answer, so that its duration says nothing about others'. graphs_left: of an idle step, how many are
+    left for later ones, or GIVEN_UP.
     """
 
     epoch: int

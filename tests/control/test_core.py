@@ -203,7 +203,8 @@ def test_where_shapes_are_compiled_each_new_one_gets_time_for_it() -> None:
     assert deadlines.of(step_of(6, 4, top_k=30)) == 4.0
     assert deadlines.of(step_of(7, 4, tokens=100)) == 60.0  # and prompt tokens beside the rows
     assert deadlines.of(step_of(8, 4, tokens=101)) == pytest.approx(4 + 101 * 0.02)
-    deadlines.observe(step_of(7, 4, tokens=100), 9.0)
+    for number in range(8):
+        deadlines.observe(step_of(number, 4, tokens=100), 9.0)  # the sixth has waited for the seventh's compilation
     assert deadlines.of(step_of(9, 4, tokens=100)) == pytest.approx(4 + 100 * 0.02), "compilation is no measure"
     deadlines.observe(step_of(8, 4, tokens=101), 9.0, captured=True)
     deadlines.observe(step_of(8, 4, tokens=101), 1.01)

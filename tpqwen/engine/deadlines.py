@@ -50,7 +50,7 @@ class Deadlines:
     def observe(self, step: StepInput, duration_s: float, *, captured: bool = False) -> None:
         """Learn from a step that has ended. No measure is the first of an epoch, and what captured a graph or may have
         compiled kernels."""
-        compiled = step.step in self._compiling
+        compiled = bool(self._compiling)  # ranks launch a step before they answer the one before it
         self._compiling.discard(step.step)
         if captured or compiled or step.step <= self._first:
             return

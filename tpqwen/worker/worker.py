@@ -69,7 +69,7 @@ class Where:
 @dataclass(frozen=True)
 class Pending:
     """A launched step, complete once `done` has passed. before: the end of the step before, or the start of this one
-    where the device was idle; None on a CPU, and of an idle step. captured: a graph, before its pass could run."""
+    where the device was idle; None on a CPU, and of an idle step. graphs: captured before it was launched."""
 
     step: StepInput
     turn: int  # of the slots' ring
@@ -79,7 +79,7 @@ class Pending:
     before: torch.cuda.Event | None
     done: torch.cuda.Event | None
     busy_s: float
-    captured: bool
+    graphs: int
 
 
 class Worker:
@@ -139,8 +139,7 @@ class Worker:
         done = self._marks.set()
         self._guides.sampled(tokens, done)
         busy = 0.0 if done is not None or idle else time.perf_counter() - begin
-        captured = self.graphs.num_captured > graphs
-        self._pending.append(Pending(step, turn, tokens, where, run, None if idle else before, done, busy, captured))
+        self._pending.append(Pending(step, turn, tokens, where, run, None if idle else before, done, busy, graphs))
 
     def ready(self) -> bool:
         """Whether collect would return at once."""
@@ -173,7 +172,7 @@ class Worker:
             prompt_logprobs=tuple((s.chunk, s.tokens()) for s in p.run.prompt_scores),
             pooled=p.run.pooled.rows(p.run.params) if p.run.pooled is not None else (),
             idle_s=idle,
-            captured=p.captured,
+            captured=self.graphs.num_captured > p.graphs,  # for it, or for the next one, whose launch it waited for
             graphs_left=p.run.graphs_left,
         )
 
