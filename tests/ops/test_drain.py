@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray._private import services
 from rich.console import Console
 
 from tpqwen.console import serve as command
+from tpqwen.console.signals import ECHO_S, Interrupts, sessions_of_their_own
 from tpqwen.service import Qwen3Server
 
 
@@ -50,8 +54,36 @@ def test_the_replica_drains_before_the_application_goes_unless_interrupted(monke
     monkeypatch.setattr(command, "serve", fake)
     monkeypatch.setattr(command.ray, "is_initialized", lambda: True)
     monkeypatch.setattr(command.ray, "shutdown", lambda: fake.calls.append("shutdown"))
-    command.stop(Console(quiet=True))
+    command.stop(Console(quiet=True), Interrupts())
     assert fake.calls == expected
+
+
+def test_a_signal_interrupts_once_and_its_echo_does_nothing():
+    now = [100.0]
+    before = signal.getsignal(signal.SIGTERM)
+    with Interrupts(lambda: now[0]) as interrupts:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+        now[0] += ECHO_S
+        signal.signal(signal.SIGTERM, before)  # as Ray does
+        interrupts.take()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        now[0] += ECHO_S
+        interrupts.ignore()
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_ray_starts_has_a_session_of_its_own():
+    popen = services.ConsolePopen
+    words = [sys.executable, "-c", "import os; raise SystemExit(os.getsid(0) != os.getpid())"]
+    with sessions_of_their_own():
+        started = services.start_ray_process(words, "test", fate_share=True)
+    assert started.process.wait(30) == 0
+    assert services.ConsolePopen is popen
 
 
 class FakeClient:

@@ -1,7 +1,7 @@
 """`tpqwen serve MODEL`: a Ray cluster of its own (or the one at RAY_ADDRESS), Serve on it, and progress until ready.
 
-What can be refused is refused before any process starts. Ctrl-C or SIGTERM lets running requests end, a second one does
-not wait for them.
+What can be refused is refused before any process starts. Ctrl-C or SIGTERM, to this process or to its whole group, lets
+running requests end; a second one does not wait for them.
 """
 
 from __future__ import annotations
@@ -9,14 +9,11 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib.util import find_spec
-from types import FrameType
 from typing import Any
 
 import ray
@@ -26,6 +23,7 @@ from rich.console import Console
 
 from tpqwen.config import Config, api_keys_text, resolve_device
 from tpqwen.console.ray_settings import haproxy_ports
+from tpqwen.console.signals import Interrupts, sessions_of_their_own
 from tpqwen.console.startup import LOOPBACK, Watch, banner, is_ready, server_url
 from tpqwen.errors import ConfigError, EngineError
 from tpqwen.gpu import count_gpus
@@ -55,20 +53,20 @@ def run(args: argparse.Namespace, config: Config) -> int:
         check_host(config)
     app = build_app(config)  # fetches and checks the model
     watch.say("model checked")
-    try:
-        with signals_as_interrupt():
+    with Interrupts() as interrupts:
+        try:
             start_ray(config)
-        with signals_as_interrupt():  # again: Ray has put its own handlers in place
+            interrupts.take()  # again: Ray has put its own handlers in place
             take_logs(watch)
             watch.say("Ray started")
             facts = deploy(app, host, port, watch)
             watch.done(facts["load_seconds"])
             console.print(banner(facts, host, port, haproxy_ports(os.environ)))
             threading.Event().wait()
-    except KeyboardInterrupt:
-        console.print("stopping: running requests may end (once more to stop at once)")
-    finally:
-        stop(console)
+        except KeyboardInterrupt:
+            console.print("stopping: running requests may end (once more to stop at once)")
+        finally:
+            stop(console, interrupts)
     return 0
 
 
@@ -116,14 +114,15 @@ def start_ray(config: Config) -> None:
         ray.init(address=address, log_to_driver=True, logging_level=quiet)
         return
     bundles = config.parallel.tp + 2  # one CPU each for the ranks, the replica and the engine; a place, not a core
-    ray.init(
-        address="local",
-        num_cpus=max(bundles, os.cpu_count() or 1),
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        log_to_driver=True,
-        logging_level=quiet,
-    )
+    with sessions_of_their_own():
+        ray.init(
+            address="local",
+            num_cpus=max(bundles, os.cpu_count() or 1),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=True,
+            logging_level=quiet,
+        )
 
 
 def take_logs(watch: Watch) -> None:
@@ -161,15 +160,16 @@ def failure(details: str) -> ConfigError | EngineError:
     return EngineError(f"the server did not start: {details.strip()}")
 
 
-def stop(console: Console) -> None:
+def stop(console: Console, interrupts: Interrupts) -> None:
     """Let the replica drain and end it; a cluster of our own ends with it. An interrupt in here skips the drain."""
     if not ray.is_initialized():
         return
-    with suppress(KeyboardInterrupt), signals_as_interrupt():
+    with suppress(KeyboardInterrupt):
         with suppress(Exception):  # what is already gone needs no ending
             drain()
         with suppress(Exception):
             serve.delete(APP)
+    interrupts.ignore()
     ray.shutdown()
     console.print("stopped")
 
@@ -179,18 +179,3 @@ def drain() -> None:
     status = serve.status().applications.get(APP)
     if status is not None and str(status.status.value) == "RUNNING":
         serve.get_app_handle(APP).drain.remote().result(timeout_s=DRAIN_S)
-
-
-@contextmanager
-def signals_as_interrupt() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt as SIGINT does; Ray's own handlers are put back afterwards."""
-
-    def interrupt(_signal: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
