@@ -70,7 +70,7 @@ def test_the_systemd_unit_signals_the_server_alone_and_waits_for_its_drain():
     text = (ROOT / "deploy/tpqwen.service").read_text()
     settings = dict(line.split("=", 1) for line in text.splitlines() if "=" in line and not line.startswith("#"))
     assert settings["KillMode"] == "mixed"
-    assert int(settings["TimeoutStopSec"]) > 2 * DRAIN_S  # ours, then Serve's
+    assert int(settings["TimeoutStopSec"]) >= DRAIN_S + 60
     words = settings["ExecStart"].split()
     assert words[:2] == ["/opt/tpqwen/bin/tpqwen", "serve"] and set(words[2::2]) <= {"--host", "--port"}
     assert settings["RestartPreventExitStatus"] == "2"

@@ -29,10 +29,14 @@ class FakeServe:
         return SimpleNamespace(applications={"tpqwen": SimpleNamespace(status=SimpleNamespace(value=self._status))})
 
     def get_app_handle(self, name: str) -> Any:
-        return SimpleNamespace(drain=SimpleNamespace(remote=lambda: SimpleNamespace(result=self._drained)))
+        return SimpleNamespace(drain=SimpleNamespace(remote=self._asked))
+
+    def _asked(self, grace_s: float) -> Any:
+        self.calls.append(f"drain within {grace_s:g} s")
+        return SimpleNamespace(result=self._drained)
 
     def _drained(self, timeout_s: float) -> None:
-        self.calls.append(f"drain within {timeout_s:g} s")
+        assert timeout_s > command.DRAIN_S
         if self._failure is not None:
             raise self._failure
 
@@ -87,25 +91,33 @@ def test_what_ray_starts_has_a_session_of_its_own():
 
 
 class FakeClient:
-    """Three requests are open, and one ends at each look."""
+    """Three requests are open, and one ends at each look, except for the last so many; these end when given up."""
 
-    def __init__(self) -> None:
+    def __init__(self, stubborn: int) -> None:
         self.draining = False
-        self._open = 3
+        self.given_up: list[str] = []
+        self._open, self._stubborn = 3, stubborn
 
     def drain(self) -> None:
         self.draining = True
 
+    def give_up(self, reason: str, code: str) -> None:
+        self.given_up.append(f"{code}: {reason}")
+        self._open = self._stubborn = 0
+
     @property
     def num_open(self) -> int:
         assert self.draining, "requests were still taken"
-        self._open -= 1
+        self._open = max(self._open - 1, self._stubborn)
         return self._open
 
 
-def test_draining_takes_nothing_new_and_waits_for_what_is_open():
-    client, states = FakeClient(), []
+@pytest.mark.parametrize(("stubborn", "grace_s", "given_up"), [(0, 60.0, 0), (1, 0.2, 1)])
+def test_draining_takes_nothing_new_and_waits_for_what_is_open(stubborn, grace_s, given_up):
+    client, states = FakeClient(stubborn), []
     replica = SimpleNamespace(_client=client, _metrics=SimpleNamespace(engine_state=states.append))
-    asyncio.run(Qwen3Server.func_or_class.drain(replica))
+    asyncio.run(Qwen3Server.func_or_class.drain(replica, grace_s))
     assert states == ["draining"]
     assert client._open == 0
+    assert len(client.given_up) == given_up
+    assert all(reason.startswith("draining: the server is shutting down") for reason in client.given_up)

@@ -175,7 +175,10 @@ def stop(console: Console, interrupts: Interrupts) -> None:
 
 
 def drain() -> None:
-    """New requests and /ready are answered 503 `draining` until the running ones have ended, DRAIN_S at most."""
+    """New requests and /ready are answered 503 `draining` until the running ones have ended.
+
+    After DRAIN_S these end with an error.
+    """
     status = serve.status().applications.get(APP)
     if status is not None and str(status.status.value) == "RUNNING":
-        serve.get_app_handle(APP).drain.remote().result(timeout_s=DRAIN_S)
+        serve.get_app_handle(APP).drain.remote(DRAIN_S).result(timeout_s=DRAIN_S + CALL_TIMEOUT_S)
