@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shutil
 import socket
 import threading
 import time
@@ -18,6 +19,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray._common.utils import get_default_system_temp_dir
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from rich.console import Console
 
@@ -34,6 +36,7 @@ APP = "tpqwen"
 POLL_S = 0.2
 CALL_TIMEOUT_S = 30.0
 DRAIN_S = 90.0  # running requests may go on for so long after a signal
+DISK_BYTES = 256 * 1024 * 1024  # for Ray's session: its logs, and the object store where /dev/shm is too small
 OBJECT_STORE_BYTES = 128 * 1024 * 1024  # Serve's own messages only; no tensor ever travels through it
 
 
@@ -93,7 +96,7 @@ def check_access(config: Config) -> None:
 
 
 def check_host(config: Config) -> None:
-    """Port free and GPUs enough. Raises ConfigError."""
+    """Port free, GPUs and space for Ray's session enough. Raises ConfigError."""
     host, port = config.server.host, config.server.port
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -101,6 +104,10 @@ def check_host(config: Config) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
+    folder = get_default_system_temp_dir()
+    if (free := shutil.disk_usage(folder).free) < DISK_BYTES:
+        text = f"{folder}, where Ray keeps its session, has {free >> 20} MiB free and {DISK_BYTES >> 20} are needed"
+        raise ConfigError(f"{text}; RAY_TMPDIR names another folder")
     needed = config.parallel.num_gpus
     if resolve_device(config.parallel.device) == "cuda" and (found := count_gpus()) < needed:
         raise ConfigError(f"--tp {config.parallel.tp} needs {needed} GPUs and this host has {found}")
