@@ -68,7 +68,9 @@ def ctrl_c(pid: int) -> None:
     os.killpg(pid, signal.SIGINT)
 
 
-@pytest.mark.parametrize("stop", [to_process, to_group, ctrl_c])
+@pytest.mark.parametrize(
+    "stop", [pytest.param(to_process, marks=pytest.mark.slow), to_group, pytest.param(ctrl_c, marks=pytest.mark.slow)]
+)
 def test_a_signal_drains_before_the_application_goes(command, stop: Callable[[int], None]):
     process, url, log = command
     until(lambda: status(url) == (200, "ready") or process.poll() is not None, "readiness", 150)
