@@ -55,6 +55,7 @@ from tpqwen.text.tokenizer import Tokenizer
 CPU_SHARE = 0.1  # of a core, per process, where ranks compute on the CPU: a laptop's cores are shared, not reserved
 RANK_STATS_EVERY_S = 5.0
 DRAIN_POLL_S = 0.05
+DRAIN_FLUSH_S = 5.0  # for clients to read how their requests ended
 
 _log = logging.getLogger(__name__)
 
@@ -77,6 +78,16 @@ def bundles(config: Config) -> list[dict[str, float]]:
         rank = {"CPU": 1.0, "GPU": config.parallel.gpus_per_rank}
         return [{"CPU": 1.0}, {"CPU": 1.0}, *(dict(rank) for _ in range(config.parallel.tp))]
     return [{"CPU": CPU_SHARE} for _ in range(2 + config.parallel.tp)]
+
+
+async def all_ended(client: EngineClient, timeout_s: float) -> bool:
+    """Wait until no request is open, timeout_s at most; whether it is so."""
+    deadline = time.monotonic() + timeout_s
+    while client.num_open:
+        if time.monotonic() >= deadline:
+            return False
+        await asyncio.sleep(DRAIN_POLL_S)
+    return True
 
 
 @serve.deployment(
@@ -166,14 +177,19 @@ class Qwen3Server:
             "closed": self._keys[0] is not None,
         }
 
-    async def drain(self) -> None:
-        """Take no new requests, and return when the open ones have ended. For whoever is about to delete the
-        application: what Serve drains it no longer routes to, so nobody would hear why."""
+    async def drain(self, grace_s: float) -> None:
+        """Take nothing new, and return when the open ones have ended: by themselves, or with an error after grace_s.
+
+        For whoever is about to delete the application: what Serve drains it no longer routes to, so nobody would hear
+        why, and what is still open at the end of Serve's own patience is torn without a word.
+        """
         assert self._client is not None
         self._client.drain()
         self._metrics.engine_state("draining")
-        while self._client.num_open:
-            await asyncio.sleep(DRAIN_POLL_S)
+        if not await all_ended(self._client, grace_s):
+            reason = f"the server is shutting down and this request had not ended after {grace_s:g} s"
+            self._client.give_up(reason, "draining")
+            await all_ended(self._client, DRAIN_FLUSH_S)
 
     async def __del__(self) -> None:
         """Serve calls this after the drain: end everything this replica started."""

@@ -1,4 +1,8 @@
-"""`tpqwen serve` as a process of its own: SIGTERM lets running streams end and tells everybody else why not."""
+"""`tpqwen serve` as a process of its own: a signal lets running streams end and tells everybody else why not.
+
+The signal comes to the process alone, as from a pod's kubelet, or to its whole process group, as from a terminal's
+Ctrl-C, from `timeout` and from an init that forwards to the group.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -32,7 +36,8 @@ def command(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str, Path
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     run = [sys.executable, "-c", "from tpqwen.cli import main; raise SystemExit(main())", "serve", "--port", str(port)]
     with log.open("wb") as output:
-        process = subprocess.Popen([*run, *OPTIONS], stdout=output, stderr=output, env=environment)
+        words = [*run, *OPTIONS]
+        process = subprocess.Popen(words, stdout=output, stderr=output, env=environment, start_new_session=True)
     yield process, f"http://127.0.0.1:{port}", log
     for _ in range(2):  # a test that failed: end at once, and take Ray along
         if process.poll() is None:
@@ -49,7 +54,24 @@ def status(url: str) -> tuple[int, str]:
     return answer.status_code, answer.json()["status"] if answer.status_code in (200, 503) else ""
 
 
-def test_sigterm_drains_before_the_application_goes(command):
+def to_process(pid: int) -> None:
+    os.kill(pid, signal.SIGTERM)
+
+
+def to_group(pid: int) -> None:
+    """To the child, then to its group, as `timeout` does."""
+    os.kill(pid, signal.SIGTERM)
+    os.killpg(pid, signal.SIGTERM)
+
+
+def ctrl_c(pid: int) -> None:
+    os.killpg(pid, signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    "stop", [pytest.param(to_process, marks=pytest.mark.slow), to_group, pytest.param(ctrl_c, marks=pytest.mark.slow)]
+)
+def test_a_signal_drains_before_the_application_goes(command, stop: Callable[[int], None]):
     process, url, log = command
     until(lambda: status(url) == (200, "ready") or process.poll() is not None, "readiness", 150)
     assert process.poll() is None, log.read_text()
@@ -58,7 +80,7 @@ def test_sigterm_drains_before_the_application_goes(command):
     with httpx.stream("POST", f"{url}/v1/completions", json=REQUEST, timeout=120) as running:
         lines = (line.removeprefix("data: ") for line in running.iter_lines() if line.startswith("data: "))
         events = [next(lines)]
-        process.send_signal(signal.SIGTERM)
+        stop(process.pid)
         until(lambda: status(url) == (503, "draining"), "/ready says so", 60)
         refused = httpx.post(f"{url}/v1/completions", json=REQUEST, timeout=30)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
@@ -68,3 +90,6 @@ def test_sigterm_drains_before_the_application_goes(command):
     assert [c["finish_reason"] for c in json.loads(events[-2])["choices"]] == ["length"]
     assert process.wait(120) == 0, log.read_text()
     until(lambda: not any(title(pid) for pid in children), "the end of every process")
+    with socket.create_server(("127.0.0.1", int(url.rpartition(":")[2]))):
+        pass  # nobody listens there any more
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith("tpqwen")]

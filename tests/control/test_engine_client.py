@@ -238,6 +238,25 @@ def test_a_draining_engine_finishes_but_takes_nothing():
     run(main)
 
 
+def test_whoever_is_given_up_ends_once_with_the_cause_and_frees_its_blocks():
+    async def main() -> None:
+        executor, stats = SlowExecutor(), []
+        async with engine(executor, stats) as client:
+            tasks = [asyncio.create_task(deltas_of(client, request(name))) for name in ("one", "two")]
+            executor.go.release(2)
+            await until(lambda: bool(stats) and stats[-1].num_running == 2)
+            client.give_up("the grace period is over", "draining")
+            for deltas in await asyncio.gather(*tasks):
+                tokens_of(deltas)
+                assert (deltas[-1].finish_reason, deltas[-1].error_code) == (FinishReason.ERROR, "draining")
+                assert deltas[-1].error == "the grace period is over"
+            executor.go.release(1000)
+            await until(lambda: stats[-1].blocks_used == 0)
+            assert client.state.name == "ready"
+
+    run(main)
+
+
 def test_what_the_scheduler_refuses_is_raised_to_the_caller():
     async def main() -> None:
         async with engine() as client:

@@ -156,7 +156,7 @@ def test_neither_keys_nor_prompts_nor_answers_are_logged_or_counted(caplog: pyte
     canaries = ["canaryprompt", "canaryanswer", "canaryfield", "canarykeycanarykeycanary", ALICE, "canarypath"]
     metrics = ServerMetrics("m")
     server = closed(script=lambda request: ids("canaryanswer"))
-    server.app._hooks = metrics
+    server.app._hooks = server.app._journal._hooks = metrics
     with caplog.at_level(logging.DEBUG):
         assert ask(server, prompt="canaryprompt").status_code == 200
         assert ask(server, prompt="canaryprompt", stream=True).status_code == 200

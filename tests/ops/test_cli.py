@@ -376,6 +376,9 @@ def test_serve_refuses_what_cannot_work_before_anything_starts(monkeypatch):
     with pytest.raises(ConfigError, match="--tp 2 needs 2 GPUs and this host has 1"):
         serve.check_host(Config.load({"port": port, "device": "cuda", "tp": 2}, {}))
     serve.check_host(Config.load({"port": port, "device": "cuda", "tp": 2, "gpus_per_rank": 0.5}, {}))
+    monkeypatch.setattr(serve.shutil, "disk_usage", lambda folder: SimpleNamespace(free=5 << 20))
+    with pytest.raises(ConfigError, match="has 5 MiB free and 256 are needed; RAY_TMPDIR names another folder"):
+        serve.check_host(Config.load({"port": port, "device": "cpu"}, {}))
 
 
 def test_serves_report_of_a_failed_start_becomes_our_sentence():

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tpqwen.cli import COMMANDS
+from tpqwen.console.serve import DRAIN_S
 from tpqwen.metrics import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,6 +64,16 @@ def test_the_image_has_what_kuberay_and_triton_need():
     assert "<<" not in lines
     for copied in re.findall(r"^COPY (?!--from)(.+) \S+$", lines, re.MULTILINE):
         assert [name for name in copied.split() if not (ROOT / name).exists()] == []
+
+
+def test_the_systemd_unit_signals_the_server_alone_and_waits_for_its_drain():
+    text = (ROOT / "deploy/tpqwen.service").read_text()
+    settings = dict(line.split("=", 1) for line in text.splitlines() if "=" in line and not line.startswith("#"))
+    assert settings["KillMode"] == "mixed"
+    assert int(settings["TimeoutStopSec"]) >= DRAIN_S + 60
+    words = settings["ExecStart"].split()
+    assert words[:2] == ["/opt/tpqwen/bin/tpqwen", "serve"] and set(words[2::2]) <= {"--host", "--port"}
+    assert settings["RestartPreventExitStatus"] == "2"
 
 
 def test_ci_is_a_shell_script_that_any_bash_takes():

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray._private import services
 from rich.console import Console
 
 from tpqwen.console import serve as command
+from tpqwen.console.signals import ECHO_S, Interrupts, sessions_of_their_own
 from tpqwen.service import Qwen3Server
 
 
@@ -25,10 +29,14 @@ class FakeServe:
         return SimpleNamespace(applications={"tpqwen": SimpleNamespace(status=SimpleNamespace(value=self._status))})
 
     def get_app_handle(self, name: str) -> Any:
-        return SimpleNamespace(drain=SimpleNamespace(remote=lambda: SimpleNamespace(result=self._drained)))
+        return SimpleNamespace(drain=SimpleNamespace(remote=self._asked))
+
+    def _asked(self, grace_s: float) -> Any:
+        self.calls.append(f"drain within {grace_s:g} s")
+        return SimpleNamespace(result=self._drained)
 
     def _drained(self, timeout_s: float) -> None:
-        self.calls.append(f"drain within {timeout_s:g} s")
+        assert timeout_s > command.DRAIN_S
         if self._failure is not None:
             raise self._failure
 
@@ -50,30 +58,66 @@ def test_the_replica_drains_before_the_application_goes_unless_interrupted(monke
     monkeypatch.setattr(command, "serve", fake)
     monkeypatch.setattr(command.ray, "is_initialized", lambda: True)
     monkeypatch.setattr(command.ray, "shutdown", lambda: fake.calls.append("shutdown"))
-    command.stop(Console(quiet=True))
+    command.stop(Console(quiet=True), Interrupts())
     assert fake.calls == expected
 
 
-class FakeClient:
-    """Three requests are open, and one ends at each look."""
+def test_a_signal_interrupts_once_and_its_echo_does_nothing():
+    now = [100.0]
+    before = signal.getsignal(signal.SIGTERM)
+    with Interrupts(lambda: now[0]) as interrupts:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+        now[0] += ECHO_S
+        signal.signal(signal.SIGTERM, before)  # as Ray does
+        interrupts.take()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        now[0] += ECHO_S
+        interrupts.ignore()
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
 
-    def __init__(self) -> None:
+
+def test_what_ray_starts_has_a_session_of_its_own():
+    popen = services.ConsolePopen
+    words = [sys.executable, "-c", "import os; raise SystemExit(os.getsid(0) != os.getpid())"]
+    with sessions_of_their_own():
+        started = services.start_ray_process(words, "test", fate_share=True)
+    assert started.process.wait(30) == 0
+    assert services.ConsolePopen is popen
+
+
+class FakeClient:
+    """Three requests are open, and one ends at each look, except for the last so many; these end when given up."""
+
+    def __init__(self, stubborn: int) -> None:
         self.draining = False
-        self._open = 3
+        self.given_up: list[str] = []
+        self._open, self._stubborn = 3, stubborn
 
     def drain(self) -> None:
         self.draining = True
 
+    def give_up(self, reason: str, code: str) -> None:
+        self.given_up.append(f"{code}: {reason}")
+        self._open = self._stubborn = 0
+
     @property
     def num_open(self) -> int:
         assert self.draining, "requests were still taken"
-        self._open -= 1
+        self._open = max(self._open - 1, self._stubborn)
         return self._open
 
 
-def test_draining_takes_nothing_new_and_waits_for_what_is_open():
-    client, states = FakeClient(), []
+@pytest.mark.parametrize(("stubborn", "grace_s", "given_up"), [(0, 60.0, 0), (1, 0.2, 1)])
+def test_draining_takes_nothing_new_and_waits_for_what_is_open(stubborn, grace_s, given_up):
+    client, states = FakeClient(stubborn), []
     replica = SimpleNamespace(_client=client, _metrics=SimpleNamespace(engine_state=states.append))
-    asyncio.run(Qwen3Server.func_or_class.drain(replica))
+    asyncio.run(Qwen3Server.func_or_class.drain(replica, grace_s))
     assert states == ["draining"]
     assert client._open == 0
+    assert len(client.given_up) == given_up
+    assert all(reason.startswith("draining: the server is shutting down") for reason in client.given_up)

@@ -19,11 +19,14 @@ import pytest
 
 from tests.cluster.processes import children_of, title, until
 from tests.cluster.sockets import Listener, listeners, speaks_grpc
+from tpqwen.bench.load import Case, Job
+from tpqwen.bench.serve import measure
 from tpqwen.console.ray_settings import HAPROXY_PORTS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(200)]
 
 ROOT = Path(__file__).resolve().parents[2]
+GROWTH_MIB = 32  # between the first and the third flood, per process
 KEY = "tpq_alice_0123456789abcdef"
 RAYS = re.compile(r"^ray::|raylet|gcs_server|/ray/dashboard/|/ray/_private/|/ray/autoscaler/")
 OURS = re.compile(r"^tpqwen (replica|engine|rank)")
@@ -70,6 +73,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     env |= {"TPQWEN_API_KEYS": f"alice {KEY}", "PYTHONPATH": str(ROOT)}
     log = tmp_path_factory.mktemp("serve") / "log"
     options = ["--device", "cpu", "--threads", "1", "--port", str(port), "--max-model-len", "512"]
+    options += ["--max-num-seqs", "8", "--max-waiting", "16"]
     words = [sys.executable, "-m", "tpqwen.cli", "serve", "--ingress", request.param, *options]
     with log.open("wb") as out, subprocess.Popen(words, env=env, stdout=out, stderr=out) as process:
         here = Running(request.param, port, others, process, log)
@@ -104,6 +108,34 @@ def test_a_client_that_leaves_frees_its_pages(server: Running) -> None:
 
     until(lambda: re.search(r'tpqwen_requests_finished_total\{finish_reason="abort".*\} 1\.0', metrics()), "the abort")
     until(lambda: re.search(r'tpqwen_kv_cache_blocks\{.*state="used"\} 0\.0', metrics()), "no block in use")
+
+
+def test_a_flood_is_answered_or_refused_in_good_order_and_leaves_no_trace(server: Running) -> None:
+    """Far more clients than fit, and who is refused asks again at once: nothing but whole answers and 429s."""
+    before = ours(server)
+    sizes = []
+    for seed in range(3):  # the first brings everything to its working size
+        case = Case("closed", 96, 2000, 16, 16)
+        done = measure(Job(server.url, "tpqwen-demo", case, 0, 2, seed, 4000, KEY))
+        records = [record for part in done for record in part.records]
+        assert {r.status for r in records} == {200, 429}
+        for record in records:
+            if record.status == 200:
+                assert record.error is None
+            else:
+                assert record.error is not None and int(record.retry_after) >= 1
+                assert json.loads(record.error.removeprefix("429 "))["error"]["code"] == "queue_full"
+        sizes.append({name: rss_mib(pid) for pid, name in ours(server).items()})
+    assert ours(server) == before  # no process was replaced
+    assert {name: size for name, size in sizes[2].items() if size > sizes[0][name] + GROWTH_MIB} == {}
+
+
+def ours(server: Running) -> dict[int, str]:
+    return {pid: name for pid in server.tree() if OURS.search(name := title(pid))}
+
+
+def rss_mib(pid: int) -> float:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def test_what_it_opens_is_what_the_banner_and_the_security_page_name(server: Running) -> None:

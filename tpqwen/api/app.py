@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from tpqwen.api.failures import ClientLeft, failure
 from tpqwen.api.guiding import guided
 from tpqwen.api.hooks import RequestHooks
 from tpqwen.api.info import ApiSettings, ModelInfo
+from tpqwen.api.journal import Journal
 from tpqwen.api.messages_answer import MessagesAnswer, error_body
 from tpqwen.api.openapi import document, page
 from tpqwen.api.page import PAGE, PAGE_HEADERS
@@ -40,13 +40,10 @@ from tpqwen.text.chat import ChatFormat, Variant
 from tpqwen.text.pipeline import OutputText
 from tpqwen.text.work import PromptWork, Renderer, TextService, ThreadText
 
-_log = logging.getLogger(__name__)
-
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 CLIENT_LEFT = 499
 MAX_HEADER_BYTES = 16 * 1024
 _FORBIDDEN_HEADERS = ("x-request-timeout-seconds", "x-request-disconnect-disabled")
-_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 Handler = Callable[[Exchange], Awaitable[None]]
 
@@ -98,7 +95,7 @@ _RERANK = _Endpoint(pooled.read_rerank, pooled.RerankAnswer, Task.RERANK)
 
 
 class _Api:
-    """The ASGI callable. Holds no state of its own."""
+    """The ASGI callable. Holds no state of its own; its journal does."""
 
     def __init__(
         self,
@@ -115,6 +112,7 @@ class _Api:
         self._text = text
         self._info = info
         self._hooks = hooks
+        self._journal = Journal(hooks)
         self._settings = settings
         self._all_metrics = all_metrics
         self._renderer = Renderer(text, info.limits.max_model_len)
@@ -175,7 +173,7 @@ class _Api:
             await exchange.fail(failed)
             status = failed.status
         finally:
-            self._record(exchange, route if handlers else "other", exchange.counted_status or status)
+            self._journal.note(exchange, route if handlers else "other", exchange.counted_status or status)
 
     def _handler(self, exchange: Exchange, handlers: dict[str, Handler] | None) -> Handler:
         _check_headers(exchange)
@@ -343,16 +341,6 @@ class _Api:
 
     async def _page(self, exchange: Exchange) -> None:
         await exchange.reply(PAGE, 200, "text/html; charset=utf-8", **PAGE_HEADERS)
-
-    def _record(self, exchange: Exchange, route: str, status: int) -> None:
-        seconds = time.monotonic() - exchange.arrived
-        method = exchange.method if exchange.method in _METHODS else "other"
-        self._hooks.on_http(route, method, status, seconds)
-        level = logging.INFO if route.startswith("/v1/") or status >= 400 else logging.DEBUG
-        if _log.isEnabledFor(level):
-            numbers = "".join(f" {k}={v}" for k, v in exchange.numbers.items())
-            text = "request=%s route=%s method=%s status=%d code=%s ms=%.1f%s"
-            _log.log(level, text, exchange.request_id, route, method, status, exchange.code, seconds * 1e3, numbers)
 
 
 def _check_headers(exchange: Exchange) -> None:

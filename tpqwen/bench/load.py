@@ -53,7 +53,7 @@ class Job(msgspec.Struct, frozen=True):
 class Record(msgspec.Struct):
     """One request. Seconds; ttft_s to the first event with text, gaps_s between later events, at_s since the start.
 
-    status: of the answer, 0 where none came.
+    status: of the answer, 0 where none came. retry_after: the header of that name.
     """
 
     at_s: float
@@ -63,6 +63,7 @@ class Record(msgspec.Struct):
     tokens: int = 0
     gaps_s: list[float] = []
     error: str | None = None
+    retry_after: str = ""
 
 
 class Done(msgspec.Struct):
@@ -91,6 +92,7 @@ async def stream(session: aiohttp.ClientSession, job: Job, prompt: list[int], be
     try:
         async with session.post(f"{job.url}/v1/completions", data=msgspec.json.encode(body), headers=headers) as answer:
             record.status = answer.status
+            record.retry_after = answer.headers.get("retry-after", "")
             if answer.status != 200:
                 record.error = f"{answer.status} {(await answer.text())[:_ERROR_CHARS]}"
             else:

@@ -1,7 +1,7 @@
 """`tpqwen serve MODEL`: a Ray cluster of its own (or the one at RAY_ADDRESS), Serve on it, and progress until ready.
 
-What can be refused is refused before any process starts. Ctrl-C or SIGTERM lets running requests end, a second one does
-not wait for them.
+What can be refused is refused before any process starts. Ctrl-C or SIGTERM, to this process or to its whole group, lets
+running requests end; a second one does not wait for them.
 """
 
 from __future__ import annotations
@@ -9,23 +9,23 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
+import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib.util import find_spec
-from types import FrameType
 from typing import Any
 
 import ray
 from ray import serve
+from ray._common.utils import get_default_system_temp_dir
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from rich.console import Console
 
 from tpqwen.config import Config, api_keys_text, resolve_device
 from tpqwen.console.ray_settings import haproxy_ports
+from tpqwen.console.signals import Interrupts, sessions_of_their_own
 from tpqwen.console.startup import LOOPBACK, Watch, banner, is_ready, server_url
 from tpqwen.errors import ConfigError, EngineError
 from tpqwen.gpu import count_gpus
@@ -36,6 +36,7 @@ APP = "tpqwen"
 POLL_S = 0.2
 CALL_TIMEOUT_S = 30.0
 DRAIN_S = 90.0  # running requests may go on for so long after a signal
+DISK_BYTES = 256 * 1024 * 1024  # for Ray's session: its logs, and the object store where /dev/shm is too small
 OBJECT_STORE_BYTES = 128 * 1024 * 1024  # Serve's own messages only; no tensor ever travels through it
 
 
@@ -55,20 +56,20 @@ def run(args: argparse.Namespace, config: Config) -> int:
         check_host(config)
     app = build_app(config)  # fetches and checks the model
     watch.say("model checked")
-    try:
-        with signals_as_interrupt():
+    with Interrupts() as interrupts:
+        try:
             start_ray(config)
-        with signals_as_interrupt():  # again: Ray has put its own handlers in place
+            interrupts.take()  # again: Ray has put its own handlers in place
             take_logs(watch)
             watch.say("Ray started")
             facts = deploy(app, host, port, watch)
             watch.done(facts["load_seconds"])
             console.print(banner(facts, host, port, haproxy_ports(os.environ)))
             threading.Event().wait()
-    except KeyboardInterrupt:
-        console.print("stopping: running requests may end (once more to stop at once)")
-    finally:
-        stop(console)
+        except KeyboardInterrupt:
+            console.print("stopping: running requests may end (once more to stop at once)")
+        finally:
+            stop(console, interrupts)
     return 0
 
 
@@ -95,7 +96,7 @@ def check_access(config: Config) -> None:
 
 
 def check_host(config: Config) -> None:
-    """Port free and GPUs enough. Raises ConfigError."""
+    """Port free, GPUs and space for Ray's session enough. Raises ConfigError."""
     host, port = config.server.host, config.server.port
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -103,6 +104,10 @@ def check_host(config: Config) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
+    folder = get_default_system_temp_dir()
+    if (free := shutil.disk_usage(folder).free) < DISK_BYTES:
+        text = f"{folder}, where Ray keeps its session, has {free >> 20} MiB free and {DISK_BYTES >> 20} are needed"
+        raise ConfigError(f"{text}; RAY_TMPDIR names another folder")
     needed = config.parallel.num_gpus
     if resolve_device(config.parallel.device) == "cuda" and (found := count_gpus()) < needed:
         raise ConfigError(f"--tp {config.parallel.tp} needs {needed} GPUs and this host has {found}")
@@ -116,14 +121,15 @@ def start_ray(config: Config) -> None:
         ray.init(address=address, log_to_driver=True, logging_level=quiet)
         return
     bundles = config.parallel.tp + 2  # one CPU each for the ranks, the replica and the engine; a place, not a core
-    ray.init(
-        address="local",
-        num_cpus=max(bundles, os.cpu_count() or 1),
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        log_to_driver=True,
-        logging_level=quiet,
-    )
+    with sessions_of_their_own():
+        ray.init(
+            address="local",
+            num_cpus=max(bundles, os.cpu_count() or 1),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=True,
+            logging_level=quiet,
+        )
 
 
 def take_logs(watch: Watch) -> None:
@@ -161,36 +167,25 @@ def failure(details: str) -> ConfigError | EngineError:
     return EngineError(f"the server did not start: {details.strip()}")
 
 
-def stop(console: Console) -> None:
+def stop(console: Console, interrupts: Interrupts) -> None:
     """Let the replica drain and end it; a cluster of our own ends with it. An interrupt in here skips the drain."""
     if not ray.is_initialized():
         return
-    with suppress(KeyboardInterrupt), signals_as_interrupt():
+    with suppress(KeyboardInterrupt):
         with suppress(Exception):  # what is already gone needs no ending
             drain()
         with suppress(Exception):
             serve.delete(APP)
+    interrupts.ignore()
     ray.shutdown()
     console.print("stopped")
 
 
 def drain() -> None:
-    """New requests and /ready are answered 503 `draining` until the running ones have ended, DRAIN_S at most."""
+    """New requests and /ready are answered 503 `draining` until the running ones have ended.
+
+    After DRAIN_S these end with an error.
+    """
     status = serve.status().applications.get(APP)
     if status is not None and str(status.status.value) == "RUNNING":
-        serve.get_app_handle(APP).drain.remote().result(timeout_s=DRAIN_S)
-
-
-@contextmanager
-def signals_as_interrupt() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt as SIGINT does; Ray's own handlers are put back afterwards."""
-
-    def interrupt(_signal: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        serve.get_app_handle(APP).drain.remote(DRAIN_S).result(timeout_s=DRAIN_S + CALL_TIMEOUT_S)

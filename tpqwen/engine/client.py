@@ -215,8 +215,13 @@ class EngineClient:
         if self._life.dead is not None:
             return
         self._life.dead, self._resuming = reason, False
+        self.give_up(reason, code)
+
+    def give_up(self, reason: str, code: str) -> None:
+        """End every open request with this cause; the engine goes on."""
         for opened in list(self._open.values()):
             if not opened.ended:
+                self.send(Abort(opened.request.id))
                 self._end(opened, reason, code)
 
     def send(self, command: Command) -> None:

@@ -1,0 +1,102 @@
+"""Two replicas are exchanged one after the other under load: no request fails and no stream is torn."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.cluster.processes import until
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
+
+OPTIONS = {
+    "device": "cpu",
+    "dtype": "float32",
+    "threads": "1",
+    "max_model_len": "256",
+    "max_num_seqs": "8",
+    "max_batched_tokens": "128",
+}
+CLIENTS = 4
+
+
+def application(name: str) -> Any:
+    """Two replicas; another name is another version."""
+    from tpqwen import service
+    from tpqwen.config import Config
+
+    options = OPTIONS | {"served_model_name": name}
+    where = service.bundles(Config.load(options, {}))
+    deployment = service.Qwen3Server.options(
+        num_replicas=2,
+        ray_actor_options={"num_cpus": where[0]["CPU"], "num_gpus": 0},
+        placement_group_bundles=where,
+    )
+    return deployment.bind(options)
+
+
+@pytest.fixture
+def url(ray_cluster: None) -> Iterator[str]:
+    from ray import serve
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(application("old"), name="tpqwen", route_prefix="/")
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+
+
+class Load:
+    """Clients that ask one request after the other, each over a connection of its own, until told to stop."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._ask) for _ in range(CLIENTS)]
+        self.answers = 0
+        self.failures: list[str] = []
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _ask(self) -> None:
+        body = {"prompt": [5, 6, 7], "max_tokens": 60, "temperature": 0, "ignore_eos": True, "stream": True}
+        while not self._over.is_set():
+            try:
+                answer = httpx.post(f"{self._url}/v1/completions", json=body, timeout=120)
+                ok = answer.status_code == 200 and answer.text.endswith("data: [DONE]\n\n")
+                self.answers += ok
+                if not ok:
+                    self.failures.append(f"{answer.status_code} {answer.text[-200:]}")
+            except httpx.HTTPError as error:
+                self.failures.append(repr(error))
+
+
+def test_an_update_fails_no_request(url: str) -> None:
+    from ray import serve
+
+    def served() -> str:
+        answer = httpx.get(f"{url}/v1/models", timeout=30)
+        assert answer.status_code == 200
+        name: str = answer.json()["data"][0]["id"]
+        return name
+
+    assert served() == "old"
+    with Load(url) as load:
+        serve.run(application("new"), name="tpqwen", route_prefix="/")  # returns when both are new
+        until(lambda: [served() for _ in range(8)] == ["new"] * 8, "the new version alone", 60)
+    assert load.failures == []
+    assert load.answers > 2 * CLIENTS
