@@ -49,9 +49,7 @@ def prompts(vocab_size: int) -> list[torch.Tensor]:
 class Rows:
     """Sequences over one cache, their blocks interleaved, driven by hand-made contexts."""
 
-    def __init__(
-        self, folder: Path, group: TPGroup, dtype: torch.dtype = torch.float32, scheme: Scheme = NONE
-    ) -> None:
+    def __init__(self, folder: Path, group: TPGroup, dtype: torch.dtype = torch.float32, scheme: Scheme = NONE) -> None:
         c = ModelConfig.from_folder(folder)
         with torch.device("meta"):
             self.model = Qwen3(c, group, scheme=scheme)

@@ -1,7 +1,7 @@
 """An int8 weight written out as 16-bit numbers, for the products of many rows that go to cuBLAS.
 
-O outputs, I inputs. Costs about what reading the written weight costs: half as much again as the product of few rows
-would, next to nothing for a thousand.
+O outputs, I inputs. It moves three bytes for each weight: much beside the product of few rows, little beside that of a
+thousand.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"

@@ -155,11 +155,7 @@ def _gemv_kernel(
 @triton.jit
 def _row_scale(w_scale, rows, SCALED: tl.constexpr):
     """What the sums of the weight's rows [BLOCK_N] are multiplied by: their scales, settled like the weights, or 1."""
-    if SCALED:
-        factor = tl.load(w_scale + rows)
-    else:
-        factor = tl.full([1], 1.0, tl.float32)
-    return factor
+    return tl.load(w_scale + rows) if SCALED else tl.full([1], 1.0, tl.float32)
 
 
 @triton.jit

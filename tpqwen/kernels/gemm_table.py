@@ -10,6 +10,7 @@ from tpqwen.kernels.launch import fitting_stages
 MAX_ROWS = 128  # of one launch of our kernels; more go to cuBLAS
 MAX_INT8_ROWS = 256  # likewise, where cuBLAS needs the weight written out first
 GEMV_ROWS = 4
+GEMV_SUMS = 64  # fp32 of one thread, all rows together, beside twice as many int8 weights as others: more would spill
 NARROWEST = 64  # columns: the smallest block_k, so K must be a multiple of it
 PROGRAMS = 132  # multiprocessors of H100 and H200
 
@@ -144,7 +145,9 @@ def int8_config(config: Config, rows: int, weights: int) -> Config:
         block_n, warps = (64, 4) if rows <= 64 or weights < 64 * PROGRAMS else (128, 8)
         return _dot(block_n, 128 if rows <= 128 else 64, warps, 4)
     if config.path == "gemv":
-        return config._replace(block_k=2 * config.block_k, prefetch=2 * config.prefetch)
+        sums = rows * config.block_n * config.block_k // (32 * config.warps)
+        wider = 2 if 2 * sums <= GEMV_SUMS else 1
+        return config._replace(block_k=wider * config.block_k, prefetch=2 * config.prefetch)
     return config._replace(block_k=min(2 * config.block_k, 256), prefetch=2 * config.prefetch)
 
 

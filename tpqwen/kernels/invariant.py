@@ -80,13 +80,15 @@ def _matmul(
     scale_N: torch.Tensor | None = None,
     residual_TN: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x W^T, plus the residual before the one rounding: [T, N], written over the residual where there is one."""
+    """x W^T, plus the residual before the one rounding: [T, N], written over the residual where there is one. A scale
+    is an int8 weight's: fp32, one number for each of its rows."""
     (tokens, width), columns = x_TK.shape, len(weight_NK)
     assert x_TK.is_contiguous() and weight_NK.is_contiguous() and x_TK.data_ptr() % 16 == 0
     out = x_TK.new_empty(tokens, columns) if residual_TN is None else residual_TN
     assert out.is_contiguous() and out.shape == (tokens, columns)
     grid = (triton.cdiv(columns, BLOCK_N), triton.cdiv(tokens, BLOCK_M))
-    stages = 4 if x_TK.dtype.itemsize == 2 else 2  # what shared memory holds; the sums know nothing of it
+    # What shared memory holds, and registers where int8 becomes fp32; the sums know nothing of it.
+    stages = 4 if x_TK.dtype.itemsize == 2 else 2 if scale_N is None else 1
     tile = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "num_warps": 4, "num_stages": stages}
     shape = {"N": columns, "K": width, "ADD": residual_TN is not None, "SCALED": scale_N is not None}
     tensors = (x_TK, weight_NK, out if scale_N is None else scale_N, out, out)
