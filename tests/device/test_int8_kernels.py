@@ -142,7 +142,7 @@ def test_every_choice_covers_its_width_and_fits_workspace_and_shared_memory(rows
     shapes = {(n, k): default_config(rows, n, k) for n, k in [(2560, 9728), (5120, 25600), (1536, 5120), (64, 64)]}
     shapes |= {(n, k): row[-1][1] for (_, n, k), row in TABLE.items()}
     for (weights, width), config in shapes.items():
-        found = fit(int8_config(config, rows, weights), rows, width, numbers)
+        found = fit(int8_config(config, rows, weights, width), rows, width, numbers)
         if found.path == "torch":
             assert config.path == "gemv" and rows > 4, "what tensor cores can do is not written out"
             continue

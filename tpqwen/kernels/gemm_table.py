@@ -138,12 +138,15 @@ def default_config(rows: int, weights: int, width: int) -> Config:
     return _dot(64, 128, 4, 6, split)
 
 
-def int8_config(config: Config, rows: int, weights: int) -> Config:
-    """What `config`, measured for 16-bit weights, becomes for int8 ones: tiles of as many bytes, and the dot kernel
-    instead of cuBLAS, for which the weight would have to be written out."""
+def int8_config(config: Config, rows: int, weights: int, width: int) -> Config:
+    """What `config`, measured for 16-bit weights, becomes for int8 ones, not measured yet: tiles of as many bytes, and
+    the dot kernel instead of cuBLAS, for which the weight would have to be written out."""
     if config.path == "torch":
         block_n, warps = (64, 4) if rows <= 64 or weights < 64 * PROGRAMS else (128, 8)
-        return _dot(block_n, 128 if rows <= 128 else 64, warps, 4)
+        block_k, split = 128 if rows <= 128 else 64, 1
+        while -(-weights // block_n) * split * 2 <= PROGRAMS and width % (4 * split * block_k) == 0:
+            split *= 2
+        return _dot(block_n, block_k, warps, 4, split)
     if config.path == "gemv":
         sums = rows * config.block_n * config.block_k // (32 * config.warps)
         wider = 2 if 2 * sums <= GEMV_SUMS else 1
@@ -186,4 +189,4 @@ def choose(operation: str, rows: int, weights: int, width: int, numbers: Numbers
         return Config("torch")
     measured = TABLE.get((operation, weights, width), ())
     config = next((c for largest, c in measured if rows <= largest), None) or default_config(rows, weights, width)
-    return fit(int8_config(config, rows, weights) if numbers.weight == 1 else config, rows, width, numbers)
+    return fit(int8_config(config, rows, weights, width) if numbers.weight == 1 else config, rows, width, numbers)
