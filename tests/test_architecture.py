@@ -21,7 +21,7 @@ MAX_FUNCTION_LINES = 60
 MAX_SELF_ATTRIBUTES = 20
 
 CONTROL = ("cache", "scheduler", "engine", "api", "text")
-DEVICE = ("kernels", "parallel", "model", "worker")
+DEVICE = ("kernels", "quant", "parallel", "model", "worker")
 PURE = ("tpqwen.model.config", "tpqwen.model.hub", "tpqwen.model.sizing")
 WIRE = ("tpqwen.step", "tpqwen.request", "tpqwen.errors", "tpqwen.config")
 
@@ -41,9 +41,10 @@ LAYERS = {
     "text": set(),
     "api": {"text", "engine"},
     "kernels": set(),
-    "parallel": {"kernels"},
-    "model": {"kernels", "parallel"},
-    "worker": {"model", "kernels", "parallel"},
+    "quant": set(),
+    "parallel": {"kernels", "quant"},
+    "model": {"kernels", "quant", "parallel"},
+    "worker": {"model", "kernels", "quant", "parallel"},
     "executor": {"worker", "model", "parallel", "transport"},
     "transport": set(),
 }

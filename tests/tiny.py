@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from tpqwen.quant.schemes import quantize
 
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 320,
@@ -42,3 +46,16 @@ def tiny_checkpoint(folder: Path, seed: int = 0, max_shard_size: str = "5GB", **
         json.dumps({"eos_token_id": [values["eos_token_id"], 2], "temperature": 0.6, "top_k": 20, "top_p": 0.95})
     )
     return folder
+
+
+def dequantized(folder: Path, target: Path) -> Path:
+    """The checkpoint as int8 makes it, in float32: projections are quantized and multiplied out again."""
+    shutil.copytree(folder, target)
+    tensors = load_file(folder / "model.safetensors")
+    for name, weight in tensors.items():
+        tensors[name] = weight.float()
+        if "_proj" in name:
+            values, scale = quantize(weight)
+            tensors[name] = values * scale[:, None]
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    return target

@@ -20,6 +20,7 @@ from tpqwen.errors import ConfigError
 
 EMBEDDED_MODEL = str(Path(__file__).with_name("embedded") / "model")
 TP_DEGREES = (1, 2, 4, 8)
+QUANTIZATIONS = ("none", "int8")
 INGRESSES = ("serve", "haproxy")
 
 
@@ -31,6 +32,7 @@ class ModelOptions:
     revision: str | None = None
     served_model_name: str | None = None
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
+    quantization: str = "none"  # none | int8; of the projections' weights, while they are loaded
     deterministic: bool = False  # bits that depend on a request alone, never on its batch; slower
     max_model_len: int | None = None  # None: what the checkpoint allows
     random_weights: bool = False
@@ -130,6 +132,7 @@ class Config:
         _one_of("tp", self.parallel.tp, TP_DEGREES)
         _one_of("device", self.parallel.device, ("auto", "cpu", "cuda"))
         _one_of("dtype", self.model.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _one_of("quantization", self.model.quantization, QUANTIZATIONS)
         _one_of("task", self.model.task, ("auto", "generate", "embed", "rerank"))
         _one_of("log", self.server.log, ("debug", "info", "warning", "error"))
         _one_of("ingress", self.server.ingress, INGRESSES)

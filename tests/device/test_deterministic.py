@@ -42,12 +42,19 @@ def answers(engine: Engine, asked: list[GenerateRequest]) -> Answers:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tp", "count", "few_blocks"), [("bfloat16", 1, 21, 30), ("bfloat16", 4, 12, 17), ("float32", 2, 12, 17)]
+    ("dtype", "tp", "count", "few_blocks", "quantization"),
+    [
+        ("bfloat16", 1, 21, 30, "none"),
+        ("bfloat16", 4, 12, 17, "none"),
+        ("float32", 2, 12, 17, "none"),
+        ("float32", 1, 12, 17, "int8"),
+    ],
 )
 def test_alone_in_a_crowd_in_small_chunks_and_preempted_give_the_same_bits(
-    tmp_path: Path, dtype: str, tp: int, count: int, few_blocks: int
+    tmp_path: Path, dtype: str, tp: int, count: int, few_blocks: int, quantization: str
 ) -> None:
-    folder, options = tiny_checkpoint(tmp_path / "model"), ROOMY | {"dtype": dtype, "tp": tp}
+    folder = tiny_checkpoint(tmp_path / "model")
+    options = ROOMY | {"dtype": dtype, "tp": tp, "quantization": quantization}
     others = ({}, {"num_kv_blocks": few_blocks}, {"max_batched_tokens": 24})
     engines = [Engine(folder, **(options | other)) for other in others]
     crowd, squeezed, in_pieces = (answers(e, requests(range(count))) for e in engines)

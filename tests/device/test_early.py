@@ -17,16 +17,17 @@ from tpqwen.model.qwen3 import Qwen3
 from tpqwen.model.sizing import derive
 from tpqwen.offline import OfflineEngine
 from tpqwen.parallel.group import TPGroup
+from tpqwen.quant.schemes import NONE, SCHEMES, Scheme
 from tpqwen.request import SamplingParams
 from tpqwen.worker.early import Alone, compiled_beside
 from tpqwen.worker.load import _Build
 
-Launch = tuple[str, tuple[tuple[int, ...], ...]]
+Launch = tuple[str, tuple[tuple[tuple[int, ...], torch.dtype], ...]]
 
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> set[Launch]:
-    """Every operation that is called, with the shapes of its matrices: what kernels depend on, the batch apart."""
+    """Every operation that is called, with its matrices' shapes and types: what kernels depend on, the batch apart."""
     seen: set[Launch] = set()
     pick = ops._pick
 
@@ -35,7 +36,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> set[Launch]:
 
         def call(*args: Any, **options: Any) -> Any:
             weights = [a for a in args if isinstance(a, torch.nn.Parameter) and a.dim() == 2]
-            seen.add((name, tuple(tuple(w.shape) for w in weights)))
+            seen.add((name, tuple((tuple(w.shape), w.dtype) for w in weights)))
             return op(*args, **options)
 
         return call
@@ -51,11 +52,11 @@ def reference_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 40, 1 << 40))
 
 
-def build(folder: Path, group: TPGroup) -> _Build:
+def build(folder: Path, group: TPGroup, scheme: Scheme = NONE) -> _Build:
     config = Config.load({"model": str(folder), "device": "cpu", "max_num_seqs": 4, "max_model_len": 256}, {})
     model_config = ModelConfig.from_folder(folder)
     with torch.device("meta"):
-        model = Qwen3(model_config, group, model_config.vocab_size)
+        model = Qwen3(model_config, group, model_config.vocab_size, scheme=scheme)
     sizes = derive(config, model_config)
     return _Build(model, model_config.vocab_size, model_config, sizes, group, torch.device("cpu"), torch.float32)
 
@@ -66,12 +67,16 @@ def run(parts: list[Any]) -> None:
             part()
 
 
-def test_the_parts_launch_all_that_the_first_request_launches(tmp_path: Path, launches: set[Launch]) -> None:
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=str)
+def test_the_parts_launch_all_that_the_first_request_launches(
+    tmp_path: Path, launches: set[Launch], scheme: Scheme
+) -> None:
     folder = tiny_checkpoint(tmp_path)
-    run(build(folder, TPGroup.single()).early_parts())
+    run(build(folder, TPGroup.single(), scheme).early_parts())
     early = set(launches)
     launches.clear()
-    engine = OfflineEngine(Config.load({"model": str(folder), "device": "cpu", "prefix_cache": False}, {}))
+    options = {"model": str(folder), "device": "cpu", "prefix_cache": False, "quantization": scheme.name}
+    engine = OfflineEngine(Config.load(options, {}))
     for sampling in ({"temperature": 0.0}, {"temperature": 0.6, "top_k": 20}):
         request = engine.request(list(range(20)), SamplingParams(**sampling, max_tokens=3, ignore_eos=True))
         assert sum(len(deltas) for deltas in engine.run([request])) == 3
@@ -88,10 +93,12 @@ def test_a_rank_of_several_runs_its_parts_without_the_others(tmp_path: Path, ran
 
 
 def test_nothing_is_made_where_the_weights_leave_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = build(tiny_checkpoint(tmp_path), TPGroup.single())
+    folder = tiny_checkpoint(tmp_path)
+    made, quantized = (build(folder, TPGroup.single(), scheme) for scheme in SCHEMES.values())
     weights = sum(p.numel() for p in made.model.parameters()) * 4
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (weights + 1000, 1 << 40))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * weights // 2, 1 << 40))
     assert made.early_parts() == []
+    assert quantized.early_parts() != [], "a smaller model leaves room"
 
 
 def test_parts_run_beside_the_body_one_after_another_and_are_waited_for() -> None:

@@ -1,4 +1,7 @@
-"""What the embedded model really says, through the whole HTTP path: thinking, tool calls, JSON, and its own end."""
+"""What the embedded model really says, through the whole HTTP path: thinking, tool calls, JSON, and its own end.
+
+All of it with int8 weights as well.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +43,9 @@ QUESTIONS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def client() -> Iterator[httpx.Client]:
-    served = ServedModel(Path(EMBEDDED_MODEL), max_model_len=2048)
+@pytest.fixture(scope="module", params=["none", "int8"])
+def client(request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
+    served = ServedModel(Path(EMBEDDED_MODEL), max_model_len=2048, quantization=request.param)
     with serving(served) as url, httpx.Client(base_url=url, timeout=120) as found:
         yield found
 

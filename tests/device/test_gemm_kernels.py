@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tpqwen.kernels import gemm, norm, reference
-from tpqwen.kernels.gemm_table import TABLE, Config, choose, default_config, fit, shared_bytes
+from tpqwen.kernels.gemm_table import TABLE, Config, Numbers, choose, default_config, fit, shared_bytes
 
 EPS = 1e-6
 GEMV = Config("gemv", 4, 128, warps=4, stages=2)
@@ -119,10 +119,10 @@ def test_many_rows_and_odd_widths_go_to_torch(device: torch.device) -> None:
 def test_every_choice_covers_its_width_and_fits_workspace_and_shared_memory(rows: int, itemsize: int) -> None:
     shapes = [(6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (4096, 1024), (1024, 2048), (6144, 1024)]
     shapes += [(1024, 3072), (151936, 1024), (2560, 9728), (5120, 25600), (1536, 5120), (5120, 8 * 192), (64, 64)]
-    scratch = gemm.Workspace(torch.device("cpu"))
-    chosen = [(k, fit(default_config(rows, n, k), rows, k, itemsize), n) for n, k in shapes]
+    scratch, numbers = gemm.Workspace(torch.device("cpu")), Numbers(itemsize, itemsize)
+    chosen = [(k, fit(default_config(rows, n, k), rows, k, numbers), n) for n, k in shapes]
     chosen += [
-        (k, fit(config, rows, k, itemsize), n)
+        (k, fit(config, rows, k, numbers), n)
         for (_, n, k), row in TABLE.items()
         for largest, config in row
         if rows <= largest
@@ -133,7 +133,7 @@ def test_every_choice_covers_its_width_and_fits_workspace_and_shared_memory(rows
         assert width % (config.split * config.block_k) == 0
         assert config.block_k >= 64
         assert config.prefetch <= width // config.split
-        assert config.path == "gemv" or 0 < shared_bytes(config, rows, itemsize) <= 227 * 1024
+        assert config.path == "gemv" or 0 < shared_bytes(config, rows, numbers) <= 227 * 1024
         tiles = -(-weights // config.block_n)
         assert config.split == 1 or scratch.fits(tiles, config.split, (config.block_n + 1) * max(16, rows))
 

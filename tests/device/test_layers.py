@@ -38,7 +38,7 @@ def test_row_parallel_partial_sums_add_up_to_the_product(size):
     width, total = INNER // size, torch.zeros(3, HIDDEN)
     for rank in range(size):
         group = Collected(rank, size)
-        layer = filled(RowParallel(group, "w", HIDDEN, INNER, INNER), {"w": weight})
+        layer = filled(RowParallel(group, "w", (HIDDEN, INNER), INNER, invariant=False), {"w": weight})
         out = layer(x[:, rank * width : (rank + 1) * width], residual)
         total += group.partial[0] if group.partial else out - residual
         assert len(group.partial) == (size > 1)

@@ -82,7 +82,10 @@ class Stream:
     def assert_equals(self, other: Stream) -> None:
         """The same tokens, text, end and (but for rounding) log-probabilities."""
         assert self.error is None and other.error is None
-        assert (self.tokens, self.text, self.finish_reason) == (other.tokens, other.text, other.finish_reason), (self, other)
+        assert (self.tokens, self.text, self.finish_reason) == (other.tokens, other.text, other.finish_reason), (
+            self,
+            other,
+        )
         assert len(self.logprobs) == len(other.logprobs)
         for mine, theirs in zip(self.logprobs, other.logprobs, strict=True):
             assert mine.top_ids == theirs.top_ids

@@ -118,9 +118,12 @@ def test_version_and_help_load_neither_torch_nor_ray():
 
 
 def test_bench_kernels_measures_every_operation_of_a_step(capsys, tmp_path):
-    saved = tmp_path / "kernels.json"
+    saved, small = tmp_path / "kernels.json", tmp_path / "int8.json"
     words = ["bench", "kernels", EMBEDDED_MODEL, "--device", "cpu", "--rows", "1,3", "--context", "40"]
     assert cli.main([*words, "--save", str(saved)]) == 0
+    assert cli.main([*words, "--quantization", "int8", "--save", str(small)]) == 0
+    wide, narrow = (json.loads(path.read_text())["results"][0]["bytes"] for path in (saved, small))
+    assert 0.25 * wide < narrow < 0.3 * wide, "int8 in the place of float32, and scales"
     results = json.loads(saved.read_text())["results"]
     assert [r["rows"] for r in results] == [1] * 6 + [3] * 6
     assert all(r["us"] > 0 and r["bytes"] > 0 and r["fraction"] > 0 for r in results)

@@ -26,6 +26,7 @@ from tpqwen.model.config import ModelConfig
 from tpqwen.model.hub import resolve_model
 from tpqwen.model.qwen3 import rope_table
 from tpqwen.model.sizing import derive
+from tpqwen.quant.schemes import SCHEMES, Scheme, quantize
 from tpqwen.worker.kv_cache import KVCache
 from tpqwen.worker.slots import SlotState
 
@@ -59,8 +60,8 @@ def run(args: argparse.Namespace, config: Config) -> int:
     """The command: a table for each number of rows. Returns the exit code. Raises ConfigError."""
     model = ModelConfig.from_folder(resolve_model(config.model.model, config.model.revision))
     sizes = derive(config, model)
-    invariant = config.model.deterministic
-    shapes = Shapes(model, torch.device(sizes.device), getattr(torch, sizes.dtype), sizes.block_size, invariant)
+    device, dtype, invariant = torch.device(sizes.device), getattr(torch, sizes.dtype), config.model.deterministic
+    shapes = Shapes(model, device, dtype, sizes.block_size, invariant, SCHEMES[config.model.quantization])
     with torch.inference_mode():
         bandwidth = copy_bandwidth(shapes.device)
         results = []
@@ -90,31 +91,44 @@ class Shapes:
     """The operations of one decode step in a model's shapes."""
 
     def __init__(
-        self, model: ModelConfig, device: torch.device, dtype: torch.dtype, block_size: int, invariant: bool
+        self,
+        model: ModelConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        block_size: int,
+        invariant: bool,
+        scheme: Scheme,
     ) -> None:
         self.device = device
         self._model = model
         self._dtype = dtype
         self._block_size = block_size
-        self._mode = {"invariant": invariant}
+        self._invariant = invariant
+        self._scheme = scheme
 
     def matrices(self, rows: int, _context: int) -> list[Operation]:
         """The four products of a layer with what is fused into them."""
         c, d = self._model, self._model.head_dim
         q, kv, inner, hidden = c.num_attention_heads * d, c.num_key_value_heads * d, c.intermediate_size, c.hidden_size
         h, norm, residual = self._draw(rows, hidden), self._draw(hidden), self._draw(rows, hidden)
-        mixed, wide, mode = self._draw(rows, q), self._draw(rows, inner), self._mode
+        mixed, wide, inv = self._draw(rows, q), self._draw(rows, inner), self._invariant
 
-        def product(name: str, out: int, width: int, op: Callable[[torch.Tensor], object]) -> Operation:
-            weights = self._copies(out, width)
-            num_bytes = weights[0].nbytes + rows * (out + width) * self._dtype.itemsize
-            return Operation(name, num_bytes, len(weights), lambda i: op(weights[i]))
+        def product(
+            name: str, out: int, width: int, op: Callable[[torch.Tensor, torch.Tensor | None], object]
+        ) -> Operation:
+            weights = self._matrices(out, width)
+            num_bytes = sum(t.nbytes for t in weights[0] if t is not None)
+            num_bytes += rows * (out + width) * self._dtype.itemsize
+            return Operation(name, num_bytes, len(weights), lambda i: op(*weights[i]))
+
+        def gated(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+            return ops.norm_gate_up(h, norm, EPS, weight, scale, invariant=inv)
 
         return [
-            product("norm + QKV", q + 2 * kv, hidden, lambda w: ops.norm_linear(h, norm, EPS, w, **mode)),
-            product("output + residual", hidden, q, lambda w: ops.linear_add(mixed, w, residual, **mode)),
-            product("norm + gate, up + SwiGLU", 2 * inner, hidden, lambda w: ops.norm_gate_up(h, norm, EPS, w, **mode)),
-            product("down + residual", hidden, inner, lambda w: ops.linear_add(wide, w, residual, **mode)),
+            product("norm + QKV", q + 2 * kv, hidden, lambda w, s: ops.norm_linear(h, norm, EPS, w, s, invariant=inv)),
+            product("output + residual", hidden, q, lambda w, s: ops.linear_add(mixed, w, residual, s, invariant=inv)),
+            product("norm + gate, up + SwiGLU", 2 * inner, hidden, gated),
+            product("down + residual", hidden, inner, lambda w, s: ops.linear_add(wide, w, residual, s, invariant=inv)),
         ]
 
     def attention(self, rows: int, context: int) -> list[Operation]:
@@ -152,13 +166,13 @@ class Shapes:
         norm, scale = self._draw(c.head_dim), c.head_dim**-0.5
 
         def attend(i: int) -> torch.Tensor:
-            return ops.attend(qkv, norm, norm, EPS, i, ctx, scale, **self._mode)
+            return ops.attend(qkv, norm, norm, EPS, i, ctx, scale, invariant=self._invariant)
 
         return [Operation(f"attention over {context}", num_bytes, copies, attend)]
 
     def head(self, rows: int, _context: int) -> list[Operation]:
         """Final norm, LM head and sampling by temperature."""
-        c = self._model
+        c, inv = self._model, self._invariant
         weights = self._copies(c.vocab_size, c.hidden_size)
         h, norm = self._draw(rows, c.hidden_size), self._draw(c.hidden_size)
         state = SlotState(rows, 1, self.device).tensors
@@ -169,12 +183,18 @@ class Shapes:
                 "norm + LM head + sampling",
                 weights[0].nbytes,
                 len(weights),
-                lambda i: ops.head_slices(h, norm, EPS, weights[i], state, slots, 0, c.vocab_size, **self._mode),
+                lambda i: ops.head_slices(h, norm, EPS, weights[i], state, slots, 0, c.vocab_size, invariant=inv),
             )
         ]
 
     def _draw(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, dtype=self._dtype, device=self.device)
+
+    def _matrices(self, *shape: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Weights of a layer, as the model keeps them."""
+        if not self._scheme.scaled:
+            return [(weight, None) for weight in self._copies(*shape)]
+        return [quantize(self._draw(*shape)) for _ in range(_copies_of(math.prod(shape)))]
 
     def _copies(self, *shape: int) -> list[torch.Tensor]:
         return [self._draw(*shape) for _ in range(_copies_of(math.prod(shape) * self._dtype.itemsize))]

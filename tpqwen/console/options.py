@@ -14,6 +14,7 @@ HELP = {
     "revision": "branch, tag or commit of a Hub id",
     "served_model_name": "name that clients use (default: last part of the model)",
     "dtype": "auto, float32, bfloat16 or float16",
+    "quantization": "none, or int8: weights of the layers in half the memory (default none)",
     "deterministic": "results do not depend on the batch or on recomputation, bit by bit; slower (default off)",
     "max_model_len": "longest prompt plus output, tokens (default: what the checkpoint allows)",
     "random_weights": "draw weights from the model's config instead of loading them",

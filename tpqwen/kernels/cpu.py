@@ -21,18 +21,29 @@ from tpqwen.kernels.context import PrefillRows, StepContext
 from tpqwen.kernels.reference import Op, by_row
 
 ONEDNN_FROM = 1 << 19  # elements of a weight; below, calling oneDNN costs more than it saves
+CONVERTED_ELEMENTS = 1 << 20  # of an int8 weight at a time: its converted rows stay in the processor's cache
 GATHER_ELEMENTS = 1 << 18  # 1 MiB of fp32: keys of one attention call over several rows
 # What torch.compile calls. F.linear(x.to_mkldnn(), w).to_dense() is the public way: the same product and two copies.
 _ONEDNN_LINEAR: Op | None = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor | None = None) -> torch.Tensor:
     """reference.linear. Large fp32 products go to oneDNN where PyTorch has it: MKL, its default for them, is up to
-    three times slower on processors that MKL does not know (docs/LOG.md)."""
+    three times slower on processors that MKL does not know (docs/LOG.md). So do int8 weights, converted some rows at a
+    time; PyTorch's own int8 product takes four times as long for one row, seventy for 256."""
+    if scale_O is not None:
+        return _linear_int8(x_TI, weight_OI, scale_O)
     if _ONEDNN_LINEAR is not None and x_TI.dtype == torch.float32 and weight_OI.numel() >= ONEDNN_FROM:
         result: torch.Tensor = _ONEDNN_LINEAR(x_TI, weight_OI, None, "none", [], "")
         return result
     return F.linear(x_TI, weight_OI)
+
+
+def _linear_int8(x_TI: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor) -> torch.Tensor:
+    """The scales multiply the product: fewer numbers than the weight has, and int8 is exact in every dtype."""
+    count = -(-weight_OI.numel() // CONVERTED_ELEMENTS)
+    parts = [linear(x_TI, part.to(x_TI.dtype)) for part in weight_OI.chunk(count)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).mul_(scale_O)
 
 
 def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
@@ -40,20 +51,34 @@ def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Te
     return F.rms_norm(x_TH, weight_H.shape, None, eps).mul_(weight_H)
 
 
-def norm_linear(h_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, weight_OH: torch.Tensor) -> torch.Tensor:
+def norm_linear(
+    h_TH: torch.Tensor,
+    norm_H: torch.Tensor,
+    eps: float,
+    weight_OH: torch.Tensor,
+    scale_O: torch.Tensor | None = None,
+) -> torch.Tensor:
     """reference.norm_linear."""
-    return linear(rms_norm(h_TH, norm_H, eps), weight_OH)
+    return linear(rms_norm(h_TH, norm_H, eps), weight_OH, scale_O)
 
 
-def norm_gate_up(h_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, weight_FH: torch.Tensor) -> torch.Tensor:
+def norm_gate_up(
+    h_TH: torch.Tensor,
+    norm_H: torch.Tensor,
+    eps: float,
+    weight_FH: torch.Tensor,
+    scale_F: torch.Tensor | None = None,
+) -> torch.Tensor:
     """reference.norm_gate_up."""
-    gate_TI, up_TI = norm_linear(h_TH, norm_H, eps, weight_FH).chunk(2, dim=-1)
+    gate_TI, up_TI = norm_linear(h_TH, norm_H, eps, weight_FH, scale_F).chunk(2, dim=-1)
     return F.silu(gate_TI).mul_(up_TI)
 
 
-def linear_add(x_TI: torch.Tensor, weight_HI: torch.Tensor, residual_TH: torch.Tensor) -> torch.Tensor:
+def linear_add(
+    x_TI: torch.Tensor, weight_HI: torch.Tensor, residual_TH: torch.Tensor, scale_H: torch.Tensor | None = None
+) -> torch.Tensor:
     """reference.linear_add."""
-    return linear(x_TI, weight_HI).add_(residual_TH)
+    return linear(x_TI, weight_HI, scale_H).add_(residual_TH)
 
 
 def attend(

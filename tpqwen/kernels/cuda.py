@@ -96,9 +96,11 @@ def _is_long(count: int, length: int, dtype: torch.dtype) -> bool:
     return count == length and count >= LONG and dtype.itemsize == 2
 
 
-def linear_add(x_TI: torch.Tensor, weight_HI: torch.Tensor, residual_TH: torch.Tensor) -> torch.Tensor:
+def linear_add(
+    x_TI: torch.Tensor, weight_HI: torch.Tensor, residual_TH: torch.Tensor, scale_H: torch.Tensor | None = None
+) -> torch.Tensor:
     """reference.linear_add in place: nobody reads the residual stream of before, and a copy of it would be a launch."""
-    return gemm.linear_add(x_TI, weight_HI, residual_TH, out_TH=residual_TH)
+    return gemm.linear_add(x_TI, weight_HI, residual_TH, scale_H, out_TH=residual_TH)
 
 
 @cache

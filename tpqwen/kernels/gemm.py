@@ -3,6 +3,9 @@
 T tokens (batch rows), H hidden, I inputs or inner width, O outputs, F = 2I, K the summed width. The kernels stream each
 weight once; each asks for the next kernel's launch, starts its own weight loads, and only then waits for the previous
 one (programmatic dependent launch): weights never depend on an earlier kernel. Above 128 rows cuBLAS does the products.
+
+int8 weights become the activations' type in registers, which is exact, and their rows' scales multiply the fp32 sums.
+Above 256 rows, where tensor cores and not memory set the pace, the weight is written out for cuBLAS (dequantize.py).
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, var-annotated"
@@ -16,7 +19,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from tpqwen.kernels.gemm_table import Config, choose, fit
+from tpqwen.kernels.dequantize import dequantize
+from tpqwen.kernels.gemm_table import Config, Numbers, choose, fit
 from tpqwen.kernels.launch import launch_options, prefetch_l2, release_next, wait_previous
 from tpqwen.kernels.norm import rms_norm, silu_mul
 
@@ -91,6 +95,7 @@ def weight_rows(tile, N: tl.constexpr, BLOCK_N: tl.constexpr, EPILOGUE: tl.const
 def _gemv_kernel(
     x,
     w,
+    w_scale,
     norm,
     residual,
     out,
@@ -103,6 +108,7 @@ def _gemv_kernel(
     EARLY: tl.constexpr,
     PREFETCH: tl.constexpr,
     BULK: tl.constexpr,
+    SCALED: tl.constexpr,
     NORM: tl.constexpr,
     EPILOGUE: tl.constexpr,
     WARPS: tl.constexpr,
@@ -111,7 +117,8 @@ def _gemv_kernel(
     release_next(PDL)
     tile = tl.program_id(0)
     k = tl.arange(0, BLOCK_K)[None, :]
-    rows = weight_rows(tile, N, BLOCK_N, EPILOGUE)[:, None]
+    n = weight_rows(tile, N, BLOCK_N, EPILOGUE)
+    rows, row_scale = n[:, None], _row_scale(w_scale, n, SCALED)
     w_tile = w + rows * K + k
     held = ()
     scales = ()
@@ -142,13 +149,20 @@ def _gemv_kernel(
         if NORM:
             squares = more_squares
     for m in tl.static_range(ROWS):
-        _store_row(sums[m], squares[m], residual, out, eps, tile, m, N, K, BLOCK_N, NORM, EPILOGUE)
+        _store_row(sums[m], squares[m], row_scale, residual, out, eps, tile, m, N, K, BLOCK_N, NORM, EPILOGUE)
+
+
+@triton.jit
+def _row_scale(w_scale, rows, SCALED: tl.constexpr):
+    """What the sums of the weight's rows [BLOCK_N] are multiplied by: their scales, settled like the weights, or 1."""
+    return tl.load(w_scale + rows) if SCALED else tl.full([1], 1.0, tl.float32)
 
 
 @triton.jit
 def _store_row(
     acc,
     square,
+    row_scale,
     residual,
     out,
     eps,
@@ -166,7 +180,7 @@ def _store_row(
     inside = n < N
     if EPILOGUE == 1:
         before = tl.load(residual + m * N + n, mask=inside, other=0.0).to(tl.float32)
-    y = tl.sum(acc, axis=1)
+    y = tl.sum(acc, axis=1) * row_scale
     if NORM:
         y = y * tl.rsqrt(tl.sum(tl.sum(square, axis=1), axis=0) / K + eps)
     if EPILOGUE == 1:
@@ -181,6 +195,7 @@ def _store_row(
 def _dot_kernel(
     x,
     w,
+    w_scale,
     norm,
     residual,
     out,
@@ -196,6 +211,7 @@ def _dot_kernel(
     SPLIT: tl.constexpr,
     PREFETCH: tl.constexpr,
     BULK: tl.constexpr,
+    SCALED: tl.constexpr,
     NORM: tl.constexpr,
     EPILOGUE: tl.constexpr,
     WARPS: tl.constexpr,
@@ -206,7 +222,8 @@ def _dot_kernel(
     tile = tl.program_id(0)
     split = tl.program_id(1)
     first = split * (K // SPLIT)
-    rows = weight_rows(tile, N, BLOCK_N, EPILOGUE)[:, None]
+    n = weight_rows(tile, N, BLOCK_N, EPILOGUE)
+    rows, row_scale = n[:, None], _row_scale(w_scale, n, SCALED)
     if PDL and PREFETCH > 0:
         prefetch_weights(w, rows, K, first, BLOCK_N, PREFETCH, BULK, WARPS)
     wait_previous(PDL)
@@ -221,12 +238,11 @@ def _dot_kernel(
             wide = values.to(tl.float32)
             square += tl.sum(wide * wide, axis=1)
             values = (wide * tl.load(norm + step + k).to(tl.float32)).to(values.dtype)
-        acc = tl.dot(weights, tl.trans(values), acc, input_precision="ieee")
+        acc = tl.dot(weights.to(values.dtype), tl.trans(values), acc, input_precision="ieee")
     if SPLIT == 1:
-        _store_tile(acc, square, residual, out, M, eps, tile, N, K, BLOCK_M, BLOCK_N, NORM, EPILOGUE)
+        _store_tile(acc, square, row_scale, residual, out, M, eps, tile, N, K, BLOCK_M, BLOCK_N, NORM, EPILOGUE)
     else:
-        n = tl.arange(0, BLOCK_N)
-        place = n[:, None] * BLOCK_M + m[None, :]
+        place = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + m[None, :]
         squares = partial + tl.num_programs(0) * SPLIT * BLOCK_N * BLOCK_M
         tl.store(partial + (tile * SPLIT + split) * BLOCK_N * BLOCK_M + place, acc)
         if NORM:
@@ -241,7 +257,7 @@ def _dot_kernel(
                 acc += tl.load(partial + (tile * SPLIT + s) * BLOCK_N * BLOCK_M + place, cache_modifier=".cg")
                 if NORM:
                     square += tl.load(squares + (tile * SPLIT + s) * BLOCK_M + m, cache_modifier=".cg")
-            _store_tile(acc, square, residual, out, M, eps, tile, N, K, BLOCK_M, BLOCK_N, NORM, EPILOGUE)
+            _store_tile(acc, square, row_scale, residual, out, M, eps, tile, N, K, BLOCK_M, BLOCK_N, NORM, EPILOGUE)
             tl.store(arrived + tile, 0)
 
 
@@ -249,6 +265,7 @@ def _dot_kernel(
 def _store_tile(
     acc,
     square,
+    row_scale,
     residual,
     out,
     M,
@@ -267,6 +284,7 @@ def _store_tile(
     m = tl.arange(0, BLOCK_M)[None, :]
     place = m * N + n
     inside = (n < N) & (m < M)
+    acc = acc * row_scale[:, None]
     if NORM:
         acc = acc * tl.rsqrt(square / K + eps)[None, :]
     if EPILOGUE == 1:
@@ -281,16 +299,17 @@ def _launch(
     config: Config,
     epilogue: int,
     x_TK: torch.Tensor,
-    weight: torch.Tensor,
+    weight: tuple[torch.Tensor, torch.Tensor | None],
     out_TN: torch.Tensor,
     *,
     norm: tuple[torch.Tensor, float] | None = None,
     residual_TN: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run the kernel that `config` names; rows are contiguous, shapes agree, and config has been through fit."""
-    assert x_TK.is_contiguous() and weight.is_contiguous() and out_TN.is_contiguous(), "gemm takes contiguous tensors"
+    matrix, w_scale = weight
+    assert x_TK.is_contiguous() and matrix.is_contiguous() and out_TN.is_contiguous(), "gemm takes contiguous tensors"
     (rows, width), columns = x_TK.shape, out_TN.shape[1]
-    assert weight.shape == (columns * (2 if epilogue == SILU else 1), width), "weight and output do not agree"
+    assert matrix.shape == (columns * (2 if epilogue == SILU else 1), width), "weight and output do not agree"
     scale_K, eps = norm if norm is not None else (x_TK, 0.0)
     before_TN = out_TN if residual_TN is None else residual_TN
     assert before_TN.is_contiguous() and before_TN.shape == out_TN.shape, "residual and output do not agree"
@@ -298,7 +317,8 @@ def _launch(
     options = {"num_warps": config.warps, **launch_options(x_TK.device)}
     shared = {"PREFETCH": config.prefetch, "BULK": config.bulk, "NORM": norm is not None, "EPILOGUE": epilogue}
     shared |= {"N": columns, "K": width, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "WARPS": config.warps}
-    tensors = (x_TK, weight, scale_K, before_TN, out_TN)
+    shared["SCALED"] = w_scale is not None
+    tensors = (x_TK, matrix, x_TK if w_scale is None else w_scale, scale_K, before_TN, out_TN)
     if config.path == "gemv":
         _gemv_kernel[(tiles,)](*tensors, eps, ROWS=rows, EARLY=config.stages, **shared, **options)
         return out_TN
@@ -324,16 +344,18 @@ def _launch(
 def linear(
     x_TI: torch.Tensor,
     weight_OI: torch.Tensor,
+    scale_O: torch.Tensor | None = None,
     *,
     out_TO: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """x W^T, [T, O]."""
+    """x W^T, [T, O]. A scale, here and below, makes the weight int8: its row's scale multiplies each row."""
     config = _config(config, "plain", x_TI, weight_OI)
     if config.path == "torch" or not len(x_TI):
+        weight_OI = _wide(weight_OI, scale_O, x_TI)
         return F.linear(x_TI, weight_OI) if out_TO is None else torch.matmul(x_TI, weight_OI.t(), out=out_TO)
     out_TO = x_TI.new_empty(len(x_TI), len(weight_OI)) if out_TO is None else out_TO
-    return _launch(config, PLAIN, x_TI, weight_OI, out_TO)
+    return _launch(config, PLAIN, x_TI, (weight_OI, scale_O), out_TO)
 
 
 def norm_linear(
@@ -341,6 +363,7 @@ def norm_linear(
     norm_H: torch.Tensor,
     eps: float,
     weight_OH: torch.Tensor,
+    scale_O: torch.Tensor | None = None,
     *,
     out_TO: torch.Tensor | None = None,
     config: Config | None = None,
@@ -348,9 +371,9 @@ def norm_linear(
     """RMSNorm, then x W^T: [T, O]. Fused, 1 / rms multiplies the fp32 sums, so it is never rounded to h's dtype."""
     config = _config(config, "norm", h_TH, weight_OH)
     if config.path == "torch" or not config.fuse_norm or not len(h_TH):
-        return linear(rms_norm(h_TH, norm_H, eps), weight_OH, out_TO=out_TO, config=config)
+        return linear(rms_norm(h_TH, norm_H, eps), weight_OH, scale_O, out_TO=out_TO, config=config)
     out_TO = h_TH.new_empty(len(h_TH), len(weight_OH)) if out_TO is None else out_TO
-    return _launch(config, PLAIN, h_TH, weight_OH, out_TO, norm=(norm_H, eps))
+    return _launch(config, PLAIN, h_TH, (weight_OH, scale_O), out_TO, norm=(norm_H, eps))
 
 
 def norm_gate_up(
@@ -358,6 +381,7 @@ def norm_gate_up(
     norm_H: torch.Tensor,
     eps: float,
     weight_FH: torch.Tensor,
+    scale_F: torch.Tensor | None = None,
     *,
     out_TI: torch.Tensor | None = None,
     config: Config | None = None,
@@ -365,17 +389,18 @@ def norm_gate_up(
     """RMSNorm, then silu(gate) * up, [T, I]. The weight's 2I rows are I gate rows, then I up rows."""
     config = _config(config, "silu", h_TH, weight_FH)
     if config.path == "torch" or not len(h_TH):
-        return silu_mul(F.linear(rms_norm(h_TH, norm_H, eps), weight_FH), out_TI=out_TI)
+        return silu_mul(F.linear(rms_norm(h_TH, norm_H, eps), _wide(weight_FH, scale_F, h_TH)), out_TI=out_TI)
     out_TI = h_TH.new_empty(len(h_TH), len(weight_FH) // 2) if out_TI is None else out_TI
     if not config.fuse_norm:
-        return _launch(config, SILU, rms_norm(h_TH, norm_H, eps), weight_FH, out_TI)
-    return _launch(config, SILU, h_TH, weight_FH, out_TI, norm=(norm_H, eps))
+        return _launch(config, SILU, rms_norm(h_TH, norm_H, eps), (weight_FH, scale_F), out_TI)
+    return _launch(config, SILU, h_TH, (weight_FH, scale_F), out_TI, norm=(norm_H, eps))
 
 
 def linear_add(
     x_TI: torch.Tensor,
     weight_HI: torch.Tensor,
     residual_TH: torch.Tensor,
+    scale_H: torch.Tensor | None = None,
     *,
     out_TH: torch.Tensor | None = None,
     config: Config | None = None,
@@ -383,12 +408,18 @@ def linear_add(
     """residual + x W^T, [T, H], rounded once. A new tensor unless out_TH is given, which may be the residual itself."""
     config = _config(config, "add", x_TI, weight_HI)
     if config.path == "torch" or not len(x_TI):
-        return torch.addmm(residual_TH, x_TI, weight_HI.t(), out=out_TH)
+        return torch.addmm(residual_TH, x_TI, _wide(weight_HI, scale_H, x_TI).t(), out=out_TH)
     out_TH = torch.empty_like(residual_TH) if out_TH is None else out_TH
-    return _launch(config, ADD, x_TI, weight_HI, out_TH, residual_TN=residual_TH)
+    return _launch(config, ADD, x_TI, (weight_HI, scale_H), out_TH, residual_TN=residual_TH)
+
+
+def _wide(weight: torch.Tensor, scale: torch.Tensor | None, x_TK: torch.Tensor) -> torch.Tensor:
+    """The weight as cuBLAS takes it. Its memory is PyTorch's: one piece for all layers, in graphs one of their pool."""
+    return weight if scale is None else dequantize(weight, scale, x_TK.dtype)
 
 
 def _config(given: Config | None, operation: str, x_TK: torch.Tensor, weight: torch.Tensor) -> Config:
+    numbers = Numbers(x_TK.itemsize, weight.itemsize)
     if given is None:
-        return choose(operation, len(x_TK), *weight.shape, weight.itemsize)
-    return fit(given, len(x_TK), weight.shape[1], weight.itemsize)
+        return choose(operation, len(x_TK), *weight.shape, numbers)
+    return fit(given, len(x_TK), weight.shape[1], numbers)

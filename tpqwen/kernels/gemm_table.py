@@ -8,9 +8,26 @@ from typing import NamedTuple
 from tpqwen.kernels.launch import fitting_stages
 
 MAX_ROWS = 128  # of one launch of our kernels; more go to cuBLAS
+MAX_INT8_ROWS = 256  # likewise, where cuBLAS needs the weight written out first
 GEMV_ROWS = 4
+GEMV_SUMS = 64  # fp32 of one thread, all rows together, beside twice as many int8 weights as others: more would spill
 NARROWEST = 64  # columns: the smallest block_k, so K must be a multiple of it
 PROGRAMS = 132  # multiprocessors of H100 and H200
+
+
+class Numbers(NamedTuple):
+    """Bytes of one number of the activations and of the weight; a weight of one byte is int8."""
+
+    activations: int = 2
+    weight: int = 2
+
+    @property
+    def max_rows(self) -> int:
+        """Of one launch of our kernels."""
+        return MAX_INT8_ROWS if self.weight == 1 else MAX_ROWS
+
+
+BF16 = Numbers()
 
 
 class Config(NamedTuple):
@@ -121,15 +138,34 @@ def default_config(rows: int, weights: int, width: int) -> Config:
     return _dot(64, 128, 4, 6, split)
 
 
-def shared_bytes(config: Config, rows: int, itemsize: int) -> int:
+def int8_config(config: Config, rows: int, weights: int, width: int) -> Config:
+    """What `config`, measured for 16-bit weights, becomes for int8 ones, not measured yet: tiles of as many bytes, and
+    the dot kernel instead of cuBLAS, for which the weight would have to be written out."""
+    if config.path == "torch":
+        block_n, warps = (64, 4) if rows <= 64 or weights < 64 * PROGRAMS else (128, 8)
+        block_k, split = 128 if rows <= 128 else 64, 1
+        while -(-weights // block_n) * split * 2 <= PROGRAMS and width % (4 * split * block_k) == 0:
+            split *= 2
+        return _dot(block_n, block_k, warps, 4, split)
+    if config.path == "gemv":
+        sums = rows * config.block_n * config.block_k // (32 * config.warps)
+        wider = 2 if 2 * sums <= GEMV_SUMS else 1
+        return config._replace(block_k=wider * config.block_k, prefetch=2 * config.prefetch)
+    return config._replace(block_k=min(2 * config.block_k, 256), prefetch=2 * config.prefetch)
+
+
+def shared_bytes(config: Config, rows: int, numbers: Numbers = BF16) -> int:
     """Shared memory of a dot program: its pipeline's tiles of the weight and of the rows."""
-    return config.stages * (config.block_n + max(16, 1 << (rows - 1).bit_length())) * config.block_k * itemsize
+    batch = max(16, 1 << (rows - 1).bit_length())
+    row_bytes = config.block_n * numbers.weight + batch * numbers.activations
+    return config.stages * row_bytes * config.block_k
 
 
-def fit(config: Config, rows: int, width: int, itemsize: int = 2) -> Config:
-    """The configuration made valid for `rows` batch rows, K = `width` and numbers of `itemsize` bytes, or the torch
-    path if none is. The table was measured for two bytes; wider numbers take fewer stages."""
-    if config.path == "torch" or rows > MAX_ROWS or width % NARROWEST or (config.path == "gemv" and rows > GEMV_ROWS):
+def fit(config: Config, rows: int, width: int, numbers: Numbers = BF16) -> Config:
+    """The configuration made valid for `rows` batch rows and K = `width`, or the torch path if none is. The table was
+    measured for numbers of two bytes; wider ones take fewer stages."""
+    too_many = rows > numbers.max_rows or (config.path == "gemv" and rows > GEMV_ROWS)
+    if config.path == "torch" or too_many or width % NARROWEST:
         return Config("torch")
     block_k, split = config.block_k, config.split if config.path == "dot" else 1
     while width % (split * NARROWEST):
@@ -139,7 +175,7 @@ def fit(config: Config, rows: int, width: int, itemsize: int = 2) -> Config:
     tiles = width // split // block_k
     stages = min(config.stages, tiles) if config.path == "gemv" else config.stages
     if config.path == "dot":
-        stages = fitting_stages(stages, shared_bytes(config._replace(block_k=block_k, stages=1), rows, itemsize))
+        stages = fitting_stages(stages, shared_bytes(config._replace(block_k=block_k, stages=1), rows, numbers))
     pieces = max(config.warps * 32 // config.block_n, 1) if config.bulk else 1
     columns = min(config.prefetch, (tiles - stages) * block_k if config.path == "gemv" else tiles * block_k)
     columns -= columns % (pieces * 64)
@@ -147,11 +183,10 @@ def fit(config: Config, rows: int, width: int, itemsize: int = 2) -> Config:
 
 
 @functools.cache
-def choose(operation: str, rows: int, weights: int, width: int, itemsize: int = 2) -> Config:
+def choose(operation: str, rows: int, weights: int, width: int, numbers: Numbers = BF16) -> Config:
     """The configuration of "plain", "norm", "silu" or "add" on `rows` rows and a [weights, width] weight."""
-    if rows > MAX_ROWS:
+    if rows > numbers.max_rows:
         return Config("torch")
-    for largest, config in TABLE.get((operation, weights, width), ()):
-        if rows <= largest:
-            return fit(config, rows, width, itemsize)
-    return fit(default_config(rows, weights, width), rows, width, itemsize)
+    measured = TABLE.get((operation, weights, width), ())
+    config = next((c for largest, c in measured if rows <= largest), None) or default_config(rows, weights, width)
+    return fit(int8_config(config, rows, weights, width) if numbers.weight == 1 else config, rows, width, numbers)

@@ -35,11 +35,13 @@ MAX_SPANS = 4096  # decode rows or chunks of one launch
 def _matmul_kernel(
     x,
     w,
+    w_scale,
     residual,
     out,
     M,
     N: tl.constexpr,
     K: tl.constexpr,
+    SCALED: tl.constexpr,
     ADD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -62,7 +64,9 @@ def _matmul_kernel(
         else:
             x_tile = tl.load(x_rows + start, mask=x_known & (start + k < K), other=0.0)
             w_tile = tl.load(w_rows + start, mask=w_known & (start + k < K), other=0.0)
-        acc = tl.dot(x_tile, tl.trans(w_tile), acc, input_precision="ieee")
+        acc = tl.dot(x_tile, tl.trans(w_tile.to(x_tile.dtype)), acc, input_precision="ieee")
+    if SCALED:
+        acc *= tl.load(w_scale + n, mask=n < N, other=0.0)[None, :]
     place = m[:, None] * N + n[None, :]
     inside = x_known & (n[None, :] < N)
     if ADD:
@@ -70,38 +74,60 @@ def _matmul_kernel(
     tl.store(out + place, acc.to(out.dtype.element_ty), mask=inside)
 
 
-def _matmul(x_TK: torch.Tensor, weight_NK: torch.Tensor, residual_TN: torch.Tensor | None = None) -> torch.Tensor:
-    """x W^T, plus the residual before the one rounding: [T, N], written over the residual where there is one."""
+def _matmul(
+    x_TK: torch.Tensor,
+    weight_NK: torch.Tensor,
+    scale_N: torch.Tensor | None = None,
+    residual_TN: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x W^T, plus the residual before the one rounding: [T, N], written over the residual where there is one. A scale
+    is an int8 weight's: fp32, one number for each of its rows."""
     (tokens, width), columns = x_TK.shape, len(weight_NK)
     assert x_TK.is_contiguous() and weight_NK.is_contiguous() and x_TK.data_ptr() % 16 == 0
     out = x_TK.new_empty(tokens, columns) if residual_TN is None else residual_TN
     assert out.is_contiguous() and out.shape == (tokens, columns)
     grid = (triton.cdiv(columns, BLOCK_N), triton.cdiv(tokens, BLOCK_M))
-    stages = 4 if x_TK.dtype.itemsize == 2 else 2  # what shared memory holds; the sums know nothing of it
+    # What shared memory holds, and registers where int8 becomes fp32; the sums know nothing of it.
+    stages = 4 if x_TK.dtype.itemsize == 2 else 2 if scale_N is None else 1
     tile = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "num_warps": 4, "num_stages": stages}
-    shape = {"N": columns, "K": width, "ADD": residual_TN is not None}
-    _matmul_kernel[grid](x_TK, weight_NK, out, out, tokens, **shape, **tile, **launch_options(x_TK.device))
+    shape = {"N": columns, "K": width, "ADD": residual_TN is not None, "SCALED": scale_N is not None}
+    tensors = (x_TK, weight_NK, out if scale_N is None else scale_N, out, out)
+    _matmul_kernel[grid](*tensors, tokens, **shape, **tile, **launch_options(x_TK.device))
     return out
 
 
-def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor | None = None) -> torch.Tensor:
     """reference.linear."""
-    return _matmul(x_TI, weight_OI)
+    return _matmul(x_TI, weight_OI, scale_O)
 
 
-def norm_linear(h_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, weight_OH: torch.Tensor) -> torch.Tensor:
+def norm_linear(
+    h_TH: torch.Tensor,
+    norm_H: torch.Tensor,
+    eps: float,
+    weight_OH: torch.Tensor,
+    scale_O: torch.Tensor | None = None,
+) -> torch.Tensor:
     """reference.norm_linear."""
-    return _matmul(rms_norm(h_TH, norm_H, eps), weight_OH)
+    return _matmul(rms_norm(h_TH, norm_H, eps), weight_OH, scale_O)
 
 
-def norm_gate_up(h_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, weight_FH: torch.Tensor) -> torch.Tensor:
+def norm_gate_up(
+    h_TH: torch.Tensor,
+    norm_H: torch.Tensor,
+    eps: float,
+    weight_FH: torch.Tensor,
+    scale_F: torch.Tensor | None = None,
+) -> torch.Tensor:
     """reference.norm_gate_up."""
-    return silu_mul(norm_linear(h_TH, norm_H, eps, weight_FH))
+    return silu_mul(norm_linear(h_TH, norm_H, eps, weight_FH, scale_F))
 
 
-def linear_add(x_TI: torch.Tensor, weight_HI: torch.Tensor, residual_TH: torch.Tensor) -> torch.Tensor:
+def linear_add(
+    x_TI: torch.Tensor, weight_HI: torch.Tensor, residual_TH: torch.Tensor, scale_H: torch.Tensor | None = None
+) -> torch.Tensor:
     """reference.linear_add, in place of the residual."""
-    return _matmul(x_TI, weight_HI, residual_TH)
+    return _matmul(x_TI, weight_HI, scale_H, residual_TH)
 
 
 # Of the rounded logits, which every other way to sample starts from as well.

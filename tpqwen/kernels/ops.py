@@ -2,6 +2,7 @@
 
 Shapes and meaning of each are in kernels/reference.py, which is the specification, and does what neither has.
 invariant: bits of a row that depend on its own sequence alone (kernels/invariant.py, cpu.py's INVARIANT), at a price.
+A weight is of the activations' dtype, or int8 and comes with a scale, fp32, one number for each of its rows.
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ def _pick(name: str, x: torch.Tensor, invariant: bool = False) -> Op:
     return op
 
 
-def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor, *, invariant: bool = False) -> torch.Tensor:
+def linear(
+    x_TI: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor | None = None, *, invariant: bool = False
+) -> torch.Tensor:
     """x W^T."""
-    result: torch.Tensor = _pick("linear", x_TI, invariant)(x_TI, weight_OI)
+    result: torch.Tensor = _pick("linear", x_TI, invariant)(x_TI, weight_OI, scale_O)
     return result
 
 
@@ -44,26 +47,43 @@ def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, *, invarian
 
 
 def norm_linear(
-    h_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, weight_OH: torch.Tensor, *, invariant: bool = False
+    h_TH: torch.Tensor,
+    norm_H: torch.Tensor,
+    eps: float,
+    weight_OH: torch.Tensor,
+    scale_O: torch.Tensor | None = None,
+    *,
+    invariant: bool = False,
 ) -> torch.Tensor:
     """RMSNorm, then x W^T."""
-    result: torch.Tensor = _pick("norm_linear", h_TH, invariant)(h_TH, norm_H, eps, weight_OH)
+    result: torch.Tensor = _pick("norm_linear", h_TH, invariant)(h_TH, norm_H, eps, weight_OH, scale_O)
     return result
 
 
 def norm_gate_up(
-    h_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, weight_FH: torch.Tensor, *, invariant: bool = False
+    h_TH: torch.Tensor,
+    norm_H: torch.Tensor,
+    eps: float,
+    weight_FH: torch.Tensor,
+    scale_F: torch.Tensor | None = None,
+    *,
+    invariant: bool = False,
 ) -> torch.Tensor:
     """RMSNorm, then silu(gate) * up."""
-    result: torch.Tensor = _pick("norm_gate_up", h_TH, invariant)(h_TH, norm_H, eps, weight_FH)
+    result: torch.Tensor = _pick("norm_gate_up", h_TH, invariant)(h_TH, norm_H, eps, weight_FH, scale_F)
     return result
 
 
 def linear_add(
-    x_TI: torch.Tensor, weight_HI: torch.Tensor, residual_TH: torch.Tensor, *, invariant: bool = False
+    x_TI: torch.Tensor,
+    weight_HI: torch.Tensor,
+    residual_TH: torch.Tensor,
+    scale_H: torch.Tensor | None = None,
+    *,
+    invariant: bool = False,
 ) -> torch.Tensor:
     """residual + x W^T. The residual may be overwritten: use only what is returned."""
-    result: torch.Tensor = _pick("linear_add", x_TI, invariant)(x_TI, weight_HI, residual_TH)
+    result: torch.Tensor = _pick("linear_add", x_TI, invariant)(x_TI, weight_HI, residual_TH, scale_H)
     return result
 
 

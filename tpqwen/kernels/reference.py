@@ -53,25 +53,44 @@ def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Te
     return normed.to(x_TH.dtype) * weight_H
 
 
-def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
-    """x W^T, [T, O]."""
-    return F.linear(x_TI, weight_OI)
+def dequantize(weight_OI: torch.Tensor, scale_O: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """int8 times its row's fp32 scale, rounded once to dtype."""
+    return (weight_OI.float() * scale_O[:, None]).to(dtype)
 
 
-def norm_linear(h_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, weight_OH: torch.Tensor) -> torch.Tensor:
+def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor | None = None) -> torch.Tensor:
+    """x W^T, [T, O]. With a scale the weight is int8, here and in the products below, and means its rows times it."""
+    return F.linear(x_TI, weight_OI if scale_O is None else dequantize(weight_OI, scale_O, x_TI.dtype))
+
+
+def norm_linear(
+    h_TH: torch.Tensor,
+    norm_H: torch.Tensor,
+    eps: float,
+    weight_OH: torch.Tensor,
+    scale_O: torch.Tensor | None = None,
+) -> torch.Tensor:
     """RMSNorm, then x W^T: [T, O]."""
-    return F.linear(rms_norm(h_TH, norm_H, eps), weight_OH)
+    return linear(rms_norm(h_TH, norm_H, eps), weight_OH, scale_O)
 
 
-def norm_gate_up(h_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, weight_FH: torch.Tensor) -> torch.Tensor:
+def norm_gate_up(
+    h_TH: torch.Tensor,
+    norm_H: torch.Tensor,
+    eps: float,
+    weight_FH: torch.Tensor,
+    scale_F: torch.Tensor | None = None,
+) -> torch.Tensor:
     """RMSNorm, then silu(gate) * up, [T, I]. The weight's 2I rows are I gate rows, then I up rows."""
-    gate_TI, up_TI = F.linear(rms_norm(h_TH, norm_H, eps), weight_FH).chunk(2, dim=-1)
+    gate_TI, up_TI = norm_linear(h_TH, norm_H, eps, weight_FH, scale_F).chunk(2, dim=-1)
     return F.silu(gate_TI) * up_TI
 
 
-def linear_add(x_TI: torch.Tensor, weight_HI: torch.Tensor, residual_TH: torch.Tensor) -> torch.Tensor:
+def linear_add(
+    x_TI: torch.Tensor, weight_HI: torch.Tensor, residual_TH: torch.Tensor, scale_H: torch.Tensor | None = None
+) -> torch.Tensor:
     """residual + x W^T, [T, H], a new tensor."""
-    return residual_TH + F.linear(x_TI, weight_HI)
+    return residual_TH + linear(x_TI, weight_HI, scale_H)
 
 
 def rotate(x_TND: torch.Tensor, cos_sin_TD: torch.Tensor) -> torch.Tensor:

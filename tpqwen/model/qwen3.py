@@ -13,12 +13,13 @@ from tpqwen.kernels.context import SlotTensors, StepContext
 from tpqwen.model.config import ModelConfig
 from tpqwen.parallel.group import TPGroup
 from tpqwen.parallel.layers import ColumnParallel, ReplicatedWeight, RowParallel, VocabParallel
+from tpqwen.quant.schemes import NONE, Scheme
 
 
 class Attention(nn.Module):
     """Per-head RMSNorm on q and k before RoPE; each group of query heads shares a key/value head."""
 
-    def __init__(self, c: ModelConfig, group: TPGroup, layer: int, invariant: bool) -> None:
+    def __init__(self, c: ModelConfig, group: TPGroup, layer: int, invariant: bool, scheme: Scheme) -> None:
         super().__init__()
         at, q, kv, d = f"model.layers.{layer}.", c.num_attention_heads, c.num_key_value_heads, c.head_dim
         self.layer, self.eps, self.scale, self.invariant = layer, c.rms_norm_eps, d**-0.5, invariant
@@ -28,13 +29,14 @@ class Attention(nn.Module):
             at + "self_attn.k_proj.weight": (kv * d, kv),
             at + "self_attn.v_proj.weight": (kv * d, kv),
         }
-        self.qkv = ColumnParallel(group, c.hidden_size, projections)
+        self.qkv = ColumnParallel(group, c.hidden_size, projections, scheme)
         self.q_norm = ReplicatedWeight(group, at + "self_attn.q_norm.weight", d)
         self.k_norm = ReplicatedWeight(group, at + "self_attn.k_norm.weight", d)
-        self.o = RowParallel(group, at + "self_attn.o_proj.weight", c.hidden_size, q * d, q, invariant=invariant)
+        o = (at + "self_attn.o_proj.weight", (c.hidden_size, q * d), q)
+        self.o = RowParallel(group, *o, invariant=invariant, scheme=scheme)
 
     def forward(self, h_TH: torch.Tensor, ctx: StepContext) -> torch.Tensor:
-        qkv = ops.norm_linear(h_TH, self.norm.weight, self.eps, self.qkv.weight, invariant=self.invariant)
+        qkv = ops.norm_linear(h_TH, self.norm.weight, self.eps, *self.qkv.matrix, invariant=self.invariant)
         norms, where = (self.q_norm.weight, self.k_norm.weight, self.eps), (self.layer, ctx, self.scale)
         mixed = ops.attend(qkv, *norms, *where, invariant=self.invariant)
         out: torch.Tensor = self.o(mixed, h_TH)
@@ -44,18 +46,18 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, c: ModelConfig, group: TPGroup, layer: int, invariant: bool) -> None:
+    def __init__(self, c: ModelConfig, group: TPGroup, layer: int, invariant: bool, scheme: Scheme) -> None:
         super().__init__()
         at, inner = f"model.layers.{layer}.", c.intermediate_size
         self.eps, self.invariant = c.rms_norm_eps, invariant
         self.norm = ReplicatedWeight(group, at + "post_attention_layernorm.weight", c.hidden_size)
         projections = {at + "mlp.gate_proj.weight": (inner, inner), at + "mlp.up_proj.weight": (inner, inner)}
-        self.gate_up = ColumnParallel(group, c.hidden_size, projections)
-        down = (at + "mlp.down_proj.weight", c.hidden_size, inner, inner)
-        self.down = RowParallel(group, *down, invariant=invariant)
+        self.gate_up = ColumnParallel(group, c.hidden_size, projections, scheme)
+        down = (at + "mlp.down_proj.weight", (c.hidden_size, inner), inner)
+        self.down = RowParallel(group, *down, invariant=invariant, scheme=scheme)
 
     def forward(self, h_TH: torch.Tensor) -> torch.Tensor:
-        inner = ops.norm_gate_up(h_TH, self.norm.weight, self.eps, self.gate_up.weight, invariant=self.invariant)
+        inner = ops.norm_gate_up(h_TH, self.norm.weight, self.eps, *self.gate_up.matrix, invariant=self.invariant)
         out: torch.Tensor = self.down(inner, h_TH)
         return out
 
@@ -65,16 +67,25 @@ class Qwen3(nn.Module):
 
     num_ids: token ids that exist; logits of the embedding's padding rows above it are -inf. None: all rows are real.
     invariant: a token's hidden state and logits are, bit by bit, a function of its sequence up to it.
+    scheme: how the projections' weights are kept.
     """
 
-    def __init__(self, c: ModelConfig, group: TPGroup, num_ids: int | None = None, *, invariant: bool = False) -> None:
+    def __init__(
+        self,
+        c: ModelConfig,
+        group: TPGroup,
+        num_ids: int | None = None,
+        *,
+        invariant: bool = False,
+        scheme: Scheme = NONE,
+    ) -> None:
         super().__init__()
         vocab = (c.vocab_size, c.hidden_size, c.vocab_size if num_ids is None else num_ids)
-        self.eps, self.invariant = c.rms_norm_eps, invariant
+        self.eps, self.invariant, self.scheme = c.rms_norm_eps, invariant, scheme
         self.embed = VocabParallel(group, "model.embed_tokens.weight", *vocab, invariant=invariant)
         layers = range(c.num_hidden_layers)
-        self.attention = nn.ModuleList(Attention(c, group, i, invariant) for i in layers)
-        self.mlp = nn.ModuleList(MLP(c, group, i, invariant) for i in layers)
+        self.attention = nn.ModuleList(Attention(c, group, i, invariant, scheme) for i in layers)
+        self.mlp = nn.ModuleList(MLP(c, group, i, invariant, scheme) for i in layers)
         self.norm = ReplicatedWeight(group, "model.norm.weight", c.hidden_size)
         self.lm_head = self.embed
         if not c.tie_word_embeddings:

@@ -1,7 +1,7 @@
 """Weights from safetensors into a rank's parameters: only its slices are read, one tensor at a time.
 
-Peak host memory is one slice beside the weights themselves. Loading must end empty: what is missing, unexpected,
-wrongly shaped or cut off is named, and nothing is ever half-loaded.
+Peak host memory is one slice beside the weights themselves; what is to be quantized is read some whole rows at a time.
+Loading must end empty: what is missing, unexpected, wrongly shaped or cut off is named; nothing is ever half-loaded.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from torch import nn
 from tpqwen.errors import ConfigError
 from tpqwen.parallel.layers import ShardedWeight
 from tpqwen.parallel.shard import Part
+from tpqwen.quant.schemes import quantize
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+QUANTIZED_ELEMENTS = 1 << 24  # at a time
 MAX_HEADER_BYTES = 100 * 1024 * 1024
 DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8}  # what a Qwen3 weight may be stored as
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -123,24 +125,48 @@ def random_weights(model: nn.Module, *, device: torch.device, dtype: torch.dtype
 
 def allocate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Real, zeroed storage for parameters on `meta`; a parameter shared by two modules stays shared."""
-    for module in model.modules():
-        if isinstance(module, ShardedWeight):
-            data = torch.zeros(module.weight.shape, dtype=dtype, device=device)
-            module.weight = nn.Parameter(data, requires_grad=False)
+    for module in _weights(model):
+        module.allocate(device, dtype)
+
+
+def weight_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """What the weights of one rank take once they are allocated; model may be on `meta`."""
+    return sum(module.num_bytes(dtype) for module in _weights(model))
+
+
+def _weights(model: nn.Module) -> Iterator[ShardedWeight]:
+    return (module for module in model.modules() if isinstance(module, ShardedWeight))
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[ShardedWeight, Part]]:
-    for module in model.modules():
-        if isinstance(module, ShardedWeight):
-            for part in module.parts:
-                yield module, part
+    for module in _weights(model):
+        for part in module.parts:
+            yield module, part
 
 
 def _fill(module: ShardedWeight, part: Part, source: object) -> None:
     """Copy this rank's slice; padding rows keep their zeros."""
-    group = module.group
-    data: torch.Tensor = source[part.spec.index(group.rank, group.size)]  # type: ignore[index]
+    index = part.spec.index(module.group.rank, module.group.size)
+    if module.scale is not None:
+        _fill_quantized(module, module.scale, part, source, *index)
+        return
+    data: torch.Tensor = source[index]  # type: ignore[index]
     module.weight.data[part.offset : part.offset + data.shape[0]].copy_(data)
+
+
+def _fill_quantized(
+    module: ShardedWeight, scale: nn.Parameter, part: Part, source: object, rows: slice, columns: slice
+) -> None:
+    """Quantize whole rows and keep this rank's columns of them. A maximum over the ranks' columns would spare reading
+    the others', but a rank that is replaced loads alone: nobody would answer."""
+    step, at = max(1, QUANTIZED_ELEMENTS // part.spec.shape[1]), part.offset
+    for first in range(rows.start, rows.stop, step):
+        whole: torch.Tensor = source[first : min(first + step, rows.stop)]  # type: ignore[index]
+        values, scales = quantize(whole.to(module.weight.device))
+        place = slice(at, at + len(whole))
+        module.weight.data[place].copy_(values[:, columns])
+        scale.data[place].copy_(scales)
+        at += len(whole)
 
 
 def _inside(folder: Path, name: str) -> Path:

@@ -1,6 +1,7 @@
 """Tensor-parallel layers: each owns its sharding and says which checkpoint tensors it is made of.
 
 T tokens, H hidden, F fused rows, I inner, V vocabulary; all but H are local sizes. Weights are [out, in], no biases.
+The projections' weights may be quantized (quant/schemes.py); norms, embedding and LM head never are.
 """
 
 from __future__ import annotations
@@ -12,14 +13,20 @@ from tpqwen.kernels import ops
 from tpqwen.kernels.context import SlotTensors
 from tpqwen.parallel.group import TPGroup
 from tpqwen.parallel.shard import Part, ShardSpec
+from tpqwen.quant.schemes import NONE, Scheme
 
 
 class ShardedWeight(nn.Module):
-    """A weight made of slices of checkpoint tensors, one below the other. `parts` is all that loading needs to know."""
+    """A weight made of slices of checkpoint tensors, one below the other. `parts` is all that loading needs to know.
 
-    def __init__(self, group: TPGroup, specs: dict[str, ShardSpec]) -> None:
+    scale: fp32, one for each row of a quantized weight; otherwise None.
+    """
+
+    def __init__(self, group: TPGroup, specs: dict[str, ShardSpec], scheme: Scheme = NONE) -> None:
         super().__init__()
         self.group = group
+        self.scheme = scheme
+        self.scale: nn.Parameter | None = None
         self.parts: list[Part] = []
         rows = 0
         shape: tuple[int, ...] = ()
@@ -28,6 +35,26 @@ class ShardedWeight(nn.Module):
             shape = spec.local_shape(group.size)
             rows += shape[0]
         self.weight = nn.Parameter(torch.empty(rows, *shape[1:]), requires_grad=False)
+        if scheme.scaled:
+            self.scale = nn.Parameter(torch.empty(rows), requires_grad=False)
+
+    @property
+    def matrix(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and scale, as products take them."""
+        return self.weight, self.scale
+
+    def allocate(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Give the parameters real, zeroed storage, for a model that computes in `dtype`."""
+        stored = torch.zeros(self.weight.shape, dtype=self.scheme.stored(dtype), device=device)
+        self.weight = nn.Parameter(stored, requires_grad=False)
+        if self.scale is not None:
+            scale = torch.zeros(self.scale.shape, dtype=torch.float32, device=device)
+            self.scale = nn.Parameter(scale, requires_grad=False)
+
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        """Of the parameters, once a model that computes in `dtype` has allocated them."""
+        scales = 0 if self.scale is None else self.scale.numel() * torch.float32.itemsize
+        return self.weight.numel() * self.scheme.stored(dtype).itemsize + scales
 
 
 class ReplicatedWeight(ShardedWeight):
@@ -40,25 +67,29 @@ class ReplicatedWeight(ShardedWeight):
 class ColumnParallel(ShardedWeight):
     """Several projections of the same input, each split by `units` along its rows: q, k and v, or gate and up."""
 
-    def __init__(self, group: TPGroup, hidden: int, projections: dict[str, tuple[int, int]]) -> None:
+    def __init__(
+        self, group: TPGroup, hidden: int, projections: dict[str, tuple[int, int]], scheme: Scheme = NONE
+    ) -> None:
         """projections: checkpoint name -> (rows, units that may not be cut)."""
-        super().__init__(group, {n: ShardSpec((rows, hidden), 0, units) for n, (rows, units) in projections.items()})
+        specs = {n: ShardSpec((rows, hidden), 0, units) for n, (rows, units) in projections.items()}
+        super().__init__(group, specs, scheme)
 
 
 class RowParallel(ShardedWeight):
     """A projection whose input is split; the ranks' partial sums are added up, then the residual."""
 
     def __init__(
-        self, group: TPGroup, name: str, hidden: int, inner: int, units: int, *, invariant: bool = False
+        self, group: TPGroup, name: str, shape: tuple[int, int], units: int, *, invariant: bool, scheme: Scheme = NONE
     ) -> None:
-        super().__init__(group, {name: ShardSpec((hidden, inner), 1, units)})
+        """shape: (hidden, inner) of the full weight; units: of inner, which may not be cut."""
+        super().__init__(group, {name: ShardSpec(shape, 1, units)}, scheme)
         self.invariant = invariant
 
     def forward(self, x_TI: torch.Tensor, residual_TH: torch.Tensor) -> torch.Tensor:
         """residual + sum over ranks of x W^T, [T, H]."""
         if self.group.size == 1:
-            return ops.linear_add(x_TI, self.weight, residual_TH, invariant=self.invariant)
-        partial = ops.linear(x_TI, self.weight, invariant=self.invariant)
+            return ops.linear_add(x_TI, self.weight, residual_TH, self.scale, invariant=self.invariant)
+        partial = ops.linear(x_TI, *self.matrix, invariant=self.invariant)
         return residual_TH + (self.group.ordered_sum(partial) if self.invariant else self.group.all_reduce(partial))
 
 

@@ -14,8 +14,9 @@ from tpqwen.config import Config
 from tpqwen.model.config import ModelConfig, count_token_ids
 from tpqwen.model.qwen3 import Qwen3, rope_table
 from tpqwen.model.sizing import DTYPE_BYTES, Sizes
-from tpqwen.model.weights import allocate, load_weights, random_weights
+from tpqwen.model.weights import allocate, load_weights, random_weights, weight_bytes
 from tpqwen.parallel.group import TPGroup
+from tpqwen.quant.schemes import SCHEMES
 from tpqwen.step import Admit, Capacity, Chunk, RowParams, StepInput, packed
 from tpqwen.worker.ahead import Ahead, least_free, planned
 from tpqwen.worker.batch import Stager, chunk_parts, eager_chunks, stage
@@ -41,7 +42,8 @@ def load(config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, 
     device, dtype = torch.device("cuda:0" if sizes.device == "cuda" else "cpu"), getattr(torch, sizes.dtype)
     num_ids = count_token_ids(folder, model_config.vocab_size)
     with torch.device("meta"):
-        model = Qwen3(model_config, group, num_ids, invariant=config.model.deterministic)
+        scheme = SCHEMES[config.model.quantization]
+        model = Qwen3(model_config, group, num_ids, invariant=config.model.deterministic, scheme=scheme)
     build = _Build(model, num_ids, model_config, sizes, group, device, dtype)
     with compiled_beside(build.early_parts) if sizes.device == "cuda" else nullcontext():
         if config.model.random_weights:
@@ -49,6 +51,7 @@ def load(config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, 
         else:
             load_weights(model, folder, device=device, dtype=dtype)
         clock.mark("weights")
+    _log.info("weights dtype=%s quantization=%s bytes=%d", sizes.dtype, scheme.name, weight_bytes(model, dtype))
     if sizes.device == "cuda":
         torch.cuda.empty_cache()  # of the early layer's memory
         clock.mark("kernels")
@@ -141,8 +144,9 @@ class _Build:
         """What is compiled beside the loading of weights: nothing, where these leave no room for a layer of zeros."""
         config = replace(self.config, num_hidden_layers=1)
         with torch.device("meta"):
-            layer = Qwen3(config, Alone(self.group), self.num_ids, invariant=self.model.invariant)
-        needed = sum(p.numel() for m in (self.model, layer, layer) for p in m.parameters()) * self.dtype.itemsize
+            invariant, scheme = self.model.invariant, self.model.scheme
+            layer = Qwen3(config, Alone(self.group), self.num_ids, invariant=invariant, scheme=scheme)
+        needed = sum(weight_bytes(m, self.dtype) for m in (self.model, layer, layer))
         if torch.cuda.mem_get_info()[0] < needed:
             return []
         allocate(layer, self.device, self.dtype)
