@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from tests.control.test_scheduler import Pair, request
 from tests.fakes import FakeExecutor, tiny_capacity
 from tpqwen.engine.core import EngineCore
 from tpqwen.request import GenerateRequest, SamplingParams
 from tpqwen.scheduler.pace import FRESH, LEAST, STALL, Pace, tokens_within, work_of
-from tpqwen.step import Chunk, StepInput, StepStats, packed
+from tpqwen.step import Chunk, StepInput, StepStats, ints, packed
 
 
 def stats(phase: str, duration_s: float, prompt_tokens: int = 0, rows: int = 8) -> StepStats:
@@ -116,3 +117,31 @@ def test_the_core_measures_and_passes_the_limit_on() -> None:
     assert taken[0] == 615
     assert sum(chunks) == 3000
     assert max(chunks) < 2048 / 2, "both streams go on while the long prompt is computed in pieces"
+
+
+def test_a_long_prompt_is_computed_gently_only_while_streams_outnumber_prompts() -> None:
+    pair = Pair(tiny_capacity(num_blocks=900, max_batched_tokens=600, max_model_len=900))
+    pair.add(*(request(name, max_tokens=50) for name in "abcdef"))
+    pair.step()
+    pair.add(request("long", 800))
+    step = pair.step(gentle=200.0)
+    assert step.num_chunk_tokens == 200
+    assert step.decode is not None
+    assert len(ints(step.decode)) == 6
+    pair.add(request("other", 300))
+    assert pair.step(gentle=200.0).num_chunk_tokens == 594, "six streams do not outnumber two prompts four times"
+
+
+def test_beside_streams_a_gentle_step_is_one_that_has_a_graph() -> None:
+    sizes = {"graph_tokens": 64, "graph_chunks": 2}
+    pair = Pair(tiny_capacity(num_blocks=900, max_batched_tokens=600, max_model_len=900, max_num_seqs=24, **sizes))
+    pair.add(*(request(f"stream {i}", max_tokens=50) for i in range(16)))
+    assert len(pair.step().chunks) == 16, "nobody waits for a pass without streams"
+    pair.add(*(request(f"short {i}", 10) for i in range(3)))
+    assert [c.num_tokens for c in pair.step(gentle=200.0).chunks] == [10, 10]
+    pair.run()
+    pair.add(*(request(f"again {i}", max_tokens=50) for i in range(16)))
+    pair.step()
+    pair.add(request("long", 300))
+    assert pair.step(gentle=200.0).num_chunk_tokens == 64
+    assert pair.step().num_chunk_tokens == 236, "it is not to be gentle"

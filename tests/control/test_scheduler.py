@@ -114,19 +114,6 @@ def test_a_prompt_is_not_begun_with_a_scrap_of_a_step() -> None:
     assert [c.num_tokens for c in pair.step().chunks] == [1, 9], "what fits whole is no scrap"
 
 
-def test_a_long_prompt_is_computed_gently_only_while_streams_outnumber_prompts() -> None:
-    pair = Pair(tiny_capacity(num_blocks=900, max_batched_tokens=600, max_model_len=900))
-    pair.add(*(request(name, max_tokens=50) for name in "abcdef"))
-    pair.step()
-    pair.add(request("long", 800))
-    step = pair.step(gentle=200.0)
-    assert step.num_chunk_tokens == 200
-    assert step.decode is not None
-    assert len(ints(step.decode)) == 6
-    pair.add(request("other", 300))
-    assert pair.step(gentle=200.0).num_chunk_tokens == 594, "six streams do not outnumber two prompts four times"
-
-
 def test_lower_priority_values_are_prefilled_first_even_if_they_came_later() -> None:
     pair = Pair(tiny_capacity(max_batched_tokens=8, num_blocks=100))
     pair.add(request("late", 20, priority=1), request("first", 20), request("second", 20))

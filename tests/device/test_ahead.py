@@ -21,7 +21,7 @@ from tpqwen.offline import OfflineEngine
 from tpqwen.parallel.group import TPGroup
 from tpqwen.request import SamplingParams
 from tpqwen.step import GIVEN_UP
-from tpqwen.worker.ahead import Ahead, Pass, least_free, planned
+from tpqwen.worker.ahead import Ahead, Pass, Prompt, least_free, planned, prompts
 from tpqwen.worker.graphs import DecodeGraphs, buckets
 from tpqwen.worker.mixed import TOKENS, MixedGraphs, row_buckets
 from tpqwen.worker.sampler import USUAL_KINDS, SampleKind
@@ -159,6 +159,36 @@ def test_an_idle_step_captures_and_computes_nothing(engine: OfflineEngine, monke
     assert worker.stats().busy_s_total == busy_s
     assert graphs.made == [(1, GREEDY), (0, 64, GREEDY)]
     assert answer() == before
+
+
+def test_one_prompt_of_each_shape_that_cudnn_plans_is_tried() -> None:
+    assert [p.tokens for p in prompts(16640, 40960)] == [*range(2048, 16641, 512), 16896]
+    assert [p.tokens for p in prompts(16640, 3000)] == [2048, 2560, 3072]
+    assert prompts(16640, 1500) == []
+
+
+def test_a_prompt_is_one_idle_steps_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    device_with(monkeypatch, lambda: 50)
+    graphs: Any = Captures({(1, GREEDY)})
+    monkeypatch.setattr(Captures, "try_prompt", lambda self, tokens: self.made.append(tokens), raising=False)
+    ahead = Ahead(TPGroup.single(), [Pass(1, 0, GREEDY), Prompt(2048), Prompt(2560)])
+    assert [ahead.capture(graphs, graphs), ahead.capture(graphs, graphs)] == [1, 0]
+    assert graphs.made == [2048, 2560]
+
+
+@pytest.mark.gpu
+def test_a_prompt_that_is_tried_leaves_no_trace() -> None:
+    made = OfflineEngine(Config.load({"dtype": "bfloat16", "device": "cuda", "max_num_seqs": 4}, {}))
+    worker = worker_of(made)
+    state, cache = worker.runner.state.tensors, worker.runner.cache
+    worker.graphs.settle()
+    before = {k: v.clone() for k, v in vars(state).items() if isinstance(v, torch.Tensor) and k != "stamps"}
+    keys = [k[1:].clone() for k in cache.k]
+    worker.mixed.try_prompt(2048)
+    worker.mixed.try_prompt(2500)
+    assert all(torch.equal(v, getattr(state, k)) for k, v in before.items())
+    assert all(torch.equal(a, b[1:]) for a, b in zip(keys, cache.k, strict=True)), "block 0 is nobody's"
+    made.close()
 
 
 def test_a_step_says_that_a_graph_was_captured_before_its_answer(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 
 from tpqwen import LLM, SamplingParams
 from tpqwen.step import Chunk, packed
@@ -45,3 +49,15 @@ def test_a_graph_answers_as_single_launches_do(monkeypatch: pytest.MonkeyPatch) 
     graphs = answers()
     monkeypatch.setattr(MixedGraphs, "fits", lambda *_: False)
     assert graphs == answers()
+
+
+@pytest.mark.parametrize(
+    ("count", "sampled", "width"),
+    [(0, 3, 0), (1, 3, 8), (9, 0, 32), (33, 20, 40), (33, 30, 33), (40, 8, 40)],
+)
+def test_rows_beside_chunks_are_padded_where_the_ring_has_room(count: int, sampled: int, width: int) -> None:
+    state = SimpleNamespace(tensors=SimpleNamespace(ring=torch.zeros(8, 40 + MIXED_CHUNKS + 12)))
+    decode = SimpleNamespace(num_rows=count, slots=torch.arange(40), rows=torch.arange(40)[:count])
+    graphs: Any = (SimpleNamespace(state=state), decode, 40, 16)
+    assert len(MixedGraphs(*graphs, enabled=True).rows(sampled)) == width
+    assert len(MixedGraphs(*graphs, enabled=False).rows(sampled)) == count

@@ -123,8 +123,8 @@ class Served:
         **options: Any,
     ) -> None:
         basic = {"tp": tp, "device": DEVICE, "dtype": "float32", "threads": 1, "model": EMBEDDED_MODEL, **SIZES}
-        if DEVICE == "cuda":
-            basic["gpus_per_rank"] = gpu_share(tp)
+        if DEVICE == "cuda":  # where rounding depends on the batch, and so on when a fault comes, unless told otherwise
+            basic |= {"gpus_per_rank": gpu_share(tp), "deterministic": True}
         self.faults = faults
         self.config = Config.load(basic | options, {})
         self.hooks = Recorder()

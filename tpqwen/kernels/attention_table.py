@@ -1,4 +1,4 @@
-"""How decode attention runs per batch size: launch parameters, measured on an H100 (docs/benchmarks/h200.md).
+"""How attention runs, per batch size and length: launch parameters, measured on an H100 (docs/benchmarks/h200.md).
 
 B decode rows, K key/value heads, G query heads per KV head, D head size, S splits. No tuning happens at run time.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 MAX_SPLITS = 64
+LONG = 2048  # tokens of a whole prompt from which cuDNN beats the paged kernel
+PLANNED = 512  # tokens: prompts for cuDNN, which plans every new shape anew, are rounded up to a multiple
 
 
 class DecodePlan(NamedTuple):
@@ -57,3 +59,8 @@ def decode_plan(batch: int, group: int, head_dim: int) -> DecodePlan:
 def num_splits(plan: DecodePlan, rows_and_heads: int) -> int:
     """Programs per (row, KV head): a function of B * K alone."""
     return max(1, min(MAX_SPLITS, -(-plan.programs // rows_and_heads)))
+
+
+def planned_lengths(longest: int) -> range:
+    """Lengths of whole prompts, rounded up, up to that of `longest`: the shapes that cuDNN is asked for."""
+    return range(LONG, -(-longest // PLANNED) * PLANNED + 1, PLANNED)

@@ -11,10 +11,10 @@ from functools import cache
 import torch
 
 from tpqwen.kernels import attention, gemm, norm, paged_prefill, prefill, sampling, stepping
+from tpqwen.kernels.attention_table import LONG
 from tpqwen.kernels.context import StepContext
 
 MAX_DECODE_ROWS = 1024
-LONG = 2048  # tokens of a whole prompt from which cuDNN beats the paged kernel
 
 
 def attend(

@@ -25,6 +25,7 @@ MAX_SPLITS = 16
 MIN_TILES = 8  # of keys, below which a split costs more than it saves
 SPLIT_ROWS = 4096  # tokens times splits that the scratch holds
 MAX_CHUNKS = 1024  # of a pass that is split
+FEW_CHUNKS = 64  # what the kernel is compiled for, unless there are more: one for all passes that have a graph
 
 
 class PrefillPlan(NamedTuple):
@@ -138,7 +139,7 @@ def _merge(scratch, first, used, inside, N: tl.constexpr, D: tl.constexpr, S: tl
 
 
 @triton.jit(
-    do_not_specialize=["num_tokens", "num_chunks"],
+    do_not_specialize=["num_tokens", "num_chunks", "skip_from"],
     do_not_specialize_on_alignment=["tables", "query_start", "lengths"],
 )
 def _prefill_kernel(
@@ -155,6 +156,7 @@ def _prefill_kernel(
     qk_scale,
     num_tokens,
     num_chunks,
+    skip_from,
     q_stride,
     table_stride,
     block_stride,
@@ -163,7 +165,6 @@ def _prefill_kernel(
     QUERIES: tl.constexpr,
     STAGES: tl.constexpr,
     CHUNKS: tl.constexpr,
-    SKIP_FROM: tl.constexpr,
     TMA: tl.constexpr,
     S: tl.constexpr,
     MIN_TILES: tl.constexpr,
@@ -188,7 +189,7 @@ def _prefill_kernel(
         count = tl.load(query_start + chunk + 1) - begin
         first_row = (tile - (begin // QUERIES + chunk)) * QUERIES
         length = tl.load(lengths + chunk)
-        skipped = (SKIP_FROM > 0) & (count == length) & (count >= SKIP_FROM)
+        skipped = (skip_from > 0) & (count == length) & (count >= skip_from)
         seen_by_all = length - count + first_row + 1
         stop = tl.minimum(length, seen_by_all + QUERIES - 1)
         end = tl.cdiv(stop, SHAPE[3])
@@ -289,6 +290,7 @@ def paged_prefill(
         scale * math.log2(math.e),
         num_tokens,
         num_chunks,
+        skip_from,
         q_TND.stride(0),
         tables_CM.stride(0),
         k_cache.stride(0),
@@ -296,8 +298,7 @@ def paged_prefill(
         G=num_heads // kv_heads,
         QUERIES=queries,
         STAGES=fitting_stages(plan.stages, 2 * keys * token_bytes, queries * token_bytes),
-        CHUNKS=max(16, triton.next_power_of_2(num_chunks + 1)),
-        SKIP_FROM=skip_from,
+        CHUNKS=max(FEW_CHUNKS, triton.next_power_of_2(num_chunks + 1)),
         TMA=plan.tma,
         S=splits,
         MIN_TILES=MIN_TILES,

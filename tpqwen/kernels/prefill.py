@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tpqwen.kernels.attention_table import PLANNED
 from tpqwen.kernels.launch import launch_options, release_next, wait_previous
 
 WRITE_TOKENS = 16  # of one program of the QK-norm kernel
-PLANNED = 512  # tokens: prompts for cuDNN are rounded up to a multiple
 
 
 @triton.jit
@@ -182,7 +182,7 @@ def fresh_prefill(
 
 
 def _rounded_sdpa(q_BSND: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, scale: float) -> torch.Tensor:
-    length = q_BSND.shape[1]
+    length, v_BSKD = q_BSND.shape[1], v_BSKD.contiguous()  # a plan holds for strides as well
     if short := -length % PLANNED:
         q_BSND, k_BSKD, v_BSKD = (F.pad(x, (0, 0, 0, 0, 0, short)) for x in (q_BSND, k_BSKD, v_BSKD))
     return _sdpa(q_BSND, k_BSKD, v_BSKD, scale)[:, :length]

@@ -174,7 +174,8 @@ class Scheduler:
         """The next step, or None when there is nothing to run before an earlier step's result is in.
 
         Decode rows come first, one token each; prefill chunks share what is left of the budget in order. While streams
-        outnumber the prompts still to compute, those get at most `gentle` work (scheduler/pace.py).
+        outnumber the prompts still to compute, those get at most `gentle` work (scheduler/pace.py), and no more than a
+        graph holds: a larger pass is launched kernel by kernel, for which the streams would wait.
         """
         draft = Draft()
         preempted = self._grow(draft)
@@ -183,6 +184,8 @@ class Scheduler:
             budget = self.capacity.max_batched_tokens - len(decode)
             if gentle is not None and len(decode) < OUTNUMBER * prompts:
                 gentle = None
+            if gentle is not None and self.capacity.graph_tokens:
+                budget = min(budget, self.capacity.graph_tokens)
             self._prefill(draft, budget, now, gentle, admit=not preempted)
         if not len(decode) and not draft.chunks:
             return None
@@ -309,11 +312,11 @@ class Scheduler:
 
     def _prefill(self, draft: Draft, budget: int, now: float, gentle: float | None, *, admit: bool) -> None:
         """Chunks in order, (priority, arrival): having begun earlier gives no right of way."""
-        cost = self.capacity.context_cost
+        cost, few = self.capacity.context_cost, self.capacity.graph_chunks
         waiting = self._admission.candidates() if admit else []
         full = False
         for sequence in heapq.merge(self._prefilling[:], waiting, key=by_order):
-            if budget <= 0 or (gentle is not None and gentle <= 0):
+            if budget <= 0 or (gentle is not None and (gentle <= 0 or 0 < few <= len(draft.chunks))):
                 break
             if sequence.slot < 0:
                 if draft.chunks and is_scrap(budget, sequence.num_tokens, self.capacity.max_batched_tokens):

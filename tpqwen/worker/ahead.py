@@ -1,8 +1,9 @@
-"""CUDA graphs captured before they are needed, one in each idle step.
+"""CUDA graphs captured, and long prompts tried, before they are needed: one in each idle step.
 
 A graph that is captured when it is first needed holds every running stream up, for 60 ms, and for seconds where its
-kernels have never been compiled. So the engine makes idle steps while nobody waits (engine/loop.py). A capture runs the
-pass's collectives, so all ranks of a group take the same graphs in the same order and stop at the same one.
+kernels have never been compiled; cuDNN makes a plan for every new length of prompt, for 80 ms. So the engine makes idle
+steps while nobody waits (engine/loop.py). A pass runs collectives, so all ranks of a group take the same ones in the
+same order and stop at the same one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from tpqwen.kernels.attention_table import planned_lengths
 from tpqwen.parallel.group import TPGroup
 from tpqwen.step import GIVEN_UP
 from tpqwen.worker.graphs import DecodeGraphs, buckets
@@ -22,6 +24,12 @@ from tpqwen.worker.slots import MIXED_CHUNKS
 
 FEW = 8  # decode rows; passes with no more come first, with prompts of all lengths
 GRAPHS_SHARE = 0.5  # of the memory that memory_fraction leaves: what graphs captured ahead may take
+
+
+class Prompt(NamedTuple):
+    """A whole prompt that is launched kernel by kernel."""
+
+    tokens: int
 
 
 class Pass(NamedTuple):
@@ -47,6 +55,11 @@ def planned(max_rows: int, max_tokens: int, max_length: int) -> list[Pass]:
     return [Pass(*size, kind) for size in sizes for kind in USUAL_KINDS]
 
 
+def prompts(max_tokens: int, max_length: int) -> list[Prompt]:
+    """One of each shape that cuDNN plans."""
+    return [Prompt(length) for length in planned_lengths(min(max_tokens, max_length))]
+
+
 def least_free(memory_fraction: float, share: float) -> int:
     """Bytes of the device that must stay free, asked when all is loaded: what the largest step takes is not used up.
 
@@ -60,7 +73,7 @@ class Ahead:
     """What one rank has still to capture. It holds keys only: nothing here leads to a graph, which has to go when its
     group does."""
 
-    def __init__(self, group: TPGroup, passes: Sequence[Pass] = (), least_free_bytes: int = 0) -> None:
+    def __init__(self, group: TPGroup, passes: Sequence[Pass | Prompt] = (), least_free_bytes: int = 0) -> None:
         self._group = group
         self._passes = passes
         self._least_free = least_free_bytes
@@ -74,7 +87,8 @@ class Ahead:
         self._left = deque(self._passes)
 
     def capture(self, decode: DecodeGraphs, mixed: MixedGraphs) -> int:
-        """Capture the next pass that has not been captured meanwhile. Returns how many are left, or GIVEN_UP.
+        """Capture the next pass that has not been captured meanwhile, or try a prompt. Returns how many are left, or
+        GIVEN_UP.
 
         Any error but a ConnectionError (as from `graphs.capture`) leaves the rank unfit: others may wait for it in the
         pass's collectives, and the stream of a capture that was cut off stays the current one.
@@ -84,9 +98,13 @@ class Ahead:
             self._left.clear()
             return GIVEN_UP
         while self._left:
-            rows, tokens, kind = self._left.popleft()
-            if mixed.prepare(rows, tokens, kind) if tokens else decode.prepare(rows, kind):
-                break
+            match self._left.popleft():
+                case Prompt(tokens):
+                    mixed.try_prompt(tokens)
+                    break
+                case Pass(rows, tokens, kind):
+                    if mixed.prepare(rows, tokens, kind) if tokens else decode.prepare(rows, kind):
+                        break
         self._agreed(decode, True)  # who fails fails in this step, not under the next request
         return len(self._left)
 

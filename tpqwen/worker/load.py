@@ -18,13 +18,14 @@ from tpqwen.model.weights import allocate, load_weights, random_weights, weight_
 from tpqwen.parallel.group import TPGroup
 from tpqwen.quant.schemes import SCHEMES
 from tpqwen.step import Admit, Capacity, Chunk, RowParams, StepInput, packed
-from tpqwen.worker.ahead import Ahead, least_free, planned
+from tpqwen.worker.ahead import Ahead, Pass, Prompt, least_free, planned, prompts
 from tpqwen.worker.batch import Stager, chunk_parts, eager_chunks, stage
 from tpqwen.worker.early import NUM_BLOCKS, Alone, Part, compiled_beside, first_parts
 from tpqwen.worker.kv_cache import KVCache, block_bytes, blocks_on_cpu, blocks_on_gpu
+from tpqwen.worker.mixed import TOKENS
 from tpqwen.worker.runner import Runner
 from tpqwen.worker.sampler import LogitEdits, SampleKind, Sampler
-from tpqwen.worker.slots import SlotState
+from tpqwen.worker.slots import MIXED_CHUNKS, SlotState
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +72,9 @@ def load(config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, 
     clock.mark("kv_alloc")
     ahead = Ahead(group)
     if sizes.device == "cuda":
-        passes = planned(sizes.max_num_seqs, sizes.max_batched_tokens, sizes.max_model_len)
+        passes: list[Pass | Prompt] = [*planned(sizes.max_num_seqs, sizes.max_batched_tokens, sizes.max_model_len)]
+        if DTYPE_BYTES[sizes.dtype] == 2 and not config.model.deterministic:
+            passes += prompts(sizes.max_batched_tokens, sizes.max_model_len)
         ahead = Ahead(group, passes, least_free(config.cache.memory_fraction, config.parallel.gpus_per_rank))
     capacity = Capacity(
         num_blocks=blocks,
@@ -79,6 +82,8 @@ def load(config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, 
         max_num_seqs=sizes.max_num_seqs,
         max_model_len=sizes.max_model_len,
         max_batched_tokens=sizes.max_batched_tokens,
+        graph_tokens=TOKENS[-1] if sizes.device == "cuda" else 0,
+        graph_chunks=MIXED_CHUNKS if sizes.device == "cuda" else 0,
         graphs_ahead=len(ahead),
         context_cost=_context_cost(model_config),
         kv_dtype=sizes.dtype,

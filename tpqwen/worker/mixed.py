@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from tpqwen.step import Ints
-from tpqwen.worker.batch import Stager, chunk_batch
+from tpqwen.step import Chunk, Ints, packed
+from tpqwen.worker.batch import Stager, chunk_batch, chunk_parts, eager_chunks
 from tpqwen.worker.graphs import DecodeGraphs, capture
 from tpqwen.worker.runner import Runner, Sampled
 from tpqwen.worker.sampler import SampleKind
@@ -44,6 +44,15 @@ class MixedGraphs:
         """Whether a pass over these chunks has a graph."""
         return self._enabled and num_tokens <= TOKENS[-1] and num_chunks <= MIXED_CHUNKS and kind.in_graph
 
+    def rows(self, num_sampled: int) -> torch.Tensor:
+        """The decode rows for a pass that is launched kernel by kernel and samples so many chunks: padded as with a
+        graph, so that it needs no kernel compiled for just as many, unless the ring has no room for them."""
+        count, slots, ring = self._decode.num_rows, self._decode.slots, self._runner.state.tensors.ring
+        width = next(r for r in self._rows if r >= count)
+        if not self._enabled or not count or width + num_sampled > ring.shape[1]:
+            return self._decode.rows
+        return slots[:width]
+
     def run(self, parts: Sequence[Ints], kind: SampleKind, stager: Stager) -> int:
         """One pass over the decode rows and these chunks. Returns the row from which on the chunks' tokens stand."""
         tokens = next(t for t in TOKENS if t >= parts[0].size)
@@ -64,6 +73,19 @@ class MixedGraphs:
         self._buffer(tokens).copy_(torch.from_numpy(np.concatenate(nothing)))
         self._graphs[width, tokens, kind] = self._capture(width, tokens, kind)
         return True
+
+    @torch.inference_mode()
+    def try_prompt(self, num_tokens: int) -> None:
+        """Run a whole prompt of nobody's through one layer, for what has to be made when its shape first comes."""
+        state, model = self._runner.state, self._runner.model
+        chunks = (Chunk(state.tensors.padding_slot, 0, packed([0] * num_tokens), False),)
+        sent = Stager(state.tensors.length.device, 1).send(chunk_parts(chunks))
+        turn = state.tensors.turn.clone()
+        batch = eager_chunks(chunks, sent, state, self._block_size)
+        _, context = self._runner.mixed_context(self._decode.slots[:0], batch)
+        state.tensors.turn.copy_(turn)
+        hidden = torch.zeros(num_tokens, len(model.norm.weight), dtype=model.norm.weight.dtype, device=turn.device)
+        model.mlp[0](model.attention[0](hidden, context))
 
     def forget(self) -> None:
         """As DecodeGraphs.forget."""

@@ -268,10 +268,11 @@ class Worker:
         runner, params = self.runner, self._params(sampled_slots)
         *sent, targets = self._stager.send([*parts, target_part(step.chunks)])
         chunks = eager_chunks(step.chunks, sent, runner.state, self.sizes.block_size, targets)
-        sampled = runner.mixed(self.graphs.rows, chunks, kind, params)
+        rows = self.mixed.rows(len(new)) if plain and kind.in_graph else self.graphs.rows
+        sampled = runner.mixed(rows, chunks, kind, params)
         if sampled is None:
-            return Run(params)
-        return Run(params, sampled.logprobs, sampled.prompt_scores, sampled.pooled)
+            return Run(params, chunks_at=len(rows))
+        return Run(params, sampled.logprobs, sampled.prompt_scores, sampled.pooled, len(rows))
 
     def _decode(self, slots: tuple[int, ...]) -> Run:
         self._turn += 1
