@@ -302,6 +302,23 @@ def test_a_rank_leaves_while_it_captures(engine: OfflineEngine, hung: bool, monk
     assert sum(len(d.token_ids) for deltas in engine.run([request]) for d in deltas) == 4
 
 
+@pytest.mark.parametrize("hung", [False, True])
+def test_a_rank_that_cannot_leave_says_where_it_is(hung: bool, caplog: pytest.LogCaptureFixture) -> None:
+    process, begun, end = RankProcess({"device": "cpu"}, 0), threading.Event(), threading.Event()
+
+    def a_step_that_does_not_end() -> None:
+        begun.set()
+        end.wait(60)
+
+    process._steps = threading.Thread(target=a_step_that_does_not_end, daemon=True)
+    process._steps.start()
+    assert begun.wait(30)
+    caplog.set_level("ERROR")
+    assert not process.leave(0.1, hung)
+    assert "in a_step_that_does_not_end (test_ahead.py" in caplog.text
+    end.set()
+
+
 @pytest.mark.gpu
 def test_graphs_captured_ahead_answer_as_those_captured_when_needed() -> None:
     options = {"dtype": "float32", "device": "cuda", "max_batched_tokens": 70, "max_num_seqs": 8}

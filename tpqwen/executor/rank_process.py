@@ -9,8 +9,10 @@ import gc
 import logging
 import os
 import socket
+import sys
 import threading
 import time
+import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -34,7 +36,8 @@ from tpqwen.transport.channel import Receiver
 from tpqwen.worker.worker import Worker
 
 GPU_FREE_TIMEOUT_S = 15.0
-SETTLE_S = 0.2  # for a step to end in a group that hangs, unless it waits for another rank
+SETTLE_S = {"cpu": 0.2, "cuda": 1.0}  # for a step to end in a group that hangs, unless it waits for another rank
+PLACES = 8  # of a call stack, in a log line
 
 _log = logging.getLogger(__name__)
 
@@ -165,10 +168,11 @@ class RankProcess:
 
     def _steps_end(self, steps: threading.Thread, timeout_s: float, hung: bool) -> bool:
         if hung:
-            steps.join(SETTLE_S)
-            if steps.is_alive() and not self._group.in_collective:
-                return False
-        steps.join(timeout_s)
+            steps.join(SETTLE_S[resolve_device(self._config.parallel.device)])
+        if not hung or self._group.in_collective:
+            steps.join(timeout_s)
+        if steps.is_alive():
+            _log.error("this rank cannot leave its group, for its step is %s", _place(steps))
         return not steps.is_alive()
 
     def _meet(self, meeting: Meeting) -> None:
@@ -203,6 +207,13 @@ def _await_memory(ended: tuple[int, ...]) -> None:
     gone = await_exit(ended, str(gpu.uuid), GPU_FREE_TIMEOUT_S)
     text = "replaced processes %s off the GPU=%s after seconds=%.2f"
     _log.log(logging.INFO if gone else logging.ERROR, text, ended, gone, time.monotonic() - begin)
+
+
+def _place(thread: threading.Thread) -> str:
+    """Where in the code a thread is, innermost first."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    stack = traceback.extract_stack(frame)[-PLACES:] if frame is not None else []
+    return " < ".join(f"in {f.name} ({Path(f.filename).name}:{f.lineno})" for f in reversed(stack))
 
 
 def _loopback() -> str:
