@@ -20,6 +20,7 @@ from tpqwen.errors import RankDied
 from tpqwen.request import GenerateRequest, TokenLogprob
 from tpqwen.scheduler.sequence import row_params
 from tpqwen.step import (
+    LONG_ROW,
     Admit,
     Capacity,
     Chunk,
@@ -174,6 +175,8 @@ class FakeExecutor:
         # as on a device, all of a step's KV is written before anything is read back
         for slot in self.decode:
             self._decode(self.slots[slot])
+        long = any(self.slots[slot].length > LONG_ROW for slot in self.decode)
+        assert step.wide == long, "a row that decodes is long, and the step does not say so, or the other way round"
         for chunk in step.chunks:
             self._chunk(self.slots[chunk.slot], chunk)
         for slot in used:

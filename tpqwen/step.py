@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tpqwen.request import Guide, Pooling, TokenLogprob
 
 Ints = NDArray[np.int32]
+LONG_ROW = 4096  # tokens of context beyond which a row that decodes counts as long
 GIVEN_UP = -1  # as StepOutput.graphs_left: there is no memory for more graphs
 
 
@@ -101,6 +102,8 @@ class StepInput(msgspec.Struct, frozen=True, array_like=True):
 
     decode: int32 bytes, slots that decode one token each, in row order; None means the same as in the last step.
     blocks: int32 bytes [n, 3], rows (slot, index in its block table, block id).
+    wide: the context of some decode row, this step's token included, is longer than LONG_ROW: all ranks take the
+    variant of the pass that is made for it.
     Row order of the pass and of StepOutput.tokens: the decode rows, then the chunks that sample, in the order given.
     With neither it is an idle step: nothing runs, and each rank captures the next of its CUDA graphs ahead.
     """
@@ -111,6 +114,7 @@ class StepInput(msgspec.Struct, frozen=True, array_like=True):
     blocks: bytes
     chunks: tuple[Chunk, ...]
     decode: bytes | None
+    wide: bool = False
 
     @property
     def num_chunk_tokens(self) -> int:

@@ -176,11 +176,11 @@ def test_deadlines_first_step_long_then_by_prefill_tokens() -> None:
     assert executor.timeouts[-12] == 20.0
 
 
-def step_of(number: int, rows: int = 0, tokens: int = 0, **params: Any) -> StepInput:
+def step_of(number: int, rows: int = 0, tokens: int = 0, *, wide: bool = False, **params: Any) -> StepInput:
     chunks = (Chunk(0, 0, packed([1] * tokens), True),) if tokens else ()
     values = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, "choice": 0} | params
     admits = (Admit(0, RowParams(**values), 0, 1),) if params else ()
-    return StepInput(0, number, admits, b"", chunks, packed(list(range(rows))) if rows else None)
+    return StepInput(0, number, admits, b"", chunks, packed(list(range(rows))) if rows else None, wide)
 
 
 def test_a_slow_decode_raises_its_own_deadline() -> None:
@@ -209,6 +209,8 @@ def test_where_shapes_are_compiled_each_new_one_gets_time_for_it() -> None:
     deadlines.observe(step_of(8, 4, tokens=101), 9.0, captured=True)
     deadlines.observe(step_of(8, 4, tokens=101), 1.01)
     assert deadlines.of(step_of(10, 4, tokens=100)) == pytest.approx(4 + 8 * 100 * 0.01)
+    assert deadlines.of(step_of(11, wide=True)) == 60.0, "a row has become long"
+    assert deadlines.of(step_of(12, wide=True)) == deadlines.of(step_of(13)) == 4.0
     deadlines.restart()
     assert deadlines.of(step_of(9, 4)) == 60.0
 

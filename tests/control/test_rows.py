@@ -6,7 +6,7 @@ from tests.fakes import FakeExecutor, expected_tokens, tiny_capacity
 from tpqwen.request import GenerateRequest, SamplingParams
 from tpqwen.scheduler.rows import AT_ONCE
 from tpqwen.scheduler.scheduler import AHEAD, Scheduler
-from tpqwen.step import StepInput, ints
+from tpqwen.step import LONG_ROW, StepInput, ints
 
 SIZE = 64
 
@@ -80,3 +80,16 @@ def test_a_sequences_own_tokens_are_brought_up_to_date_when_somebody_needs_them(
     ended = running[1]
     assert scheduler.abort("1") is not None
     assert ended.tokens[ended.num_prompt :].tolist() == expected_tokens(ended.request, 22)
+
+
+def test_a_row_is_long_from_the_token_after_the_threshold_until_it_ends() -> None:
+    capacity = tiny_capacity(num_blocks=200, block_size=SIZE, max_model_len=8192, max_batched_tokens=8192)
+    scheduler, executor = Scheduler(capacity, prefix_cache=False), FakeExecutor(capacity, depth=1)
+    for name, prompt, output in (("short", 10, 30), ("long", LONG_ROW - 3, 12)):
+        ids = [i % 1000 for i in range(prompt)]
+        scheduler.add(GenerateRequest(id=name, prompt_ids=ids, params=SamplingParams(), max_tokens=output, seed=0), 0.0)
+    steps = [run(scheduler, executor) for _ in range(30)]
+    assert not steps[0].wide, "the prompt is computed, and no row decodes"
+    assert [step.wide for step in steps[1:]] == [False] * 3 + [True] * 8 + [False] * 18
+    assert all(type(step.wide) is bool for step in steps)
+    assert not scheduler.idle_step().wide

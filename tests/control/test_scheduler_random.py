@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
+from itertools import pairwise
 from random import Random
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests import fakes
 from tests.fakes import FakeExecutor, expected_tokens, tiny_capacity
 from tpqwen.request import Delta, FinishReason, GenerateRequest, SamplingParams
+from tpqwen.scheduler import rows
 from tpqwen.scheduler.scheduler import Scheduler
 from tpqwen.scheduler.sequence import ALONE_AFTER, CRASH_BUDGET
 from tpqwen.step import Capacity, StepInput
@@ -18,6 +21,13 @@ from tpqwen.step import Capacity, StepInput
 FIXED = settings(
     max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
+
+
+@pytest.fixture(autouse=True)
+def long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some rows of these small sizes count as long: the executor sees to it that steps say so."""
+    for module in (rows, fakes):
+        monkeypatch.setattr(module, "LONG_ROW", 50)
 
 
 class Run:
@@ -194,6 +204,17 @@ def test_random_workloads_change_nothing_in_the_outputs(seed: int, depth: int) -
         random_event(run, random)
     run.finish()
     run.check_ended()
+
+
+def test_steps_with_and_without_long_rows_alternate() -> None:
+    random = Random(7)
+    run = Run(random_capacity(random))
+    for _ in range(300):
+        random_event(run, random)
+    run.finish()
+    wide = [step.wide for step in run.executor.steps]
+    assert 3 <= sum(a != b for a, b in pairwise(wide)) <= len(run.requests)
+    assert 0.1 < sum(wide) / len(wide) < 0.9
 
 
 @FIXED

@@ -20,8 +20,8 @@ from tpqwen.executor.rank_process import RankProcess
 from tpqwen.offline import OfflineEngine
 from tpqwen.parallel.group import TPGroup
 from tpqwen.request import SamplingParams
-from tpqwen.step import GIVEN_UP
-from tpqwen.worker.ahead import Ahead, Pass, Prompt, least_free, planned, prompts
+from tpqwen.step import GIVEN_UP, LONG_ROW
+from tpqwen.worker.ahead import Ahead, Pass, Prompt, least_free, planned, prompts, wide_variants
 from tpqwen.worker.graphs import DecodeGraphs, buckets
 from tpqwen.worker.mixed import TOKENS, MixedGraphs, row_buckets
 from tpqwen.worker.sampler import USUAL_KINDS, SampleKind
@@ -50,7 +50,7 @@ def test_exactly_what_steps_may_need_is_planned(max_rows: int, max_tokens: int, 
     passes = planned(max_rows, max_tokens, max_length)
     assert len(set(passes)) == len(passes)
     assert {(p.rows, p.tokens) for p in passes} == possible(max_rows, max_tokens, max_length)
-    assert {p.kind for p in passes} == set(USUAL_KINDS)
+    assert {p.kind for p in passes} == set(USUAL_KINDS) and not any(p.wide for p in passes)
 
 
 def test_the_most_usual_come_first_with_both_kinds_of_sampling() -> None:
@@ -63,6 +63,15 @@ def test_the_most_usual_come_first_with_both_kinds_of_sampling() -> None:
     many = sizes[len(few) :]
     assert many == sorted(many), "with more and more streams, prompts beside them included"
     assert many[:4] == [(16, 0), (24, 0), (32, 0), (32, 64)] and many[-1] == (256, 2048)
+
+
+@pytest.mark.parametrize("max_length", [LONG_ROW + 1, LONG_ROW + 2, 40960])
+def test_wide_variants_are_planned_where_rows_may_be_long(max_length: int) -> None:
+    usual = planned(40, 8192, max_length)
+    wide = wide_variants(usual, max_length, lambda rows: rows > 2)
+    expected = [Pass(p.rows, p.tokens, p.kind, wide=True) for p in usual if p.rows > 2]
+    assert wide == (expected if max_length > LONG_ROW + 1 else [])
+    assert {p.tokens for p in expected} == {0, *TOKENS} and {p.kind for p in expected} == set(USUAL_KINDS)
 
 
 class Captures:
@@ -91,11 +100,11 @@ def device_with(monkeypatch: pytest.MonkeyPatch, free: Callable[[], int], total:
 def test_one_graph_a_step_but_none_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     device_with(monkeypatch, lambda: 50)
     passes = [Pass(1, 0, GREEDY), Pass(0, 64, GREEDY), Pass(2, 0, GREEDY), Pass(4, 0, GREEDY)]
-    graphs: Any = Captures({(0, 64, GREEDY), (4, GREEDY)})
+    graphs: Any = Captures({(0, 64, GREEDY, False), (4, GREEDY, False)})
     ahead = Ahead(TPGroup.single(), passes, 50)
     assert len(ahead) == 4
     assert [ahead.capture(graphs, graphs) for _ in range(4)] == [3, 1, 0, 0]
-    assert graphs.made == [(1, GREEDY), (2, GREEDY)]
+    assert graphs.made == [(1, GREEDY, False), (2, GREEDY, False)]
     ahead.renew()
     assert len(ahead) == 4
 
@@ -117,7 +126,7 @@ def test_the_first_rank_without_room_stops_all_of_them(monkeypatch: pytest.Monke
     with ThreadPoolExecutor(2) as threads:
         for left, made in threads.map(rank, range(2)):
             assert left == [3, 2, GIVEN_UP]
-            assert made == [(1, GREEDY), (2, GREEDY), 0]
+            assert made == [(1, GREEDY, False), (2, GREEDY, False), 0]
 
 
 def test_graphs_leave_half_of_the_spare_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +151,7 @@ def test_an_idle_step_captures_and_computes_nothing(engine: OfflineEngine, monke
     assert not engine.core.can_prepare, "there are no graphs on a CPU"
     worker, graphs = worker_of(engine), Captures()
     device_with(monkeypatch, lambda: 50)
-    worker._ahead = Ahead(TPGroup.single(), [Pass(1, 0, GREEDY), Pass(0, 64, GREEDY)])
+    worker._ahead = Ahead(TPGroup.single(), [Pass(8, 0, GREEDY, wide=True), Pass(0, 64, GREEDY)])
     monkeypatch.setattr(DecodeGraphs, "prepare", lambda self, *key: graphs.prepare(*key))
     monkeypatch.setattr(MixedGraphs, "prepare", lambda self, *key: graphs.prepare(*key))
 
@@ -157,7 +166,7 @@ def test_an_idle_step_captures_and_computes_nothing(engine: OfflineEngine, monke
         engine.core.prepare()
         assert worker.stats().graphs_pending == engine.core._graphs_ahead == left
     assert worker.stats().busy_s_total == busy_s
-    assert graphs.made == [(1, GREEDY), (0, 64, GREEDY)]
+    assert graphs.made == [(8, GREEDY, True), (0, 64, GREEDY, False)]
     assert answer() == before
 
 
@@ -325,8 +334,10 @@ def test_graphs_captured_ahead_answer_as_those_captured_when_needed() -> None:
     def answers(ahead: bool) -> list[list[int]]:
         engine = OfflineEngine(Config.load(options, {}))
         worker = worker_of(engine)
-        passes = engine.capacity.graphs_ahead
-        assert passes == worker.stats().graphs_pending == len(planned(8, 70, engine.capacity.max_model_len))
+        passes, longest = engine.capacity.graphs_ahead, engine.capacity.max_model_len
+        assert passes == worker.stats().graphs_pending
+        usual = planned(8, 70, longest)
+        assert passes == len(usual) + len(wide_variants(usual, longest, worker.runner.has_wide))
         while ahead and engine.core.can_prepare:
             engine.core.prepare()
         captured = worker.graphs.num_captured

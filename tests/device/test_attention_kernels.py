@@ -12,8 +12,18 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tpqwen.kernels import attention, paged_prefill, prefill, reference
-from tpqwen.kernels.attention_table import MAX_SPLITS, DecodePlan, decode_plan, num_splits
+from tpqwen.kernels import attention, cuda, paged_prefill, prefill, reference
+from tpqwen.kernels.attention_table import (
+    ENOUGH_SPLITS,
+    LEAST_TOKENS,
+    MAX_SPLITS,
+    WIDE_SPLITS,
+    DecodePlan,
+    decode_plan,
+    has_wide,
+    num_splits,
+)
+from tpqwen.kernels.context import StepContext
 from tpqwen.kernels.launch import launch_options, pdl_supported
 
 NAN = float("nan")
@@ -23,6 +33,7 @@ WHOLE = DecodePlan(tile=16, warps=4, stages=1, programs=1, min_tiles=1)
 SPLIT = DecodePlan(tile=16, warps=4, stages=3, programs=48, min_tiles=1)
 FINE = DecodePlan(tile=16, warps=4, stages=1, programs=128, min_tiles=1)
 COARSE = DecodePlan(tile=32, warps=4, stages=5, programs=24, min_tiles=2)
+WIDE = DecodePlan(tile=16, warps=4, stages=2, programs=96, min_tiles=4)
 
 
 @dataclass
@@ -101,6 +112,8 @@ def forget_last_token(cache: Paged, lengths: list[int]) -> torch.Tensor:
         (2, 2, 32, 16, SPLIT._replace(hold=True), [1, 17, 18, 0, 90]),
         (4, 1, 32, 64, COARSE._replace(hold=True), [1, 33, 0, 200]),
         (2, 1, 16, 16, FINE, [520, 3]),  # a long row beside a short one: every split is used
+        (2, 2, 32, 16, WIDE, [64, 700, 1, 65, 0, 66]),  # one among rows that stay whole, or just do not
+        (2, 2, 32, 16, WIDE._replace(hold=True), [3, 0, 530, 64]),
     ],
 )
 def test_decode_attention_equals_the_reference_and_writes_only_the_new_token(
@@ -158,6 +171,48 @@ def test_decode_attention_equals_the_reference_and_writes_only_the_new_token(
     for ours, theirs in ((cache.k, k64), (cache.v, v64)):
         assert torch.equal(ours.isnan(), theirs.isnan())
         assert error(ours.nan_to_num(), theirs.nan_to_num()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_step_with_a_long_row_attends_by_the_wide_plan(
+    wide: bool, device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(3)
+    group, kv_heads, head_dim, size, batch = 2, 2, 16, 64, 48
+    lengths = [0] * 44 + [3200, 3, 1025, 70]
+    cache = paged(lengths, kv_heads, size, head_dim, dtype, device)
+    slots = forget_last_token(cache, lengths)
+    q_norm, k_norm, cos_sin = norm_inputs(head_dim, max(lengths), dtype, device)
+    lengths_B = torch.tensor(lengths, dtype=torch.int32, device=device)
+    qkv = torch.randn(batch, (group + 2) * kv_heads * head_dim, device=device).to(dtype)
+    ctx = StepContext(
+        positions_T=(lengths_B - 1).clamp(min=0),
+        cache_slots_T=slots,
+        num_decode=batch,
+        tables_SM=cache.tables,
+        decode_slots_B=torch.arange(batch, dtype=torch.int32, device=device),
+        decode_lengths_B=lengths_B,
+        prefill=None,
+        k_cache=[cache.k],
+        v_cache=[cache.v],
+        cos_sin=cos_sin,
+        wide=wide,
+    )
+    k64, v64 = cache.k.double(), cache.v.double()
+    where = (EPS, cos_sin, ctx.positions_T, k64, v64, slots)
+    q64 = reference.qk_norm_rope_write(qkv.double(), q_norm.double(), k_norm.double(), *where)
+    expected = reference.paged_decode(q64, k64.nan_to_num(), v64.nan_to_num(), cache.tables, lengths_B, 0.25)
+    scratch = attention.decode_scratch(batch, kv_heads, group, head_dim, device)
+    for part in (scratch.partial, scratch.stats):
+        part.fill_(NAN)
+    monkeypatch.setattr(cuda, "_scratch", lambda *_: scratch)
+    out = cuda.attend(qkv, q_norm, k_norm, EPS, 0, ctx, 0.25)
+    assert error(out.view_as(expected), expected) < TOLERANCE[dtype]
+    assert not out[:44].any() and not scratch.arrived.any()
+    parts = int((~scratch.stats[:, 0, 0].isnan()).sum())
+    assert parts == kv_heads * (4 if wide else 3 + 3), (
+        "the usual plan has three splits and takes them for 1,025 as well"
+    )
 
 
 @pytest.mark.parametrize(
@@ -291,14 +346,50 @@ def test_fresh_prefill_equals_the_reference(starts: list[int], device: torch.dev
     assert not out[starts[-1] :].any()
 
 
-@pytest.mark.parametrize(("group", "head_dim", "kv_heads"), [(2, 128, 8), (2, 128, 1), (4, 128, 8), (5, 64, 3)])
+SHAPES = [(2, 128, 8), (2, 128, 1), (4, 128, 8), (5, 64, 3), (8, 128, 2)]  # G, D, K
+
+
+@pytest.mark.parametrize(("group", "head_dim", "kv_heads"), SHAPES)
 def test_scratch_suffices_for_every_batch(group: int, head_dim: int, kv_heads: int, device: torch.device) -> None:
-    scratch = attention.decode_scratch(300, kv_heads, group, head_dim, device)
-    for batch in range(1, 301):
-        splits = num_splits(decode_plan(batch, group, head_dim), batch * kv_heads)
+    scratch = attention.decode_scratch(600, kv_heads, group, head_dim, device)
+    for batch, wide in itertools.product(range(1, 601), (False, True)):
+        splits = num_splits(decode_plan(batch, kv_heads, group, head_dim, wide=wide), batch * kv_heads)
         assert 1 <= splits <= MAX_SPLITS
         assert splits == 1 or batch * kv_heads * splits <= len(scratch.partial)
-    assert len(scratch.arrived) == 300 * kv_heads
+    assert len(scratch.arrived) == 600 * kv_heads
+    assert len(scratch.partial) <= 8192
+
+
+def tiles_of(length: int, plan: DecodePlan, pairs: int) -> tuple[int, int]:
+    """Tiles of a row, and how many of them one program takes, as the kernel divides them."""
+    tiles, splits = -(-(length - 1) // plan.tile), num_splits(plan, pairs)
+    return tiles, max(-(-tiles // splits), plan.min_tiles) if splits > 1 else tiles
+
+
+@pytest.mark.parametrize(("batch", "share"), [(4, 16), (16, 16), (33, 8), (96, 8), (256, 4), (512, 2)])
+def test_no_program_has_a_long_row_alone_and_short_rows_stay_whole(batch: int, share: int) -> None:
+    usual, wide = (decode_plan(batch, 8, 2, 128, wide=w) for w in (False, True))
+    tiles, most = tiles_of(32_500, wide, batch * 8)
+    assert most <= -(-tiles // share) < tiles_of(32_500, usual, batch * 8)[1]
+    tiles, most = tiles_of(LEAST_TOKENS, wide, batch * 8)
+    assert most >= tiles
+
+
+def test_the_usual_plan_does_not_know_of_long_rows() -> None:
+    assert [num_splits(decode_plan(b, 8, 2, 128), b * 8) for b in (1, 4, 8, 16, 24, 33, 48, 96, 256)] == [
+        *(16, 4, 6, 3, 2, 1, 1, 1, 1)
+    ]
+
+
+@pytest.mark.parametrize(("group", "head_dim", "kv_heads"), SHAPES)
+def test_a_wide_plan_has_more_splits_or_there_is_none(group: int, head_dim: int, kv_heads: int) -> None:
+    assert not has_wide(0, kv_heads, group, head_dim)
+    for batch in range(1, 600):
+        usual, wide = (decode_plan(batch, kv_heads, group, head_dim, wide=w) for w in (False, True))
+        before, after = (num_splits(plan, batch * kv_heads) for plan in (usual, wide))
+        crowd = batch * kv_heads > WIDE_SPLITS[-1][0]
+        assert has_wide(batch, kv_heads, group, head_dim) == (before < ENOUGH_SPLITS and not crowd)
+        assert after > before if has_wide(batch, kv_heads, group, head_dim) else wide == usual
 
 
 def test_dependent_launch_is_asked_for_only_on_hopper_and_later(device: torch.device) -> None:

@@ -1,7 +1,9 @@
-"""Passes with chunks as graphs: the padding, and on a GPU the same answers as launched kernel by kernel."""
+"""Passes as graphs: which one a step takes, the padding of chunks, and on a GPU the same answers as launched singly."""
 
 from __future__ import annotations
 
+from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,12 +11,23 @@ import numpy as np
 import pytest
 import torch
 
+from tests.tiny import tiny_checkpoint
 from tpqwen import LLM, SamplingParams
+from tpqwen.config import Config
+from tpqwen.kernels import ops
+from tpqwen.offline import OfflineEngine
+from tpqwen.parallel.group import TPGroup
+from tpqwen.scheduler import rows
 from tpqwen.step import Chunk, packed
-from tpqwen.worker.batch import chunk_parts
+from tpqwen.worker.batch import Stager, chunk_parts
+from tpqwen.worker.graphs import DecodeGraphs
 from tpqwen.worker.mixed import MixedGraphs, pad
+from tpqwen.worker.runner import Runner, Sampled
+from tpqwen.worker.sampler import SampleKind
 from tpqwen.worker.slots import MIXED_CHUNKS
 from tpqwen.worker.worker import Where
+
+GREEDY = SampleKind()
 
 
 def test_padding_computes_and_samples_nothing() -> None:
@@ -34,6 +47,69 @@ def test_the_tokens_of_a_padded_pass_are_found_in_the_ring() -> None:
     assert Where(3, 5, None).take(ring).tolist() == [0, 1, 2, 3, 4]
     assert Where(3, 5, 8).take(ring).tolist() == [0, 1, 2, 8, 9]
     assert Where(0, 1, 0).take(ring).tolist() == [0]
+
+
+class Graph:
+    """Stands for a CUDAGraph, and knows what it is of."""
+
+    def __init__(self, key: Any, replayed: list[Any]) -> None:
+        self.replay = lambda: replayed.append(key)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_long_row_takes_a_variant_of_the_pass_where_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    options = {"model": str(tiny_checkpoint(tmp_path)), "max_num_seqs": 64, "deterministic": deterministic}
+    engine = OfflineEngine(Config.load({**options, "device": "cpu"}, {}))
+    runner: Runner = engine.executor._worker.runner  # type: ignore[attr-defined]
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    replayed: list[Any] = []
+    results = {DecodeGraphs: Sampled(torch.zeros(64)), MixedGraphs: None}
+    for kind, result in results.items():
+        monkeypatch.setattr(kind, "_capture", lambda self, *key, result=result: (Graph(key, replayed), result))
+    decode = DecodeGraphs(runner, TPGroup.single(), 64, enabled=True)
+    mixed = MixedGraphs(runner, decode, 64, runner.cache.block_size, enabled=True)
+    parts, stager = chunk_parts((Chunk(63, 0, packed([4, 5]), True),)), Stager(torch.device("cpu"), 1)
+    for count, decode.wide in ((0, True), (1, True), (40, False), (40, True), (40, True)):
+        with torch.inference_mode():
+            decode.set_rows(torch.arange(count, dtype=torch.int32))
+            mixed.run(parts, GREEDY, stager)
+        if count:
+            decode.decode(GREEDY)
+    assert runner.has_wide(40) != deterministic and runner.has_wide(64) != deterministic
+    assert not runner.has_wide(0) and not runner.has_wide(1) and not runner.has_wide(8)
+    wide = not deterministic
+    assert replayed == [
+        (0, 64, GREEDY, False),
+        *((8, 64, GREEDY, False), (1, GREEDY, False)),
+        *((64, 64, GREEDY, False), (40, GREEDY, False)),
+        *((64, 64, GREEDY, wide), (40, GREEDY, wide)) * 2,
+    ]
+    engine.close()
+
+
+def test_what_the_step_says_of_long_rows_reaches_every_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "LONG_ROW", 24)
+    seen: list[tuple[bool, bool, int]] = []
+    attend = ops.attend
+
+    def watched(*args: Any, **options: Any) -> torch.Tensor:
+        ctx = args[5]
+        if args[4] == 0:
+            seen.append((ctx.wide, ctx.prefill is not None, max(ctx.decode_lengths_B.tolist(), default=0)))
+        return attend(*args, **options)
+
+    monkeypatch.setattr(ops, "attend", watched)
+    options = {"model": str(tiny_checkpoint(tmp_path)), "device": "cpu", "max_batched_tokens": 64}
+    engine = OfflineEngine(Config.load(options, {}))
+    for lengths, logprobs in product(((5,), (30, 200)), (None, 2)):
+        params = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=logprobs)
+        for _ in engine.run([engine.request(list(range(n)), params) for n in lengths]):
+            pass
+    engine.close()
+    assert all(wide == (length > 24) for wide, _, length in seen)
+    assert {(wide, mixed) for wide, mixed, _ in seen} == {(w, m) for w in (False, True) for m in (False, True)}
 
 
 @pytest.mark.gpu

@@ -27,7 +27,7 @@ class Deadlines:
         self._s_per_token: float | None = None
         self._decode_s = 0.0  # moving average
         self._rows = 0  # that decode, as of the last step asked about
-        self._shapes: set[tuple[int, int, int]] = set()  # that have been seen with these kinds
+        self._shapes: set[tuple[int, int, int, bool]] = set()  # that have been seen with these kinds
         self._kinds: set[tuple[bool, ...]] = set()
 
     def of(self, step: StepInput) -> float:
@@ -73,7 +73,7 @@ class Deadlines:
         if kinds:
             self._kinds |= kinds
             self._shapes.clear()
-        shape = (self._rows, len(step.chunks), step.num_chunk_tokens.bit_length())
+        shape = (self._rows, len(step.chunks), step.num_chunk_tokens.bit_length(), step.wide)
         if shape in self._shapes:
             return False
         self._shapes.add(shape)

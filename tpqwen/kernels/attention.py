@@ -1,14 +1,16 @@
 """Decode attention in one Triton kernel: QK-norm, RoPE, the KV write and split-KV attention over the paged cache.
 
 B decode rows, N query heads, K key/value heads, G = N / K, D head size, P block size, M table width, S splits, T tokens
-of a tile, F = (N + 2K) D. Caches are [blocks, K, P, D]. The grid (K, B, S) depends on B alone and lengths are read on
-the device, so a captured CUDA graph holds for every length. Split-KV after Flash-Decoding (Dao et al., 2023).
+of a tile, F = (N + 2K) D. Caches are [blocks, K, P, D]. The grid (K, B, S) depends on B and on whether the plan is the
+wide one, and lengths are read on the device, so a captured CUDA graph holds for every length. Split-KV after
+Flash-Decoding (Dao et al., 2023).
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -34,10 +36,11 @@ class DecodeScratch(NamedTuple):
 def decode_scratch(
     max_batch: int, kv_heads: int, group: int, head_dim: int, device: torch.device, plan: DecodePlan | None = None
 ) -> DecodeScratch:
-    """Scratch that suffices for every batch up to max_batch, under `plan` or the tuned ones."""
+    """Scratch that suffices for every batch up to max_batch, under `plan` or the tuned ones, wide ones included."""
     programs = 0
-    for batch in range(1, max_batch + 1):
-        splits = num_splits(plan or decode_plan(batch, group, head_dim), batch * kv_heads)
+    for batch, wide in itertools.product(range(1, max_batch + 1), (False, True)):
+        tuned = decode_plan(batch, kv_heads, group, head_dim, wide=wide)
+        splits = num_splits(plan or tuned, batch * kv_heads)
         programs = max(programs, batch * kv_heads * splits if splits > 1 else 1)
     return DecodeScratch(
         torch.empty((programs, group, head_dim), dtype=torch.float32, device=device),
@@ -337,18 +340,20 @@ def decode_attention(
     *,
     out: torch.Tensor | None = None,
     settled: bool = False,
+    wide: bool = False,
     plan: DecodePlan | None = None,
 ) -> torch.Tensor:
     """qk_norm_rope_write and paged_decode of reference.py for one token per row, in one launch: [B, N * D].
 
     qkv rows [N query | K key | V value heads] of D. table_rows_B names each row's table. lengths_B counts this step's
-    token, whose slot is cache_slots_B (-1: not written); rows of length 0 give zeros. settled: StepContext.settled.
+    token, whose slot is cache_slots_B (-1: not written); rows of length 0 give zeros. settled, wide: as in
+    StepContext.
     """
     _, kv_heads, block_size, head_dim = k_cache.shape
     batch, width = len(qkv_BF), qkv_BF.shape[1] - 2 * kv_heads * head_dim
     group = width // (kv_heads * head_dim)
     out = torch.empty((batch, width), dtype=qkv_BF.dtype, device=qkv_BF.device) if out is None else out
-    plan = plan or decode_plan(batch, group, head_dim)
+    plan = plan or decode_plan(batch, kv_heads, group, head_dim, wide=wide)
     splits = num_splits(plan, batch * kv_heads)
     assert k_cache.stride() == v_cache.stride() and k_cache.stride()[1:] == (block_size * head_dim, head_dim, 1)
     assert qkv_BF.stride(-1) == 1 and out.is_contiguous() and tables_SM.stride(1) == 1

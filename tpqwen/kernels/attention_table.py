@@ -10,6 +10,9 @@ from typing import NamedTuple
 MAX_SPLITS = 64
 LONG = 2048  # tokens of a whole prompt from which cuDNN beats the paged kernel
 PLANNED = 512  # tokens: prompts for cuDNN, which plans every new shape anew, are rounded up to a multiple
+ENOUGH_SPLITS = 6  # a plan that gives a row so many needs no wide variant
+WIDE_SPLITS = ((192, 16), (768, 8), (2048, 4), (4096, 2))  # by largest B * K; at most 8,192 programs in all
+LEAST_TOKENS = 1024  # what a split of a wide plan is worth: shorter rows stay in one
 
 
 class DecodePlan(NamedTuple):
@@ -51,8 +54,26 @@ OTHER_PLANS: tuple[tuple[int, DecodePlan], ...] = (
 )
 
 
-def decode_plan(batch: int, group: int, head_dim: int) -> DecodePlan:
-    """The tuned plan of a batch size; other groups and head sizes take the tensor-core plans."""
+def decode_plan(batch: int, kv_heads: int, group: int, head_dim: int, *, wide: bool = False) -> DecodePlan:
+    """The tuned plan of a batch size; other groups and head sizes take the tensor-core plans.
+
+    wide: the variant for passes in which some row is long, so that no program has it alone. It is the usual plan where
+    that has splits enough, or where there are too many rows for more.
+    """
+    plan, pairs = _tuned(batch, group, head_dim), batch * kv_heads
+    if not wide or not has_wide(batch, kv_heads, group, head_dim):
+        return plan
+    splits = next(splits for limit, splits in WIDE_SPLITS if pairs <= limit)
+    return plan._replace(programs=splits * pairs, min_tiles=LEAST_TOKENS // plan.tile)
+
+
+def has_wide(batch: int, kv_heads: int, group: int, head_dim: int) -> bool:
+    """Whether the wide plan of a batch size is another one than the usual."""
+    pairs = batch * kv_heads
+    return 0 < pairs <= WIDE_SPLITS[-1][0] and num_splits(_tuned(batch, group, head_dim), pairs) < ENOUGH_SPLITS
+
+
+def _tuned(batch: int, group: int, head_dim: int) -> DecodePlan:
     return next(plan for limit, plan in PLANS.get((group, head_dim), OTHER_PLANS) if batch <= limit)
 
 

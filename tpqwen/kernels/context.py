@@ -72,6 +72,7 @@ class StepContext:
 
     settled: tables and decode inputs were complete before the last kernel that was launched without PDL, and no chunk
     of this pass writes blocks that decode rows read, so kernels may read all that early (kernels/launch.py).
+    wide: some decode row is long, so that attention should divide it among more programs (kernels/attention_table.py).
     """
 
     positions_T: torch.Tensor  # int32
@@ -85,3 +86,4 @@ class StepContext:
     v_cache: list[torch.Tensor]
     cos_sin: torch.Tensor  # fp32 [positions, D]: cos of the D/2 frequencies, then sin
     settled: bool = False
+    wide: bool = False

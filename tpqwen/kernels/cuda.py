@@ -51,6 +51,7 @@ def attend(
         _scratch(kv_heads, width // (kv_heads * head_dim), head_dim, qkv_TF.device),
         out=out[:count],
         settled=ctx.settled,
+        wide=ctx.wide,
     )
     return out
 

@@ -67,7 +67,7 @@ class Qwen3(nn.Module):
 
     num_ids: token ids that exist; logits of the embedding's padding rows above it are -inf. None: all rows are real.
     invariant: a token's hidden state and logits are, bit by bit, a function of its sequence up to it.
-    scheme: how the projections' weights are kept.
+    scheme: how the projections' weights are kept. heads: query heads and key/value heads of this rank, and their size.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class Qwen3(nn.Module):
         super().__init__()
         vocab = (c.vocab_size, c.hidden_size, c.vocab_size if num_ids is None else num_ids)
         self.eps, self.invariant, self.scheme = c.rms_norm_eps, invariant, scheme
+        self.heads = (c.num_attention_heads // group.size, c.local_kv_heads(group.size), c.head_dim)
         self.embed = VocabParallel(group, "model.embed_tokens.weight", *vocab, invariant=invariant)
         layers = range(c.num_hidden_layers)
         self.attention = nn.ModuleList(Attention(c, group, i, invariant, scheme) for i in layers)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tpqwen.errors import EngineError
 from tpqwen.scheduler.sequence import Sequence, State, by_order
-from tpqwen.step import Ints
+from tpqwen.step import LONG_ROW, Ints
 
 Longs = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -195,6 +195,10 @@ class Rows:
                 stop[i] |= token in self._many_ends.get(slot, ())
         stop &= index >= rows.first_end
         return stop, index >= rows.last
+
+    def any_long(self, rows: RowSet) -> bool:
+        """Whether one of these rows has more than LONG_ROW positions scheduled to be in the cache."""
+        return bool(self.computed[rows.slots].max(initial=0) > LONG_ROW)
 
     def quiet(self, rows: RowSet) -> int:
         """For how many steps none of these rows will make its last token or be needy; -1 if one has made it."""

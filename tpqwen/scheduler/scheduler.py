@@ -380,6 +380,7 @@ class Scheduler:
             blocks=packed(draft.blocks) if draft.blocks else b"",
             chunks=tuple(draft.chunks),
             decode=None if unchanged else packed(slots),
+            wide=rows.any_long(decode),
         )
         counts = len(decode), draft.parts, step.num_chunk_tokens
         self._flights.append(Flight(step.step, all_rows, rows.releases, *counts))

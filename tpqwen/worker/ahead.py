@@ -9,14 +9,14 @@ same order and stop at the same one.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
 from tpqwen.kernels.attention_table import planned_lengths
 from tpqwen.parallel.group import TPGroup
-from tpqwen.step import GIVEN_UP
+from tpqwen.step import GIVEN_UP, LONG_ROW
 from tpqwen.worker.graphs import DecodeGraphs, buckets
 from tpqwen.worker.mixed import TOKENS, MixedGraphs, row_buckets
 from tpqwen.worker.sampler import USUAL_KINDS, SampleKind
@@ -38,6 +38,7 @@ class Pass(NamedTuple):
     rows: int
     tokens: int
     kind: SampleKind
+    wide: bool = False
 
 
 def planned(max_rows: int, max_tokens: int, max_length: int) -> list[Pass]:
@@ -53,6 +54,13 @@ def planned(max_rows: int, max_tokens: int, max_length: int) -> list[Pass]:
         sizes += [(rows, tokens) for shortest, tokens in _ranges(1, TOKENS) if shortest <= longest]
     sizes.sort(key=lambda size: (False, *reversed(size)) if size[0] <= FEW else (True, *size))
     return [Pass(*size, kind) for size in sizes for kind in USUAL_KINDS]
+
+
+def wide_variants(usual: Sequence[Pass], max_length: int, has_wide: Callable[[int], bool]) -> list[Pass]:
+    """The same passes while a row is long, as far as they are others then. has_wide: as Runner's, by rows."""
+    if max_length - 1 <= LONG_ROW:  # a sequence's last token never gets into the cache
+        return []
+    return [p._replace(wide=True) for p in usual if has_wide(p.rows)]
 
 
 def prompts(max_tokens: int, max_length: int) -> list[Prompt]:
@@ -102,8 +110,9 @@ class Ahead:
                 case Prompt(tokens):
                     mixed.try_prompt(tokens)
                     break
-                case Pass(rows, tokens, kind):
-                    if mixed.prepare(rows, tokens, kind) if tokens else decode.prepare(rows, kind):
+                case Pass(rows, tokens, kind, wide):
+                    prepared = mixed.prepare(rows, tokens, kind, wide) if tokens else decode.prepare(rows, kind, wide)
+                    if prepared:
                         break
         self._agreed(decode, True)  # who fails fails in this step, not under the next request
         return len(self._left)

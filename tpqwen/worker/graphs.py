@@ -1,5 +1,6 @@
 """Decode passes as CUDA graphs, one per batch bucket and kind of sampling, captured ahead or when first needed.
 
+With a long row among the decode rows a pass has a variant of its own, where `Runner.has_wide` says so: wide.
 The rows' slots lie in a buffer at a fixed address, so a graph stays valid whatever sequences the rows hold. Graphs
 share one memory pool: only one runs at a time. On a CPU the same calls run eagerly.
 """
@@ -19,6 +20,7 @@ from tpqwen.worker.sampler import SampleKind
 
 NO_SAMPLING = None
 T = TypeVar("T")
+Key = tuple[int, SampleKind | None, bool]  # bucket, sampling, wide
 
 
 def buckets(max_rows: int) -> list[int]:
@@ -38,9 +40,10 @@ class DecodeGraphs:
         self.state = runner.state.tensors
         device = self.state.length.device
         self.slots = torch.full((max_rows,), self.state.padding_slot, dtype=torch.int32, device=device)
-        self._graphs: dict[tuple[int, SampleKind | None], tuple[torch.cuda.CUDAGraph, Sampled | torch.Tensor]] = {}
+        self._graphs: dict[Key, tuple[torch.cuda.CUDAGraph, Sampled | torch.Tensor]] = {}
         self.pool = torch.cuda.graph_pool_handle() if enabled else None
         self.num_captured = 0  # passes so far, those with chunks included
+        self.wide = False  # StepInput.wide of the next pass
         self._count = 0
         self._width = self._buckets[0]  # the bucket that holds as many
 
@@ -64,7 +67,7 @@ class DecodeGraphs:
         """One decode step of the current rows, padded to the bucket; the first `count` results are real."""
         if not self._enabled:
             with torch.inference_mode():
-                return self._runner.decode(self.rows, kind)
+                return self._runner.decode(self.rows, kind, wide=self.wide)
         result = self._replay(kind)
         assert isinstance(result, Sampled)
         return result
@@ -72,16 +75,20 @@ class DecodeGraphs:
     def decode_logits(self) -> torch.Tensor:
         """One decode step up to the local logits of the real rows."""
         if not self._enabled:
-            return self._runner.decode_logits(self.rows)
+            return self._runner.decode_logits(self.rows, wide=self.wide)
         result = self._replay(NO_SAMPLING)
         assert isinstance(result, torch.Tensor)
         return result[: self._count]
 
-    def prepare(self, width: int, kind: SampleKind | None) -> bool:
-        """Capture the pass of a bucket. False if it has been, and there was nothing to do."""
-        if (width, kind) in self._graphs:
+    def is_wide(self, width: int) -> bool:
+        """Whether the next pass, if it is one of this bucket, has to be the wide variant."""
+        return self.wide and self._runner.has_wide(width)
+
+    def prepare(self, width: int, kind: SampleKind | None, wide: bool) -> bool:
+        """Capture a variant of a bucket's pass. False if it has been, and there was nothing to do."""
+        if (width, kind, wide) in self._graphs:
             return False
-        self._graphs[width, kind] = self._capture(width, kind)
+        self._graphs[width, kind, wide] = self._capture(width, kind, wide)
         return True
 
     def settle(self) -> None:
@@ -96,17 +103,20 @@ class DecodeGraphs:
         self._graphs.clear()
 
     def _replay(self, kind: SampleKind | None) -> Sampled | torch.Tensor:
-        self.prepare(self._width, kind)
-        graph, result = self._graphs[self._width, kind]
+        key = (self._width, kind, self.is_wide(self._width))
+        self.prepare(*key)
+        graph, result = self._graphs[key]
         graph.replay()
         return result
 
     @torch.inference_mode()
-    def _capture(self, width: int, kind: SampleKind | None) -> tuple[torch.cuda.CUDAGraph, Sampled | torch.Tensor]:
+    def _capture(
+        self, width: int, kind: SampleKind | None, wide: bool
+    ) -> tuple[torch.cuda.CUDAGraph, Sampled | torch.Tensor]:
         runner = self._runner
         if kind is None:
-            return capture(self, width, runner.decode_logits)
-        return capture(self, width, lambda slots_B: runner.decode(slots_B, kind))
+            return capture(self, width, lambda slots_B: runner.decode_logits(slots_B, wide=wide))
+        return capture(self, width, lambda slots_B: runner.decode(slots_B, kind, wide=wide))
 
 
 def capture(graphs: DecodeGraphs, width: int, run: Callable[[torch.Tensor], T]) -> tuple[torch.cuda.CUDAGraph, T]:

@@ -18,7 +18,7 @@ from tpqwen.model.weights import allocate, load_weights, random_weights, weight_
 from tpqwen.parallel.group import TPGroup
 from tpqwen.quant.schemes import SCHEMES
 from tpqwen.step import Admit, Capacity, Chunk, RowParams, StepInput, packed
-from tpqwen.worker.ahead import Ahead, Pass, Prompt, least_free, planned, prompts
+from tpqwen.worker.ahead import Ahead, Pass, Prompt, least_free, planned, prompts, wide_variants
 from tpqwen.worker.batch import Stager, chunk_parts, eager_chunks, stage
 from tpqwen.worker.early import NUM_BLOCKS, Alone, Part, compiled_beside, first_parts
 from tpqwen.worker.kv_cache import KVCache, block_bytes, blocks_on_cpu, blocks_on_gpu
@@ -72,9 +72,11 @@ def load(config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, 
     clock.mark("kv_alloc")
     ahead = Ahead(group)
     if sizes.device == "cuda":
-        passes: list[Pass | Prompt] = [*planned(sizes.max_num_seqs, sizes.max_batched_tokens, sizes.max_model_len)]
+        usual = planned(sizes.max_num_seqs, sizes.max_batched_tokens, sizes.max_model_len)
+        passes: list[Pass | Prompt] = [*usual]
         if DTYPE_BYTES[sizes.dtype] == 2 and not config.model.deterministic:
             passes += prompts(sizes.max_batched_tokens, sizes.max_model_len)
+        passes += wide_variants(usual, sizes.max_model_len, runner.has_wide)
         ahead = Ahead(group, passes, least_free(config.cache.memory_fraction, config.parallel.gpus_per_rank))
     capacity = Capacity(
         num_blocks=blocks,

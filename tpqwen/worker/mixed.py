@@ -2,7 +2,7 @@
 
 A pass of a few hundred tokens is over before Python has launched it kernel by kernel. Chunks are padded up to a bucket:
 T tokens of which the last may be none's, C chunks of which the last may be empty. Longer passes run eagerly, where the
-device is the slower of the two.
+device is the slower of the two. Wide passes as in worker/graphs.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from tpqwen.worker.slots import MIXED_CHUNKS
 
 ROWS = (0, 8, 32, 64, 128, 256)
 TOKENS = (64, 128, 256, 512, 1024, 2048)
+Key = tuple[int, int, SampleKind, bool]  # buckets of rows and tokens, sampling, wide
 
 
 def row_buckets(max_rows: int) -> list[int]:
@@ -38,7 +39,7 @@ class MixedGraphs:
         self._block_size = block_size
         self._enabled = enabled
         self._chunks: dict[int, torch.Tensor] = {}  # T -> all integers of a pass, in the order of chunk_parts
-        self._graphs: dict[tuple[int, int, SampleKind], tuple[torch.cuda.CUDAGraph, Sampled | None]] = {}
+        self._graphs: dict[Key, tuple[torch.cuda.CUDAGraph, Sampled | None]] = {}
 
     def fits(self, num_tokens: int, num_chunks: int, kind: SampleKind) -> bool:
         """Whether a pass over these chunks has a graph."""
@@ -59,19 +60,20 @@ class MixedGraphs:
         width = next(r for r in self._rows if r >= self._decode.num_rows)
         padding = self._runner.state.tensors.padding_slot
         padded = pad(parts, tokens, padding)
-        self.prepare(width, tokens, kind)
+        key = (width, tokens, kind, self._decode.is_wide(width))
+        self.prepare(*key)
         self._buffer(tokens).copy_(stager.flat(padded), non_blocking=True)
-        self._graphs[width, tokens, kind][0].replay()
+        self._graphs[key][0].replay()
         return width
 
     @torch.inference_mode()
-    def prepare(self, width: int, tokens: int, kind: SampleKind) -> bool:
-        """Capture the pass of a bucket. False if it has been, and there was nothing to do."""
-        if (width, tokens, kind) in self._graphs:
+    def prepare(self, width: int, tokens: int, kind: SampleKind, wide: bool) -> bool:
+        """As DecodeGraphs.prepare."""
+        if (width, tokens, kind, wide) in self._graphs:
             return False
         nothing = pad(_nothing(), tokens, self._runner.state.tensors.padding_slot)
         self._buffer(tokens).copy_(torch.from_numpy(np.concatenate(nothing)))
-        self._graphs[width, tokens, kind] = self._capture(width, tokens, kind)
+        self._graphs[width, tokens, kind, wide] = self._capture(width, tokens, kind, wide)
         return True
 
     @torch.inference_mode()
@@ -98,7 +100,9 @@ class MixedGraphs:
             self._chunks[tokens] = torch.zeros(size, dtype=torch.int32, device=device)
         return self._chunks[tokens]
 
-    def _capture(self, width: int, tokens: int, kind: SampleKind) -> tuple[torch.cuda.CUDAGraph, Sampled | None]:
+    def _capture(
+        self, width: int, tokens: int, kind: SampleKind, wide: bool
+    ) -> tuple[torch.cuda.CUDAGraph, Sampled | None]:
         sizes = [p.size for p in pad(_nothing(), tokens, 0)]
         parts = list(torch.split(self._buffer(tokens), sizes))
         state, size = self._runner.state, self._block_size
@@ -106,7 +110,8 @@ class MixedGraphs:
         lengths = ((tokens, *[0] * (MIXED_CHUNKS - 1)), (tokens + 1, *[1] * (MIXED_CHUNKS - 1)))
 
         def run(slots_B: torch.Tensor) -> Sampled | None:
-            return self._runner.mixed(slots_B, chunk_batch(parts, lengths, state, size), kind, ())
+            chunks = chunk_batch(parts, lengths, state, size)
+            return self._runner.mixed(slots_B, chunks, kind, (), wide=wide)
 
         return capture(self._decode, width, run)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tpqwen.kernels import ops
+from tpqwen.kernels import attention_table, ops
 from tpqwen.kernels.context import DecodeInputs, StepContext
 from tpqwen.model.qwen3 import Qwen3
 from tpqwen.step import RowParams
@@ -44,14 +44,19 @@ class Runner:
         self.edits = edits
         self.cos_sin = cos_sin
 
-    def decode_logits(self, slots_B: torch.Tensor) -> torch.Tensor:
+    def has_wide(self, num_rows: int) -> bool:
+        """Whether a pass over so many decode rows runs differently with StepContext.wide."""
+        heads, kv_heads, head_dim = self.model.heads
+        return not self.model.invariant and attention_table.has_wide(num_rows, kv_heads, heads // kv_heads, head_dim)
+
+    def decode_logits(self, slots_B: torch.Tensor, *, wide: bool = False) -> torch.Tensor:
         """One token of each slot (int32) through the model; the slots' lengths advance. Returns local logits [B, V]."""
-        hidden: torch.Tensor = self.model(*self.decode_context(slots_B))
+        hidden: torch.Tensor = self.model(*self.decode_context(slots_B, wide=wide))
         return self.model.logits(hidden)
 
-    def decode(self, slots_B: torch.Tensor, kind: SampleKind) -> Sampled:
+    def decode(self, slots_B: torch.Tensor, kind: SampleKind, *, wide: bool = False) -> Sampled:
         """A whole decode step without host decisions (kind.in_graph)."""
-        return self.finish(self.model(*self.decode_context(slots_B)), slots_B, kind)
+        return self.finish(self.model(*self.decode_context(slots_B, wide=wide)), slots_B, kind)
 
     def finish(self, hidden_BH: torch.Tensor, slots_B: torch.Tensor, kind: SampleKind) -> Sampled:
         """Its end: tokens from the residual stream."""
@@ -60,11 +65,17 @@ class Runner:
         return Sampled(self.sampler.settle(*self.model.slices(hidden_BH, self.state.tensors, slots_B), slots_B))
 
     def mixed(
-        self, rows_B: torch.Tensor, chunks: ChunkBatch, kind: SampleKind, params: tuple[RowParams, ...]
+        self,
+        rows_B: torch.Tensor,
+        chunks: ChunkBatch,
+        kind: SampleKind,
+        params: tuple[RowParams, ...],
+        *,
+        wide: bool = False,
     ) -> Sampled | None:
         """Decode rows (slots int32, possibly none) and prefill chunks in one pass; the chunks that sample come after
         the decode rows. None when nothing samples and no prompt is scored."""
-        hidden = self.model(*self.mixed_context(rows_B, chunks))
+        hidden = self.model(*self.mixed_context(rows_B, chunks, wide=wide))
         self.state.tensors.length[chunks.slots_C] = chunks.rows.lengths_C
         count = len(rows_B)
         where = torch.cat([torch.arange(count, device=hidden.device), chunks.sampled + count])
@@ -90,18 +101,21 @@ class Runner:
         self.edits.count(slots_R, tokens)
         return Sampled(tokens, logprobs)
 
-    def decode_context(self, slots_B: torch.Tensor) -> tuple[torch.Tensor, StepContext]:
+    def decode_context(self, slots_B: torch.Tensor, *, wide: bool = False) -> tuple[torch.Tensor, StepContext]:
         """Begin a decode step: what the model is given, ids and context. The slots' lengths advance."""
         decode = ops.begin_step(self.state.tensors, slots_B, self.cache.block_size)
         # The embedding's look-up is a plain launch after begin_step: from there on the inputs are settled.
-        return decode.ids_B, self._context(decode.positions_B, decode.cache_slots_B, decode, slots_B, settled=True)
+        where = (decode.positions_B, decode.cache_slots_B)
+        return decode.ids_B, self._context(*where, decode, slots_B, settled=True, wide=wide)
 
-    def mixed_context(self, rows_B: torch.Tensor, chunks: ChunkBatch) -> tuple[torch.Tensor, StepContext]:
+    def mixed_context(
+        self, rows_B: torch.Tensor, chunks: ChunkBatch, *, wide: bool = False
+    ) -> tuple[torch.Tensor, StepContext]:
         """The same for a pass over decode rows and chunks."""
         decode = ops.begin_step(self.state.tensors, rows_B, self.cache.block_size)
         positions = torch.cat([decode.positions_B, chunks.positions])
         cache_slots = torch.cat([decode.cache_slots_B, chunks.cache_slots])
-        context = self._context(positions, cache_slots, decode, rows_B, prefill=chunks)
+        context = self._context(positions, cache_slots, decode, rows_B, prefill=chunks, wide=wide)
         return torch.cat([decode.ids_B, chunks.ids]), context
 
     def _context(
@@ -113,6 +127,7 @@ class Runner:
         *,
         prefill: ChunkBatch | None = None,
         settled: bool = False,
+        wide: bool,
     ) -> StepContext:
         return StepContext(
             positions_T=positions_T,
@@ -126,4 +141,5 @@ class Runner:
             v_cache=self.cache.v,
             cos_sin=self.cos_sin,
             settled=settled,
+            wide=wide,
         )

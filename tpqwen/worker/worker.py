@@ -121,6 +121,7 @@ class Worker:
         """Launch one step. Steps run in the order submitted."""
         begin = time.perf_counter()
         before = self._pending[-1].done if self._pending else self._marks.set()
+        self.graphs.wide = step.wide
         if step.edits_slots:
             self._edit(step)
         sampled_slots = self._rows
@@ -269,7 +270,7 @@ class Worker:
         *sent, targets = self._stager.send([*parts, target_part(step.chunks)])
         chunks = eager_chunks(step.chunks, sent, runner.state, self.sizes.block_size, targets)
         rows = self.mixed.rows(len(new)) if plain and kind.in_graph else self.graphs.rows
-        sampled = runner.mixed(rows, chunks, kind, params)
+        sampled = runner.mixed(rows, chunks, kind, params, wide=step.wide)
         if sampled is None:
             return Run(params, chunks_at=len(rows))
         return Run(params, sampled.logprobs, sampled.prompt_scores, sampled.pooled, len(rows))
