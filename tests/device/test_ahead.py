@@ -178,7 +178,7 @@ def test_one_prompt_of_each_shape_that_cudnn_plans_is_tried() -> None:
 
 def test_a_prompt_is_one_idle_steps_work(monkeypatch: pytest.MonkeyPatch) -> None:
     device_with(monkeypatch, lambda: 50)
-    graphs: Any = Captures({(1, GREEDY)})
+    graphs: Any = Captures({(1, GREEDY, False)})
     monkeypatch.setattr(Captures, "try_prompt", lambda self, tokens: self.made.append(tokens), raising=False)
     ahead = Ahead(TPGroup.single(), [Pass(1, 0, GREEDY), Prompt(2048), Prompt(2560)])
     assert [ahead.capture(graphs, graphs), ahead.capture(graphs, graphs)] == [1, 0]

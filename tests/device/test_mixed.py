@@ -137,3 +137,37 @@ def test_rows_beside_chunks_are_padded_where_the_ring_has_room(count: int, sampl
     graphs: Any = (SimpleNamespace(state=state), decode, 40, 16)
     assert len(MixedGraphs(*graphs, enabled=True).rows(sampled)) == width
     assert len(MixedGraphs(*graphs, enabled=False).rows(sampled)) == count
+
+
+@pytest.mark.gpu
+def test_wide_passes_answer_as_the_usual_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row of 1,500 tokens, which the wide plan divides, among up to forty of a few dozen that come and go."""
+
+    def answers() -> list[list[int]]:
+        options = {"dtype": "float32", "device": "cuda", "max_batched_tokens": 512, "max_num_seqs": 41}
+        engine = OfflineEngine(Config.load(options, {}))
+        sizes = [(1500, 120), *((20, 20 + 2 * i) for i in range(48))]
+        requests = []
+        for i, (prompt, output) in enumerate(sizes, 1):
+            params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
+            requests.append(engine.request([5 + i * k % 4000 for k in range(prompt)], params))
+        tokens: dict[str, list[int]] = {r.id: [] for r in requests}
+        for deltas in engine.run(requests):
+            for delta in deltas:
+                tokens[delta.id] += delta.token_ids
+        engine.close()
+        return [*tokens.values()]
+
+    usual = answers()
+    captured: set[tuple[str, bool]] = set()
+    for graphs in (DecodeGraphs, MixedGraphs):
+        prepare = graphs.prepare
+
+        def watched(self: Any, *key: Any, prepare: Any = prepare) -> bool:
+            captured.add((type(self).__name__, key[-1]))
+            return bool(prepare(self, *key))
+
+        monkeypatch.setattr(graphs, "prepare", watched)
+    monkeypatch.setattr(rows, "LONG_ROW", 1000)
+    assert answers() == usual
+    assert captured == set(product(("DecodeGraphs", "MixedGraphs"), (False, True)))

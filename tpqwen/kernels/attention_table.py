@@ -12,7 +12,7 @@ LONG = 2048  # tokens of a whole prompt from which cuDNN beats the paged kernel
 PLANNED = 512  # tokens: prompts for cuDNN, which plans every new shape anew, are rounded up to a multiple
 ENOUGH_SPLITS = 6  # a plan that gives a row so many needs no wide variant
 WIDE_SPLITS = ((192, 16), (768, 8), (2048, 4), (4096, 2))  # by largest B * K; at most 8,192 programs in all
-LEAST_TOKENS = 1024  # what a split of a wide plan is worth: shorter rows stay in one
+LEAST_TOKENS = 1024  # what a split of a wide plan is worth where a block holds a tile: shorter rows stay in one
 
 
 class DecodePlan(NamedTuple):
