@@ -36,6 +36,7 @@ class ModelOptions:
     deterministic: bool = False  # bits that depend on a request alone, never on its batch; slower
     max_model_len: int | None = None  # None: what the checkpoint allows
     random_weights: bool = False
+    verify: bool | None = None  # files against their SHA-256; None: where a list of hashes lies beside them
     task: str = "auto"  # auto | generate | embed | rerank; auto: by the folder's files and the model's name
 
 

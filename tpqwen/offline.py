@@ -15,7 +15,9 @@ from tpqwen.errors import RankDied
 from tpqwen.executor.local import LocalExecutor
 from tpqwen.executor.protocol import Executor
 from tpqwen.model.config import ModelConfig, check_parallel
+from tpqwen.model.hashes import check_hashes
 from tpqwen.model.hub import resolve_model
+from tpqwen.model.weights import Checkpoint
 from tpqwen.request import Deltas, GenerateRequest, SamplingParams
 from tpqwen.step import StepStats
 from tpqwen.text.sequences import Limits, expand
@@ -29,6 +31,8 @@ class OfflineEngine:
         self.folder = resolve_model(config.model.model, config.model.revision)
         self.model_config = ModelConfig.from_folder(self.folder)
         check_parallel(self.model_config, config.parallel.tp)
+        if not config.model.random_weights:
+            check_hashes(self.folder, Checkpoint(self.folder).files.values(), config.model.verify)
         self.executor = self._make_executor()
         self.capacity = self.executor.start()
         self.core = self.new_core()

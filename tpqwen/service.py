@@ -11,11 +11,11 @@ import gc
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import torch
@@ -38,6 +38,7 @@ from tpqwen.keyfile import find_keys
 from tpqwen.ledger import share_limits
 from tpqwen.metrics import ServerMetrics
 from tpqwen.model.config import ModelConfig, Task, check_parallel, detect_task
+from tpqwen.model.hashes import Stamp, check_hashes
 from tpqwen.model.hub import resolve_model
 from tpqwen.model.qwen3 import Qwen3
 from tpqwen.model.sizing import derive
@@ -60,16 +61,29 @@ DRAIN_FLUSH_S = 5.0  # for clients to read how their requests ended
 _log = logging.getLogger(__name__)
 
 
-def check(config: Config) -> tuple[Path, ModelConfig]:
-    """Every check that needs no process: options, checkpoint headers, TP degree. Raises ConfigError."""
+class Checked(NamedTuple):
+    """What the checks found. stamps: the files whose hashes were right, as they were then."""
+
+    folder: Path
+    model: ModelConfig
+    stamps: dict[str, Stamp]
+
+
+def check(config: Config, known: Mapping[str, Stamp] | None = None) -> Checked:
+    """Every check that needs no process: options, checkpoint headers, hashes, TP degree. Raises ConfigError.
+
+    known: stamps of an earlier check, whose files are not hashed again.
+    """
+    stamps: dict[str, Stamp] = {}
     folder = resolve_model(config.model.model, config.model.revision)
     model = ModelConfig.from_folder(folder)
     check_parallel(model, config.parallel.tp)
     derive(config, model)
     if not config.model.random_weights:
         with torch.device("meta"):
-            check_folder(folder, Qwen3(model, TPGroup.single()))
-    return folder, model
+            checkpoint = check_folder(folder, Qwen3(model, TPGroup.single()))
+        stamps = check_hashes(folder, checkpoint.files.values(), config.model.verify, known)
+    return Checked(folder, model, stamps)
 
 
 def bundles(config: Config) -> list[dict[str, float]]:
@@ -102,9 +116,10 @@ async def all_ended(client: EngineClient, timeout_s: float) -> bool:
 class Qwen3Server:
     """One replica: HTTP, text and metrics here; engine and ranks in processes of their own."""
 
-    def __init__(self, options: dict[str, Any]) -> None:
+    def __init__(self, options: dict[str, Any], verified: dict[str, Stamp] | None = None) -> None:
+        """verified: files whose hashes whoever built the application has compared."""
         self._config = Config.load(options, {})
-        self._folder, self._model = check(self._config)
+        self._folder, self._model, _ = check(self._config, verified)
         self._keys = find_keys(self._config.server.api_keys_file, api_keys_text())
         self._metrics = ServerMetrics(self.served_name, str(serve.get_replica_context().rank.rank))
         self._supervisor: Supervisor | None = None
@@ -288,7 +303,7 @@ class Qwen3Server:
 
 def build_app(config: Config) -> serve.Application:
     """The Serve application. Raises ConfigError before any process is started."""
-    check(config)
+    verified = check(config).stamps
     options = {k: v for k, v in config.flat().items() if v is not None}
     where = bundles(config)
     server: Any = Qwen3Server  # a Deployment, by Serve's decorator
@@ -297,4 +312,4 @@ def build_app(config: Config) -> serve.Application:
         placement_group_bundles=where,
         placement_group_strategy="STRICT_PACK" if config.parallel.interface is None else "PACK",
     )
-    return deployment.bind(options)
+    return deployment.bind(options, verified)

@@ -18,6 +18,7 @@ HELP = {
     "deterministic": "results do not depend on the batch or on recomputation, bit by bit; slower (default off)",
     "max_model_len": "longest prompt plus output, tokens (default: what the checkpoint allows)",
     "random_weights": "draw weights from the model's config instead of loading them",
+    "verify": "check the weights' SHA-256 first: true, false (default: where the folder has a list, as SHA256SUMS)",
     "task": "auto, generate, embed or rerank (default: told from the checkpoint)",
     "tp": "tensor-parallel ranks: 1, 2, 4 or 8",
     "device": "auto, cpu or cuda",

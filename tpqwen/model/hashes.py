@@ -1,0 +1,127 @@
+"""SHA-256 of a checkpoint's files against the lists beside them, before any process is started.
+
+A list is SHA256SUMS, sha256sums.txt, *.sha256 or *.sha256sum in the model's folder, in the format of sha256sum or of
+its --tag; FILE.sha256 may hold the digest alone. In the Hub's cache large files are blobs whose name is their SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
+from pathlib import Path
+
+from tpqwen.errors import ConfigError
+from tpqwen.model.hub import FILES
+
+LISTS = ("SHA256SUMS", "SHA256SUMS.txt", "sha256sums", "sha256sums.txt", "*.sha256", "*.sha256sum")
+LINES = (
+    re.compile(r"(?P<digest>[0-9a-fA-F]{64}) [ *](?P<name>.+)"),
+    re.compile(r"SHA256 \((?P<name>.+)\) = (?P<digest>[0-9a-fA-F]{64})"),
+)
+DIGEST = re.compile(r"[0-9a-fA-F]{64}")
+MAX_LIST_BYTES = 1 << 20
+MAX_THREADS = 8
+
+Stamp = tuple[int, int, int]  # a file's size, time of change (ns) and inode: the same ones mean the same content
+
+_log = logging.getLogger(__name__)
+
+
+def check_hashes(
+    folder: Path, shards: Iterable[Path], verify: bool | None, known: Mapping[str, Stamp] | None = None
+) -> dict[str, Stamp]:
+    """Hash what has a digest and compare. Returns the stamps of the files that were found right, by name.
+
+    verify None: files that a list names; all shards, if any. True: every shard must have a digest, the Hub's count too.
+    False: nothing. known: what an earlier call returned; files with the same stamp are not read again.
+    Every byte is read once, at the pace of the disk or of up to 8 cores. Raises ConfigError naming the file.
+    """
+    if verify is False:
+        return {}
+    wanted = _listed(folder)
+    shards = sorted(set(shards))
+    if verify:
+        wanted = {p.name: digest for p in shards if (digest := _blob(p))} | wanted
+    missing = [p.name for p in shards if p.name not in wanted]
+    if missing and (verify or len(missing) < len(shards)):
+        how = "`sha256sum *.safetensors > SHA256SUMS` makes the list"
+        raise ConfigError(f"{folder}: there is no SHA-256 of {missing[0]} to verify it by; {how}")
+    stamps = {name: _stamp(folder / name) for name in wanted}
+    _compare(folder, {name: digest for name, digest in wanted.items() if stamps[name] != (known or {}).get(name)})
+    return stamps
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    """Name -> digest of every file of the folder that some list names and that we would read."""
+    found: dict[str, str] = {}
+    for path in sorted({p for pattern in LISTS for p in folder.glob(pattern)}):
+        for name, digest in _entries(path):
+            if not any(fnmatch(name, pattern) for pattern in FILES) or not (folder / name).is_file():
+                continue
+            if found.setdefault(name, digest) != digest:
+                raise ConfigError(f"{path}: another list has another SHA-256 of {name}")
+    return found
+
+
+def _entries(path: Path) -> Iterable[tuple[str, str]]:
+    """(name, digest) of each line; names of other folders are left out."""
+    try:
+        if path.stat().st_size > MAX_LIST_BYTES:
+            raise ConfigError(f"{path}: too long for a list of hashes")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    lines = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip() and not line.startswith("#")]
+    if len(lines) == 1 and path.suffix and DIGEST.fullmatch(lines[0][1].strip()):
+        yield path.stem, lines[0][1].strip().lower()
+        return
+    for number, line in lines:
+        match = next((m for pattern in LINES if (m := pattern.fullmatch(line))), None)
+        if match is None:
+            raise ConfigError(f"{path}: line {number} is not as sha256sum writes it")
+        name = match["name"].removeprefix("./")
+        if "/" not in name:
+            yield name, match["digest"].lower()
+
+
+def _blob(path: Path) -> str | None:
+    """The SHA-256 that a file of the Hub's cache is named after."""
+    target = path.resolve()
+    return target.name if target.parent.name == "blobs" and DIGEST.fullmatch(target.name) else None
+
+
+def _stamp(path: Path) -> Stamp:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def _compare(folder: Path, wanted: Mapping[str, str]) -> None:
+    """Hash these files side by side; the first wrong one ends it."""
+    if not wanted:
+        return
+    begin = time.monotonic()
+    threads = min(len(wanted), MAX_THREADS, os.cpu_count() or 1)
+    pool = ThreadPoolExecutor(threads, "sha256")
+    try:
+        for name, found in zip(wanted, pool.map(lambda name: _sha256(folder / name), wanted), strict=True):
+            if found != wanted[name]:
+                text = f"its SHA-256 is {found}, not {wanted[name]}"
+                raise ConfigError(f"{folder / name} is damaged or not the file that was meant: {text}")
+    finally:
+        pool.shutdown(cancel_futures=True)
+    _log.info("hashes verified files=%d seconds=%.2f", len(wanted), time.monotonic() - begin)
+
+
+def _sha256(path: Path) -> str:
+    """hashlib lets go of the interpreter lock while it computes."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
