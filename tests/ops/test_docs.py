@@ -76,6 +76,22 @@ def test_the_systemd_unit_signals_the_server_alone_and_waits_for_its_drain():
     assert settings["RestartPreventExitStatus"] == "2"
 
 
+def test_every_shell_recipe_that_starts_or_drives_ray_says_token_mode():
+    """Fenced and indented blocks of the texts, and what the files in deploy/ say of their use."""
+    blocks = []
+    for text in TEXTS:
+        content = text.read_text(encoding="utf-8")
+        blocks += re.findall(r"^```sh\n(.*?)^```", content, re.MULTILINE | re.DOTALL)
+        blocks += re.findall(
+            r"(?:^(?: {4}.*)?\n)+", re.sub(r"^```.*?^```", "", content, flags=re.M | re.S), re.MULTILINE
+        )
+    blocks += [p.read_text(encoding="utf-8") for p in (ROOT / "deploy").iterdir()]
+    driving = [b for b in blocks if re.search(r"^(?:#  )?.*\b(?:serve (?:run|deploy) \S|ray start\b)", b, re.MULTILINE)]
+    assert len(driving) >= 3
+    assert [block for block in driving if "export RAY_AUTH_MODE=token" not in block] == []
+    assert "    RAY_AUTH_MODE=token \\\n" in (ROOT / "deploy/Dockerfile").read_text()
+
+
 def test_ci_is_a_shell_script_that_any_bash_takes():
     script = ROOT / ".ci/run"
     assert script.stat().st_mode & 0o100
