@@ -34,6 +34,7 @@ from tpqwen.config import Config, api_keys_text, resolve_device
 from tpqwen.engine.client import EngineClient
 from tpqwen.executor.titles import keep_title
 from tpqwen.exporter import Exporter
+from tpqwen.fit import check_host_memory
 from tpqwen.keyfile import find_keys
 from tpqwen.ledger import share_limits
 from tpqwen.metrics import ServerMetrics
@@ -301,9 +302,14 @@ class Qwen3Server:
         )
 
 
-def build_app(config: Config) -> serve.Application:
-    """The Serve application. Raises ConfigError before any process is started."""
-    verified = check(config).stamps
+def build_app(config: Config, *, here: bool = False) -> serve.Application:
+    """The Serve application. here: it will run on this machine, whose memory must do.
+
+    Raises ConfigError before any process is started.
+    """
+    _, model, verified = check(config)
+    if here:
+        check_host_memory(config, model)
     options = {k: v for k, v in config.flat().items() if v is not None}
     where = bundles(config)
     server: Any = Qwen3Server  # a Deployment, by Serve's decorator

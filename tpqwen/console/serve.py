@@ -52,9 +52,10 @@ def run(args: argparse.Namespace, config: Config) -> int:
     host, port = config.server.host, config.server.port
     check_access(config)
     check_ingress(config)
-    if "RAY_ADDRESS" not in os.environ:
+    here = "RAY_ADDRESS" not in os.environ
+    if here:
         check_host(config)
-    app = build_app(config)  # fetches and checks the model
+    app = build_app(config, here=here)  # fetches and checks the model
     watch.say("model checked")
     with Interrupts() as interrupts:
         try:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tpqwen.config import Config
 from tpqwen.errors import RankDied
+from tpqwen.fit import refused_if_too_large
 from tpqwen.parallel.group import TPGroup
 from tpqwen.step import Capacity, RankStats, StepInput, StepOutput
 from tpqwen.worker.worker import Worker
@@ -16,11 +17,13 @@ class LocalExecutor:
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.depth = config.schedule.depth
+        self._config, self._folder = config, folder
         self._worker = Worker(config, folder, TPGroup.single())
 
     def start(self) -> Capacity:
         """Load the model here. Raises ConfigError."""
-        return self._worker.load()
+        with refused_if_too_large(self._config, self._folder, 0):
+            return self._worker.load()
 
     def submit(self, step: StepInput) -> None:
         """Launch one step."""

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +30,7 @@ from tpqwen.errors import ConfigError
 from tpqwen.executor.rank import serve_steps
 from tpqwen.executor.titles import keep_title
 from tpqwen.executor.wiring import Plain, join
+from tpqwen.fit import refused_if_too_large
 from tpqwen.gpu import await_exit
 from tpqwen.parallel.group import TPGroup
 from tpqwen.step import Capacity, RankStats
@@ -105,7 +107,9 @@ class RankProcess:
             if meeting is not None:
                 self._meet(meeting)
             worker = Worker(self._config, Path(folder), self._group)
-            capacity = worker.load()
+            fits = refused_if_too_large(self._config, Path(folder), self._group.rank)
+            with nullcontext() if meeting is None else fits:  # a later rank's shard did fit once: worth another attempt
+                capacity = worker.load()
         except ConfigError as error:
             return Refusal(str(error))
         worker.read_vocabulary()
