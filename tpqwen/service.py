@@ -31,6 +31,7 @@ from tpqwen.api.info import ApiSettings, ModelInfo
 from tpqwen.board import MetricsBoard
 from tpqwen.compiler import GrammarService
 from tpqwen.config import Config, api_keys_text, resolve_device
+from tpqwen.ending import shutdown_begins
 from tpqwen.engine.client import EngineClient
 from tpqwen.executor.titles import keep_title
 from tpqwen.exporter import Exporter
@@ -105,6 +106,14 @@ async def all_ended(client: EngineClient, timeout_s: float) -> bool:
     return True
 
 
+async def end_all(client: EngineClient, grace_s: float) -> None:
+    """Wait until no request is open; what still is after grace_s ends with an error."""
+    if not await all_ended(client, grace_s):
+        reason = f"the server is shutting down and this request had not ended after {grace_s:g} s"
+        client.give_up(reason, "draining")
+        await all_ended(client, DRAIN_FLUSH_S)
+
+
 @serve.deployment(
     name="Qwen3Server",
     max_ongoing_requests=4096,
@@ -152,6 +161,7 @@ class Qwen3Server:
         self._client = await self._supervisor.start()
         capacity = self._client.capacity
         self._tasks.append(asyncio.create_task(self._read_ranks()))
+        self._tasks.append(asyncio.create_task(self._end_in_time()))
         self._metrics.capacity(capacity)
         self._metrics.build_info(__version__, ray.__version__, torch.__version__, torch.version.cuda or "")
         self._metrics.engine_state("ready")
@@ -202,10 +212,7 @@ class Qwen3Server:
         assert self._client is not None
         self._client.drain()
         self._metrics.engine_state("draining")
-        if not await all_ended(self._client, grace_s):
-            reason = f"the server is shutting down and this request had not ended after {grace_s:g} s"
-            self._client.give_up(reason, "draining")
-            await all_ended(self._client, DRAIN_FLUSH_S)
+        await end_all(self._client, grace_s)
 
     async def __del__(self) -> None:
         """Serve calls this after the drain: end everything this replica started."""
@@ -220,6 +227,13 @@ class Qwen3Server:
         await self._grammars.close()
         if self._supervisor is not None:
             await self._supervisor.stop()
+
+    async def _end_in_time(self) -> None:
+        """When Serve ends this replica (delete, update, scaling, a node that drains) it routes nothing new here, waits
+        and then kills: what would be open by then ends before, with one error in place of a torn stream."""
+        grace_s = await shutdown_begins()
+        assert self._client is not None
+        await end_all(self._client, grace_s)
 
     def _settings(self) -> ApiSettings:
         options = self._config.server

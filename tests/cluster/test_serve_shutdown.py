@@ -1,0 +1,109 @@
+"""Serve itself ends the application: running streams go on, and what outlives Serve's patience ends with one error."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.cluster.processes import children_of, title, until
+from tpqwen.ending import MARGIN_S, patience
+
+pytestmark = pytest.mark.ray
+
+OPTIONS = {
+    "device": "cpu",
+    "dtype": "float32",
+    "threads": "1",
+    "max_num_seqs": "32",
+    "max_batched_tokens": "128",
+}
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster: None) -> Iterator[str]:
+    from ray import serve
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+
+
+@contextmanager
+def application(timeout_s: float) -> Iterator[None]:
+    """Served with this graceful_shutdown_timeout_s; gone with all its processes at the end."""
+    from ray import serve
+
+    from tpqwen import service
+    from tpqwen.config import Config
+
+    where = service.bundles(Config.load(OPTIONS, {}))
+    deployment = service.Qwen3Server.options(
+        graceful_shutdown_timeout_s=timeout_s,
+        ray_actor_options={"num_cpus": where[0]["CPU"], "num_gpus": 0},
+        placement_group_bundles=where,
+    )
+    serve.run(deployment.bind(OPTIONS), name="tpqwen", route_prefix="/")
+    try:
+        yield
+    finally:
+        serve.delete("tpqwen")
+        ours = [title(pid) for pid in children_of({os.getpid()})]
+        assert not [name for name in ours if name.startswith("tpqwen")]
+        assert not [name for name in os.listdir("/dev/shm") if name.startswith("tpqwen")]
+
+
+def delete_under_streams(url: str, count: int, max_tokens: int) -> list[list[Any]]:
+    """Begin the streams, have Serve delete the application, read on; the events of each."""
+    from ray import serve
+
+    body = {"prompt": "one two three", "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+    begun: list[int] = []
+
+    def read(index: int) -> list[Any]:
+        events: list[Any] = []
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as answer:
+            assert answer.status_code == 200
+            for line in answer.iter_lines():
+                if line.startswith("data: "):
+                    events.append(line[6:] if line == "data: [DONE]" else json.loads(line[6:]))
+                    begun.append(index)
+        return events
+
+    with ThreadPoolExecutor(count + 1) as pool:
+        streams = [pool.submit(read, index) for index in range(count)]
+        until(lambda: len(set(begun)) == count, "every stream's first token", 60)
+        deleted = pool.submit(serve.delete, "tpqwen")
+        events = [stream.result() for stream in streams]
+        deleted.result()
+    return events
+
+
+@pytest.mark.slow
+def test_running_streams_end_by_themselves_when_the_application_is_deleted(url):
+    with application(60):
+        for events in delete_under_streams(url, 2, 400):
+            assert events[-1] == "[DONE]"
+            assert [c["finish_reason"] for c in events[-2]["choices"]] == ["length"]
+
+
+def test_what_outlives_serves_patience_ends_with_one_error_event(url):
+    with application(6):
+        for events in delete_under_streams(url, 24, 1900):  # enough of them for seconds on any machine
+            assert [e["error"]["code"] for e in events if "error" in e] == ["draining"]
+            assert "error" in events[-1], "nothing follows it"
+            assert "had not ended after 3 s" in events[-1]["error"]["message"]
+
+
+def test_serve_is_left_time_to_see_the_end():
+    assert patience(90) == 90 - MARGIN_S
+    assert patience(6) == 3
