@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 import secrets
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from importlib import import_module
 
 from tpqwen.budget import REPAIRS, Budget
@@ -42,6 +44,8 @@ class OfflineEngine:
     def _make_executor(self) -> Executor:
         if self.config.parallel.tp == 1:
             return LocalExecutor(self.config, self.folder)
+        if "ray" not in sys.modules:
+            _guard_private_ray(os.environ)
         ray_executor = import_module("tpqwen.executor.ray")  # Ray is loaded only when there is more than one rank
         executor: Executor = ray_executor.RayExecutor(self.config, self.folder)
         return executor
@@ -104,3 +108,14 @@ class OfflineEngine:
         """Stop the ranks and free their memory. Idempotent."""
         self.executor.stop()
         gc.collect()
+
+
+def _guard_private_ray(environ: MutableMapping[str, str]) -> None:
+    """A cluster that is started here takes in nobody without its token, unless somebody wants it otherwise.
+
+    Ray reads these settings when it is imported.
+    """
+    if "RAY_ADDRESS" in environ or environ.setdefault("RAY_AUTH_MODE", "token") != "token":
+        return
+    if "RAY_AUTH_TOKEN_PATH" not in environ:
+        environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
