@@ -45,6 +45,7 @@ def answers(engine: Engine, asked: list[GenerateRequest]) -> Answers:
     ("dtype", "tp", "count", "few_blocks", "quantization"),
     [
         ("bfloat16", 1, 21, 30, "none"),
+        ("bfloat16", 1, 12, 17, "none"),
         ("bfloat16", 4, 12, 17, "none"),
         ("float32", 2, 12, 17, "none"),
         ("float32", 1, 12, 17, "int8"),

@@ -297,4 +297,5 @@ INVARIANT: dict[str, Op] = {
     "noisy_slices": by_row(reference.noisy_slices, 0, 2),
     "choose": by_row(reference.choose, 0, 1, 3),
     "log_sum_exp": by_row(reference.log_sum_exp, 0),
+    "top_candidates": reference.ranked_candidates,
 }

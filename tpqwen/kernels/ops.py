@@ -176,7 +176,9 @@ def set_rows(rows: torch.Tensor, slots_B: torch.Tensor, padding: int) -> None:
     _pick("set_rows", rows)(rows, slots_B, padding)
 
 
-def top_candidates(logits_RV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def top_candidates(
+    logits_RV: torch.Tensor, count: int, *, invariant: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The `count` largest logits of each row, best first, with their local ids (int64)."""
-    values, ids = _pick("top_candidates", logits_RV)(logits_RV, count)
+    values, ids = _pick("top_candidates", logits_RV, invariant)(logits_RV, count)
     return values, ids

@@ -310,6 +310,12 @@ def top_candidates(logits_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, t
     return values, ids
 
 
+def ranked_candidates(logits_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """top_candidates with the lowest id first among equals, which torch.topk orders as it likes."""
+    values, ids = logits_BV.sort(dim=-1, descending=True, stable=True)
+    return values[:, :count], ids[:, :count]
+
+
 def begin_step(state: SlotTensors, slots_B: torch.Tensor, block_size: int) -> DecodeInputs:
     """Start a pass: count it, and advance the decode rows' slots by the token that this pass runs.
 

@@ -150,7 +150,7 @@ class Sampler:
         owned = (tokens >= self._first_id) & (tokens < self._first_id + logits.shape[1])
         chosen = torch.where(owned, logits.gather(1, mine[:, None])[:, 0], NEVER)
         lse = ops.log_sum_exp(logits, invariant=self._invariant)
-        values, ids = ops.top_candidates(logits, min(max(wanted, 1), logits.shape[1]))
+        values, ids = ops.top_candidates(logits, min(max(wanted, 1), logits.shape[1]), invariant=self._invariant)
         ids = ids + self._first_id
         if self._group.size > 1:
             lse = ops.log_sum_exp(self._group.all_gather(lse).t(), invariant=self._invariant)
