@@ -12,6 +12,7 @@ from tpqwen.config import ScheduleOptions
 from tpqwen.engine.core import EngineCore
 from tpqwen.engine.deadlines import Deadlines
 from tpqwen.errors import EngineError, Overloaded, RankDied, RequestError
+from tpqwen.recovery import SILENCE_S
 from tpqwen.request import Delta, FinishReason, GenerateRequest, SamplingParams
 from tpqwen.step import Admit, Chunk, RowParams, StepInput, StepOutput, packed
 
@@ -202,10 +203,10 @@ def test_where_shapes_are_compiled_each_new_one_gets_time_for_it() -> None:
     assert deadlines.of(step_of(5, top_k=20)) == 60.0  # another kind of sampling
     assert deadlines.of(step_of(6, 4, top_k=30)) == 4.0
     assert deadlines.of(step_of(7, 4, tokens=100)) == 60.0  # and prompt tokens beside the rows
-    assert deadlines.of(step_of(8, 4, tokens=101)) == pytest.approx(4 + 101 * 0.02)
+    assert deadlines.of(step_of(8, 4, tokens=101)) == pytest.approx(4 + 101 * 0.002)
     for number in range(8):
         deadlines.observe(step_of(number, 4, tokens=100), 9.0)  # the sixth has waited for the seventh's compilation
-    assert deadlines.of(step_of(9, 4, tokens=100)) == pytest.approx(4 + 100 * 0.02), "compilation is no measure"
+    assert deadlines.of(step_of(9, 4, tokens=100)) == pytest.approx(4 + 100 * 0.002), "compilation is no measure"
     deadlines.observe(step_of(8, 4, tokens=101), 9.0, captured=True)
     deadlines.observe(step_of(8, 4, tokens=101), 1.01)
     assert deadlines.of(step_of(10, 4, tokens=100)) == pytest.approx(4 + 8 * 100 * 0.01)
@@ -237,7 +238,7 @@ def test_idle_steps_get_time_to_compile_and_leave_the_first_step_the_first() -> 
     assert deadlines.of(step_of(4, 1)) == 60.0
     assert deadlines.of_idle(step_of(5)) == 60.0
     assert deadlines.of(step_of(6, 1, tokens=9)) == 60.0
-    assert deadlines.of(step_of(7, 1, tokens=10)) == pytest.approx(4 + 10 * 0.02), "nothing was learnt from the first"
+    assert deadlines.of(step_of(7, 1, tokens=10)) == pytest.approx(4 + 10 * 0.002), "nothing was learnt from the first"
     deadlines.restart()
     assert deadlines.of(step_of(0, 1)) == 180.0
 
@@ -250,6 +251,14 @@ def test_the_first_step_of_an_epoch_gets_what_its_prompts_and_guides_need_as_wel
     assert deadlines.of(step_of(0, tokens=1000)) == pytest.approx(4 + 8 * 1000 * 0.01)
     assert deadlines.of(step_of(0, tokens=8, guided=True)) == 60.0  # all guided requests come back in this step
     assert deadlines.of(step_of(0, tokens=8)) == 20.0
+
+
+def test_rows_that_run_as_one_size_are_one_shape_and_no_step_outlasts_the_engines_own_silence() -> None:
+    deadlines = Deadlines(compiles=True)
+    assert deadlines.of(step_of(0, 9)) == 180.0
+    assert [deadlines.of(step_of(n, n)) for n in (10, 16, 17, 24, 70, 80, 81)] == [4.0, 4.0, 60.0, 4.0, 60.0, 4.0, 60.0]
+    assert deadlines.of(step_of(90, 4, tokens=16384)) == 60.0, "a rate nobody has measured is a GPU's"
+    assert Deadlines().of(step_of(1, tokens=16384)) == 200.0 < SILENCE_S
 
 
 def test_a_guide_gets_time_to_be_made_ready() -> None:

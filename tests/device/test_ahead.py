@@ -132,7 +132,7 @@ def test_the_first_rank_without_room_stops_all_of_them(monkeypatch: pytest.Monke
 def test_graphs_leave_half_of_the_spare_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     device_with(monkeypatch, lambda: 1200, 10000)
     assert least_free(0.9, 1.0) == 700
-    assert least_free(0.9, 0.5) == 950
+    assert least_free(0.9, 0.5) == 500, "whatever is free while others load"
 
 
 @pytest.fixture
@@ -171,9 +171,10 @@ def test_an_idle_step_captures_and_computes_nothing(engine: OfflineEngine, monke
 
 
 def test_one_prompt_of_each_shape_that_cudnn_plans_is_tried() -> None:
-    assert [p.tokens for p in prompts(16640, 40960)] == [*range(2048, 16641, 512), 16896]
-    assert [p.tokens for p in prompts(16640, 3000)] == [2048, 2560, 3072]
-    assert prompts(16640, 1500) == []
+    assert [p.tokens for p in prompts(16640, 40960)] == [*range(2048, 16641, 512), 16640]
+    assert [p.tokens for p in prompts(16640, 3000)] == [2048, 2560, 3000], "none is longer than a sequence may be"
+    assert [p.tokens for p in prompts(2048, 40960)] == [2048]
+    assert prompts(16640, 2047) == []
 
 
 def test_a_prompt_is_one_idle_steps_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,7 @@ def test_a_long_row_takes_a_variant_of_the_pass_where_there_is_one(
     engine = OfflineEngine(Config.load({**options, "device": "cpu"}, {}))
     runner: Runner = engine.executor._worker.runner  # type: ignore[attr-defined]
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(DecodeGraphs, "settle", lambda self: None)
     replayed: list[Any] = []
     results = {DecodeGraphs: Sampled(torch.zeros(64)), MixedGraphs: None}
     for kind, result in results.items():

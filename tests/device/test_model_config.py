@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
+from tpqwen.config import EMBEDDED_MODEL, Config
 from tpqwen.errors import ConfigError
+from tpqwen.model import sizing
 from tpqwen.model.config import ModelConfig, check_parallel, count_token_ids
+from tpqwen.model.sizing import derive
 
 # Qwen3-0.6B as published.
 PUBLISHED = {
@@ -137,3 +141,12 @@ def test_degrees_of_the_published_sizes(tmp_path):
 
 def test_ids_without_a_tokenizer_are_the_vocabulary(tmp_path):
     assert count_token_ids(tmp_path, 320) == 320
+
+
+def test_more_rows_than_the_kernels_have_room_for_are_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ModelConfig.from_folder(Path(EMBEDDED_MODEL))
+    config = Config.load({"device": "cpu", "max_num_seqs": 1025}, {})
+    assert derive(config, model).max_num_seqs == 1025, "a CPU has no such bound"
+    monkeypatch.setattr(sizing, "resolve_device", lambda _: "cuda")
+    with pytest.raises(ConfigError, match="max_num_seqs 1025 is above the 1024"):
+        derive(config, model)

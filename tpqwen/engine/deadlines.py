@@ -12,6 +12,8 @@ FLOOR_S = 4.0  # a hang is to be known within 5 s, and a busy machine may hold a
 DECODE_MARGIN = 8.0
 PREFILL_MARGIN = 8.0  # attention over a long context makes later chunks slower than the measured ones
 SLOW_PREFILL_S_PER_TOKEN = 0.02  # until a rate has been measured: a large model on a few CPU cores
+SLOW_GPU_S_PER_TOKEN = 0.002  # the same on GPUs
+LONGEST_S = 200.0  # at most: an engine that waits for more than recovery.SILENCE_S counts as lost itself
 FIRST_STEP_S = 20.0  # of an epoch, at least: first touch of memory
 FIRST_COMPILED_STEP_S = 180.0  # the same where kernels are compiled and graphs captured when first used
 NEW_SHAPE_S = 60.0  # a shape or kind of sampling not seen before, for the same reason; or a guide to be made ready
@@ -35,12 +37,13 @@ class Deadlines:
         compiling = self._note_shape(step) and self._compiles
         if compiling:
             self._compiling.add(step.step)
-        rate = SLOW_PREFILL_S_PER_TOKEN if self._s_per_token is None else PREFILL_MARGIN * self._s_per_token
+        slow = SLOW_GPU_S_PER_TOKEN if self._compiles else SLOW_PREFILL_S_PER_TOKEN
+        rate = slow if self._s_per_token is None else PREFILL_MARGIN * self._s_per_token
         needed = max(FLOOR_S, DECODE_MARGIN * self._decode_s) + rate * step.num_chunk_tokens
         if step.step == self._first:
             needed = max(needed, FIRST_COMPILED_STEP_S if self._compiles else FIRST_STEP_S)
         guided = any(admit.params.guided for admit in step.admits)
-        return max(needed, NEW_SHAPE_S) if guided or compiling else needed
+        return min(LONGEST_S, max(needed, NEW_SHAPE_S) if guided or compiling else needed)
 
     def of_idle(self, step: StepInput) -> float:
         """The same for an idle step, in which ranks compile and capture. It is nobody's measure and no first step."""
@@ -73,11 +76,18 @@ class Deadlines:
         if kinds:
             self._kinds |= kinds
             self._shapes.clear()
-        shape = (self._rows, len(step.chunks), step.num_chunk_tokens.bit_length(), step.wide)
+        shape = (_bucket(self._rows), len(step.chunks).bit_length(), step.num_chunk_tokens.bit_length(), step.wide)
         if shape in self._shapes:
             return False
         self._shapes.add(shape)
         return True
+
+
+def _bucket(rows: int) -> int:
+    """Ranks run so many rows as one of these sizes, or a larger one (worker/graphs.py, worker/mixed.py)."""
+    if rows <= 8:
+        return 1 << (rows - 1).bit_length() if rows else 0
+    return -(-rows // 8) * 8 if rows <= 64 else -(-rows // 16) * 16 if rows <= 256 else -(-rows // 64) * 64
 
 
 def _kind(p: RowParams) -> tuple[bool, ...]:

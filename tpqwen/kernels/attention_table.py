@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+MAX_ROWS = 1024  # that decode in one pass
 MAX_SPLITS = 64
 LONG = 2048  # tokens of a whole prompt from which cuDNN beats the paged kernel
 PLANNED = 512  # tokens: prompts for cuDNN, which plans every new shape anew, are rounded up to a multiple
@@ -82,6 +83,7 @@ def num_splits(plan: DecodePlan, rows_and_heads: int) -> int:
     return max(1, min(MAX_SPLITS, -(-plan.programs // rows_and_heads)))
 
 
-def planned_lengths(longest: int) -> range:
-    """Lengths of whole prompts, rounded up, up to that of `longest`: the shapes that cuDNN is asked for."""
-    return range(LONG, -(-longest // PLANNED) * PLANNED + 1, PLANNED)
+def planned_lengths(longest: int) -> list[int]:
+    """Whole prompts of up to `longest` tokens, one of each shape that cuDNN is asked for."""
+    rounded = range(LONG, -(-longest // PLANNED) * PLANNED + 1, PLANNED) if longest >= LONG else ()
+    return [min(length, longest) for length in rounded]

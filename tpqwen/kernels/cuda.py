@@ -11,10 +11,8 @@ from functools import cache
 import torch
 
 from tpqwen.kernels import attention, gemm, norm, paged_prefill, prefill, sampling, stepping
-from tpqwen.kernels.attention_table import LONG
+from tpqwen.kernels.attention_table import LONG, MAX_ROWS
 from tpqwen.kernels.context import StepContext
-
-MAX_DECODE_ROWS = 1024
 
 
 def attend(
@@ -106,7 +104,7 @@ def linear_add(
 
 @cache
 def _scratch(kv_heads: int, group: int, head_dim: int, device: torch.device) -> attention.DecodeScratch:
-    return attention.decode_scratch(MAX_DECODE_ROWS, kv_heads, group, head_dim, device)
+    return attention.decode_scratch(MAX_ROWS, kv_heads, group, head_dim, device)
 
 
 @cache

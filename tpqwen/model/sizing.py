@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tpqwen.config import Config, resolve_device
 from tpqwen.errors import ConfigError
+from tpqwen.kernels.attention_table import MAX_ROWS
 from tpqwen.model.config import ModelConfig
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -46,6 +47,8 @@ def derive(config: Config, model: ModelConfig) -> Sizes:
             f"max_model_len {max_len} is above the checkpoint's max_position_embeddings {model.max_position_embeddings}"
         )
     seqs = config.schedule.max_num_seqs or (256 if cuda else 64)
+    if cuda and seqs > MAX_ROWS:
+        raise ConfigError(f"max_num_seqs {seqs} is above the {MAX_ROWS} that decode together on a GPU")
     return Sizes(
         device=device,
         dtype=dtype,

@@ -71,10 +71,11 @@ def prompts(max_tokens: int, max_length: int) -> list[Prompt]:
 def least_free(memory_fraction: float, share: float) -> int:
     """Bytes of the device that must stay free, asked when all is loaded: what the largest step takes is not used up.
 
-    share: this rank's part of the device.
+    share: this rank's part of the device. Where it is not the whole, what is free says nothing: others may be loading.
     """
     free, total = torch.cuda.mem_get_info()
-    return free - round(GRAPHS_SHARE * (1.0 - memory_fraction) * share * total)
+    spare = (1.0 - memory_fraction) * total
+    return free - round(GRAPHS_SHARE * spare) if share == 1.0 else round((1.0 - GRAPHS_SHARE) * spare)
 
 
 class Ahead:

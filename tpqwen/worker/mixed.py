@@ -19,7 +19,7 @@ from tpqwen.worker.runner import Runner, Sampled
 from tpqwen.worker.sampler import SampleKind
 from tpqwen.worker.slots import MIXED_CHUNKS
 
-ROWS = (0, 8, 32, 64, 128, 256)
+ROWS = (0, 8, 32, 64, 128, 256, 512)
 TOKENS = (64, 128, 256, 512, 1024, 2048)
 Key = tuple[int, int, SampleKind, bool]  # buckets of rows and tokens, sampling, wide
 
@@ -72,6 +72,7 @@ class MixedGraphs:
         if (width, tokens, kind, wide) in self._graphs:
             return False
         nothing = pad(_nothing(), tokens, self._runner.state.tensors.padding_slot)
+        self._decode.settle()  # a copy from memory that is not pinned waits for the device, and nothing could end that
         self._buffer(tokens).copy_(torch.from_numpy(np.concatenate(nothing)))
         self._graphs[width, tokens, kind, wide] = self._capture(width, tokens, kind, wide)
         return True
