@@ -20,12 +20,13 @@ from tpqwen.executor.rank_process import RankProcess
 from tpqwen.offline import OfflineEngine
 from tpqwen.parallel.group import TPGroup
 from tpqwen.request import SamplingParams
-from tpqwen.step import GIVEN_UP, LONG_ROW
+from tpqwen.step import GIVEN_UP, LONG_ROW, Chunk, packed
 from tpqwen.worker.ahead import Ahead, Pass, Prompt, least_free, planned, prompts, wide_variants
+from tpqwen.worker.batch import Stager, chunk_parts, eager_chunks
 from tpqwen.worker.graphs import DecodeGraphs, buckets
 from tpqwen.worker.mixed import TOKENS, MixedGraphs, row_buckets
 from tpqwen.worker.sampler import USUAL_KINDS, SampleKind
-from tpqwen.worker.slots import MIXED_CHUNKS
+from tpqwen.worker.slots import MIXED_CHUNKS, SlotState
 from tpqwen.worker.worker import Worker
 
 GREEDY = SampleKind()
@@ -175,6 +176,16 @@ def test_one_prompt_of_each_shape_that_cudnn_plans_is_tried() -> None:
     assert [p.tokens for p in prompts(16640, 3000)] == [2048, 2560, 3000], "none is longer than a sequence may be"
     assert [p.tokens for p in prompts(2048, 40960)] == [2048]
     assert prompts(16640, 2047) == []
+
+
+@pytest.mark.parametrize("max_length", [2048, 2049, 3000, 8000, 16383, 16640, 40960])
+def test_a_prompt_that_is_tried_fits_into_a_block_table(max_length: int) -> None:
+    state = SlotState(4, -(-max_length // 64), torch.device("cpu"))
+    lengths = [p.tokens for p in prompts(16640, max_length)]
+    for tokens in (lengths[0], lengths[-1]):
+        chunks = (Chunk(state.tensors.padding_slot, 0, packed([0] * tokens), False),)
+        sent = Stager(torch.device("cpu"), 1).send(chunk_parts(chunks))
+        assert int(eager_chunks(chunks, sent, state, 64).positions.max()) < max_length
 
 
 def test_a_prompt_is_one_idle_steps_work(monkeypatch: pytest.MonkeyPatch) -> None:
