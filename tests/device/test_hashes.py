@@ -67,6 +67,9 @@ def check(folder, verify=None, known=None):
         ("SHA256SUMS", "{digest}  {name}"),
         ("sha256sums.txt", "{digest} *./{name}"),
         ("model.sha256", "SHA256 ({name}) = {digest}"),
+        ("SHA256SUM", "{digest}  {name} \t"),
+        ("SHA256SUMS", "{digest}  m/{name}"),
+        ("sha256sum.txt", "{digest}  /data/m/{name}\r"),
     ],
 )
 def test_every_shard_is_verified_and_a_flipped_bit_names_its_file(folder, hashed, name, line):
@@ -121,8 +124,34 @@ def test_a_list_that_leaves_a_shard_out_is_refused(folder):
         check(folder)
 
 
+def test_a_path_in_a_folder_of_the_models_is_not_the_models_file(folder):
+    (folder / "onnx").mkdir()
+    shutil.copy(folder / "config.json", folder / "onnx" / "config.json")
+    write_list(folder)
+    with (folder / "SHA256SUMS").open("a") as file:
+        file.write(f"{'0' * 64}  onnx/config.json\n{'0' * 64}  original/{shards(folder)[0].name}\n")
+    assert set(check(folder)) == {p.name for p in shards(folder)}
+
+
+@pytest.mark.parametrize("name", ["SHA256SUMS", "SHA256SUM", "sha256sums.txt"])
+@pytest.mark.parametrize("text", ["", f"{'0' * 64}  absent.safetensors\n"])
+def test_a_list_that_names_no_shard_is_refused(folder, name, text):
+    (folder / name).write_text(text)
+    with pytest.raises(ConfigError, match=f"no SHA-256 of {shards(folder)[0].name}"):
+        check(folder)
+
+
+@pytest.mark.parametrize("text", ["0" * 64, f"{'0' * 64}  other.gguf"])
+def test_a_list_about_files_that_are_not_here_is_said_once_and_does_not_count(folder, hashed, caplog, text):
+    (folder / "other.gguf.sha256").write_text(text + "\n")
+    assert check(folder) == {} and hashed == []
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{folder}: no file of this folder is named in other.gguf.sha256"
+    ]
+
+
 @pytest.mark.parametrize(
-    "text", ["what is this\n", "abc  model.safetensors\n", f"{'0' * 64} model.safetensors\n", "\xff"]
+    "text", ["what is this\n", "abc  model.safetensors\n", f"{'0' * 64} model.safetensors\n", "0" * 64, "\xff"]
 )
 def test_a_damaged_list_is_refused_by_name(folder, text):
     (folder / "SHA256SUMS").write_bytes(text.encode("latin-1"))

@@ -1,7 +1,8 @@
 """SHA-256 of a checkpoint's files against the lists beside them, before any process is started.
 
-A list is SHA256SUMS, sha256sums.txt, *.sha256 or *.sha256sum in the model's folder, in the format of sha256sum or of
-its --tag; FILE.sha256 may hold the digest alone. In the Hub's cache large files are blobs whose name is their SHA-256.
+A list is SHA256SUMS (or a name like it, see SUMS), *.sha256 or *.sha256sum in the model's folder, in the format of
+sha256sum or of its --tag; FILE.sha256 may hold the digest alone. Of a path the last part counts, since lists are often
+made elsewhere. In the Hub's cache large files are blobs whose name is their SHA-256.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from pathlib import Path
 from tpqwen.errors import ConfigError
 from tpqwen.model.hub import FILES
 
-LISTS = ("SHA256SUMS", "SHA256SUMS.txt", "sha256sums", "sha256sums.txt", "*.sha256", "*.sha256sum")
+SUMS = tuple(name + end for name in ("SHA256SUMS", "SHA256SUM", "sha256sums", "sha256sum") for end in ("", ".txt"))
+LISTS = (*SUMS, "*.sha256", "*.sha256sum")
 LINES = (
     re.compile(r"(?P<digest>[0-9a-fA-F]{64}) [ *](?P<name>.+)"),
     re.compile(r"SHA256 \((?P<name>.+)\) = (?P<digest>[0-9a-fA-F]{64})"),
@@ -38,18 +40,20 @@ def check_hashes(
 ) -> dict[str, Stamp]:
     """Hash what has a digest and compare. Returns the stamps of the files that were found right, by name.
 
-    verify None: files that a list names; all shards, if any. True: every shard must have a digest, the Hub's count too.
-    False: nothing. known: what an earlier call returned; files with the same stamp are not read again.
-    Every byte is read once, at the pace of the disk or of up to 8 cores. Raises ConfigError naming the file.
+    verify None: files that a list names; all shards, if one is named or a list of SUMS is there. True: every shard must
+    have a digest, the Hub's count too. False: nothing. known: what an earlier call returned; files with the same stamp
+    are not read again. Every byte is read once, at the pace of the disk or of up to 8 cores. Raises ConfigError naming
+    the file.
     """
     if verify is False:
         return {}
-    wanted = _listed(folder)
+    lists = sorted({p for pattern in LISTS for p in folder.glob(pattern)})
+    wanted = _listed(folder, lists)
     shards = sorted(set(shards))
     if verify:
         wanted = {p.name: digest for p in shards if (digest := _blob(p))} | wanted
     missing = [p.name for p in shards if p.name not in wanted]
-    if missing and (verify or len(missing) < len(shards)):
+    if missing and (verify or len(missing) < len(shards) or any(p.name in SUMS for p in lists)):
         how = "`sha256sum *.safetensors > SHA256SUMS` makes the list"
         raise ConfigError(f"{folder}: there is no SHA-256 of {missing[0]} to verify it by; {how}")
     stamps = {name: _stamp(folder / name) for name in wanted}
@@ -57,20 +61,35 @@ def check_hashes(
     return stamps
 
 
-def _listed(folder: Path) -> dict[str, str]:
+def _listed(folder: Path, lists: Iterable[Path]) -> dict[str, str]:
     """Name -> digest of every file of the folder that some list names and that we would read."""
+    entries, idle = [], []
+    for path in lists:
+        here = [(name, digest, path) for name, digest in _entries(path) if _is_here(folder, name)]
+        entries += here
+        if not here:
+            idle.append(path.name)
+    if idle:
+        _log.warning("%s: no file of this folder is named in %s", folder, ", ".join(idle))
     found: dict[str, str] = {}
-    for path in sorted({p for pattern in LISTS for p in folder.glob(pattern)}):
-        for name, digest in _entries(path):
-            if not any(fnmatch(name, pattern) for pattern in FILES) or not (folder / name).is_file():
-                continue
-            if found.setdefault(name, digest) != digest:
-                raise ConfigError(f"{path}: another list has another SHA-256 of {name}")
-    return found
+    plain = {name for name, _, _ in entries}
+    for name, digest, path in entries:
+        last = name.rpartition("/")[2]
+        if last != name and last in plain:  # `original/config.json` beside `config.json`
+            continue
+        if found.setdefault(last, digest) != digest:
+            raise ConfigError(f"{path}: another line or list has another SHA-256 of {last}")
+    return {name: digest for name, digest in found.items() if any(fnmatch(name, pattern) for pattern in FILES)}
+
+
+def _is_here(folder: Path, name: str) -> bool:
+    """Whether a listed path can mean the folder's file of that name: not when it is that of a folder in it."""
+    file, listed = folder / name.rpartition("/")[2], folder / name
+    return file.is_file() and (name.startswith("/") or not listed.is_file() or listed.samefile(file))
 
 
 def _entries(path: Path) -> Iterable[tuple[str, str]]:
-    """(name, digest) of each line; names of other folders are left out."""
+    """(name or path, digest) of each line."""
     try:
         if path.stat().st_size > MAX_LIST_BYTES:
             raise ConfigError(f"{path}: too long for a list of hashes")
@@ -78,16 +97,14 @@ def _entries(path: Path) -> Iterable[tuple[str, str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     lines = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip() and not line.startswith("#")]
-    if len(lines) == 1 and path.suffix and DIGEST.fullmatch(lines[0][1].strip()):
+    if len(lines) == 1 and path.name not in SUMS and DIGEST.fullmatch(lines[0][1].strip()):
         yield path.stem, lines[0][1].strip().lower()
         return
     for number, line in lines:
         match = next((m for pattern in LINES if (m := pattern.fullmatch(line))), None)
         if match is None:
             raise ConfigError(f"{path}: line {number} is not as sha256sum writes it")
-        name = match["name"].removeprefix("./")
-        if "/" not in name:
-            yield name, match["digest"].lower()
+        yield match["name"].strip().removeprefix("./"), match["digest"].lower()
 
 
 def _blob(path: Path) -> str | None:
