@@ -17,6 +17,7 @@ from tests.cluster.processes import title, until
 from tpqwen.config import Config
 from tpqwen.engine.core import EngineCore
 from tpqwen.errors import ConfigError, EngineError, RankDied
+from tpqwen.executor import ray as ray_executor
 from tpqwen.executor.local import LocalExecutor
 from tpqwen.executor.protocol import Executor
 from tpqwen.executor.rank_group import RankGroup
@@ -92,6 +93,20 @@ def test_every_degree_gives_the_tokens_of_one_process(ray_cluster, checkpoint, e
         assert [(s.rank, s.pid, s.device) for s in stats] == [(r, pid, "cpu") for r, pid in enumerate(found)]
     for pid in found:
         until(lambda pid=pid: not title(pid).startswith("tpqwen"), "the rank's end")
+
+
+@pytest.mark.parametrize("given", ["10.0.0.1:6379", None])
+def test_ray_is_started_for_this_process_alone_unless_an_address_is_given(monkeypatch, checkpoint, given):
+    """Without one, Ray's own default joins whatever `ray start` has left on this machine."""
+    asked: dict[str, object] = {}
+    monkeypatch.setenv("RAY_ADDRESS", given or "")
+    if given is None:
+        monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setattr(ray_executor.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray_executor.ray, "init", lambda **options: asked.update(options))
+    monkeypatch.setattr(ray_executor, "RankGroup", lambda *_: None)
+    RayExecutor(config_for(checkpoint, 2), checkpoint)
+    assert asked["address"] == (given or "local")
 
 
 @pytest.mark.parametrize("victim", [0, 1])

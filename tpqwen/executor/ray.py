@@ -19,16 +19,17 @@ from tpqwen.step import Capacity, RankStats, StepInput, StepOutput
 class RayExecutor:
     """Implements executor.protocol.Executor with Ray ranks and the engine in this process: the offline API with tp > 1.
 
-    Starts a private Ray on this machine unless one is initialised already.
+    Starts a private Ray on this machine, whatever runs there, unless one is initialised already or RAY_ADDRESS names
+    one.
     """
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.depth = config.schedule.depth
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
-            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
             os.environ.setdefault("RAY_DISABLE_USAGE_STATS", "1")
-            ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+            address = os.environ.get("RAY_ADDRESS") or "local"
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, configure_logging=False)
         self.ranks = RankGroup(config, folder)
         self._ring: RingExecutor | None = None
 
