@@ -9,6 +9,7 @@ changed.
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 from ray._private.worker import global_worker
@@ -16,13 +17,23 @@ from ray._private.worker import global_worker
 POLL_S = 0.25
 MARGIN_S = 10.0  # for clients to read how it ended, for Serve to see that nothing is open, and for our processes to end
 
+_log = logging.getLogger(__name__)
 
-async def shutdown_begins() -> float:
-    """Wait until Serve ends this replica; seconds that open requests have from then on."""
-    replica = _own_replica()
-    while not replica._shutting_down:
-        await asyncio.sleep(POLL_S)
-    return patience(float(replica._deployment_config.graceful_shutdown_timeout_s))
+
+async def shutdown_begins() -> float | None:
+    """Wait until Serve ends this replica; seconds that open requests have from then on.
+
+    None, at once and with a warning, where Serve's object is not as it was.
+    """
+    try:
+        replica = _own_replica()
+        while not replica._shutting_down:
+            await asyncio.sleep(POLL_S)
+        return patience(float(replica._deployment_config.graceful_shutdown_timeout_s))
+    except (AttributeError, LookupError) as error:
+        text = "streams that outlive Serve's patience will be torn without an error event"
+        _log.warning("this Serve does not show when it ends a replica (%s): %s", error, text)
+        return None
 
 
 def patience(timeout_s: float) -> float:
@@ -31,5 +42,8 @@ def patience(timeout_s: float) -> float:
 
 
 def _own_replica() -> Any:
-    """Serve's Replica, whose user code this is. The actor is the only one of its process."""
-    return next(a._replica_impl for a in global_worker.actors.values() if hasattr(a, "_replica_impl"))
+    """Serve's Replica, whose user code this is. The actor is the only one of its process. Raises LookupError."""
+    for actor in global_worker.actors.values():
+        if hasattr(actor, "_replica_impl"):
+            return actor._replica_impl
+    raise LookupError("no actor has _replica_impl")

@@ -107,9 +107,10 @@ async def all_ended(client: EngineClient, timeout_s: float) -> bool:
 
 
 async def end_all(client: EngineClient, grace_s: float) -> None:
-    """Wait until no request is open; what still is after grace_s ends with an error."""
+    """Wait until no request is open; what still is after grace_s ends with an error, and nothing new is taken then."""
     if not await all_ended(client, grace_s):
         reason = f"the server is shutting down and this request had not ended after {grace_s:g} s"
+        client.drain()
         client.give_up(reason, "draining")
         await all_ended(client, DRAIN_FLUSH_S)
 
@@ -233,7 +234,8 @@ class Qwen3Server:
         and then kills: what would be open by then ends before, with one error in place of a torn stream."""
         grace_s = await shutdown_begins()
         assert self._client is not None
-        await end_all(self._client, grace_s)
+        if grace_s is not None:
+            await end_all(self._client, grace_s)
 
     def _settings(self) -> ApiSettings:
         options = self._config.server

@@ -12,9 +12,10 @@ import pytest
 from ray._private import services
 from rich.console import Console
 
+from tpqwen import ending
 from tpqwen.console import serve as command
 from tpqwen.console.signals import ECHO_S, Interrupts, sessions_of_their_own
-from tpqwen.service import Qwen3Server
+from tpqwen.service import Qwen3Server, end_all
 
 
 class FakeServe:
@@ -121,3 +122,31 @@ def test_draining_takes_nothing_new_and_waits_for_what_is_open(stubborn, grace_s
     assert client._open == 0
     assert len(client.given_up) == given_up
     assert all(reason.startswith("draining: the server is shutting down") for reason in client.given_up)
+
+
+def test_when_serves_patience_is_over_late_requests_are_refused_before_the_others_are_given_up():
+    """They would be torn with the replica."""
+    calls: list[str] = []
+
+    class Late(SimpleNamespace):
+        num_open = 1
+
+        def drain(self) -> None:
+            calls.append("drain")
+
+        def give_up(self, reason: str, code: str) -> None:
+            calls.append(code)
+            self.num_open = 0
+
+    asyncio.run(end_all(Late(), 0.0))
+    assert calls == ["drain", "draining"]
+
+
+@pytest.mark.parametrize("actors", [{}, {"id": SimpleNamespace(_replica_impl=SimpleNamespace())}])
+def test_a_serve_that_looks_otherwise_costs_a_warning_and_nothing_else(monkeypatch, caplog, actors):
+    monkeypatch.setattr(ending, "global_worker", SimpleNamespace(actors=actors))
+    replica = SimpleNamespace(_client=FakeClient(0))
+    asyncio.run(Qwen3Server.func_or_class._end_in_time(replica))
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "torn" in caplog.text
+    assert not replica._client.given_up
