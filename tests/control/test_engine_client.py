@@ -205,6 +205,25 @@ def test_when_the_engine_process_dies_open_requests_end_and_new_ones_are_refused
     run(main)
 
 
+def test_a_line_that_breaks_while_requests_are_given_up_ends_each_of_them_once():
+    async def main() -> None:
+        client = EngineClient(commands := QueueChannel(), QueueChannel(), tiny_capacity(), ScheduleOptions())
+        ends: list[str] = []
+        end = client._end
+        client._end = lambda opened, *cause: (ends.append(opened.request.id), end(opened, *cause))  # type: ignore[method-assign]
+        tasks = [asyncio.create_task(deltas_of(client, request(f"r{i}"))) for i in range(3)]
+        await until(lambda: client.num_open == 3)
+        commands.close()
+        client.give_up("it takes too long", "draining")
+        found = await asyncio.gather(*tasks)
+        assert [len(deltas) for deltas in found] == [1, 1, 1]
+        assert found[0][0].error_code == "draining"
+        assert sorted(ends) == ["r0", "r1", "r2"]
+        await client.close()
+
+    run(main)
+
+
 def test_close_ends_what_is_open_and_the_engine_thread():
     async def main() -> None:
         executor = SlowExecutor()

@@ -221,8 +221,8 @@ class EngineClient:
         """End every open request with this cause; the engine goes on."""
         for opened in list(self._open.values()):
             if not opened.ended:
+                self._end(opened, reason, code)  # first: a line found broken ends all that have not ended
                 self.send(Abort(opened.request.id))
-                self._end(opened, reason, code)
 
     def send(self, command: Command) -> None:
         """Tell the engine, in order, now or as soon as it has room. A dead engine is told nothing."""
@@ -350,6 +350,6 @@ class EngineClient:
             opened.crashes = delta.resumed
         opened.ended = delta.finish_reason is not None
         if opened.queue.put_nowait(delta) > MAX_UNREAD:  # neither its pages nor its text are to be held any longer
-            self.send(Abort(delta.id))
             del self._open[delta.id]
             self._end(opened, f"the client is {MAX_UNREAD} tokens behind", "client_too_slow")
+            self.send(Abort(delta.id))
