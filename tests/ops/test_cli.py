@@ -384,6 +384,16 @@ def test_serve_refuses_what_cannot_work_before_anything_starts(monkeypatch):
         serve.check_host(Config.load({"port": port, "device": "cpu"}, {}))
 
 
+def test_rays_folder_may_come_into_being_later_and_one_that_cannot_is_refused(monkeypatch, tmp_path):
+    serve = pytest.importorskip("tpqwen.console.serve")
+    config = Config.load({"port": 0, "device": "cpu"}, {})
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "not" / "yet"))
+    serve.check_host(config)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("n" * 300)))
+    with pytest.raises(ConfigError, match=r"nn, where Ray keeps its session, cannot be used: .*; RAY_TMPDIR names"):
+        serve.check_host(config)
+
+
 def test_serves_report_of_a_failed_start_becomes_our_sentence():
     serve = pytest.importorskip("tpqwen.console.serve")
     report = "Deploying app failed:\n  File x\ntpqwen.errors.{}: shard 2 is truncated\n"

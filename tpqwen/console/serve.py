@@ -15,6 +15,7 @@ import threading
 import time
 from contextlib import suppress
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -106,12 +107,22 @@ def check_host(config: Config) -> None:
         except OSError as error:
             raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
     folder = get_default_system_temp_dir()
-    if (free := shutil.disk_usage(folder).free) < DISK_BYTES:
+    if (free := _free_bytes(folder)) < DISK_BYTES:
         text = f"{folder}, where Ray keeps its session, has {free >> 20} MiB free and {DISK_BYTES >> 20} are needed"
         raise ConfigError(f"{text}; RAY_TMPDIR names another folder")
     needed = config.parallel.num_gpus
     if resolve_device(config.parallel.device) == "cuda" and (found := count_gpus()) < needed:
         raise ConfigError(f"--tp {config.parallel.tp} needs {needed} GPUs and this host has {found}")
+
+
+def _free_bytes(folder: str) -> int:
+    """Where the folder is, or will be: Ray creates it. Raises ConfigError."""
+    path = Path(folder).absolute()
+    try:
+        return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+    except OSError as error:
+        text = f"{folder}, where Ray keeps its session, cannot be used: {error.strerror}"
+        raise ConfigError(f"{text}; RAY_TMPDIR names another folder") from None
 
 
 def start_ray(config: Config) -> None:
