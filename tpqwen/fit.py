@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -22,7 +22,10 @@ from tpqwen.worker.kv_cache import block_bytes, blocks_on_cpu
 
 EXHAUSTED = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 ASKED = re.compile(r"tried to allocate ([\d.]+) ?(\w+)", re.IGNORECASE)
-CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+OF_HOST = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory")
+CUDAS_OWN = "CUDA error: out of memory"  # not of torch's allocator: what CUDA needs for itself, or pinned memory
+CUDAS_OWN_BYTES = 1 << 30  # the former is less
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 GIB = 1 << 30
 
 
@@ -40,7 +43,9 @@ def check_host_memory(config: Config, model: ModelConfig) -> None:
         rank = Qwen3(model, TPGroup(0, tp, None), scheme=SCHEMES[config.model.quantization])
     size, heads = DTYPE_BYTES[sizes.dtype], model.local_kv_heads(tp)
     per_block = block_bytes(model.num_hidden_layers, heads, sizes.block_size, model.head_dim, size)
-    blocks = config.cache.num_kv_blocks or blocks_on_cpu(per_block, sizes.max_num_seqs, sizes.blocks_per_sequence)
+    blocks = blocks_on_cpu(per_block, sizes.max_num_seqs, sizes.blocks_per_sequence)
+    if config.cache.num_kv_blocks is not None:
+        blocks = config.cache.num_kv_blocks + 1  # with the one that no sequence gets
     weights, cache = ranks * weight_bytes(rank, getattr(torch, sizes.dtype)), ranks * blocks * per_block
     if weights + cache > (memory := host_memory()):
         text = f"the weights take {weights / GIB:.1f} GiB and the KV cache {cache / GIB:.1f} GiB"
@@ -49,12 +54,28 @@ def check_host_memory(config: Config, model: ModelConfig) -> None:
 
 
 def host_memory() -> int:
-    """Bytes of memory that processes here may have: the machine's, or less by the container's limit."""
+    """Bytes of memory that processes here may have: the machine's, or less by a limit of their control groups."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for path in CGROUP_LIMITS:
-        if path.is_file() and (text := path.read_text().strip()).isdigit():
-            limits.append(int(text))
+    for path in _cgroup_limits():
+        with suppress(OSError):
+            if (text := path.read_text().strip()).isdigit():
+                limits.append(int(text))
     return min(limits)
+
+
+def _cgroup_limits() -> Iterator[Path]:
+    """Where the limits of this process's control group and of those above it are, if they are there: cgroups(7).
+
+    In a container the path may be the host's, and only the root is there.
+    """
+    with suppress(OSError):
+        for line in OWN_CGROUP.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            own = Path(path.lstrip("/"))
+            if not controllers:  # version 2
+                yield from (CGROUPS / place / "memory.max" for place in (own, *own.parents))
+            elif "memory" in controllers.split(","):
+                yield from (CGROUPS / "memory" / place / "memory.limit_in_bytes" for place in (own, *own.parents))
 
 
 @contextmanager
@@ -66,23 +87,40 @@ def refused_if_too_large(config: Config, folder: Path, rank: int) -> Iterator[No
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(text in str(error) for text in EXHAUSTED):
             raise
-        cuda = resolve_device(config.parallel.device) == "cuda"
-        raise ConfigError(f"rank {rank} {_on_gpu(error) if cuda else _on_cpu(error)}") from error
+        if resolve_device(config.parallel.device) == "cuda":
+            text = _on_gpu(error, is_int8=config.model.quantization == "int8")
+        else:
+            text = f"{_on_host(error)}; lower num_kv_blocks or max_model_len, or take a smaller model"
+        raise ConfigError(f"rank {rank} {text}") from error
 
 
-def _on_gpu(error: BaseException) -> str:
-    free, total = torch.cuda.mem_get_info()
-    held = torch.cuda.memory_reserved()
-    text = f"needs more than its GPU has:{_asked(error)} {held / GIB:.1f} GiB are this rank's"
-    others = f"{(total - free - held) / GIB:.1f} GiB somebody else's, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
-    return (
-        f"{text}, {others}; lower max_model_len, max_batched_tokens or num_kv_blocks, or use int8 weights or more ranks"
-    )
+def _on_gpu(error: BaseException, *, is_int8: bool) -> str:
+    """Of a rank on a GPU, whichever memory it was that it did not get."""
+    gpu, figures, asked = _gpu_bytes(), "", _asked(error)
+    pinned = CUDAS_OWN in str(error) and gpu is not None and gpu[0] >= CUDAS_OWN_BYTES
+    if pinned or isinstance(error, MemoryError) or any(text in str(error) for text in OF_HOST):
+        text = _on_host(error, " beside its GPU's")
+        return f"{text}; end other processes, or raise the container's limit or that of locked memory"
+    if gpu is not None:
+        free, total, held = gpu
+        others = f"{(total - free - held) / GIB:.1f} GiB somebody else's"
+        figures = f" {held / GIB:.1f} GiB are this rank's, {others}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+    text = f"needs more than its GPU has:{asked}{figures}".rstrip(":,")
+    help_ = "use more ranks" if is_int8 else "use int8 weights or more ranks"
+    return f"{text}; lower max_model_len, max_batched_tokens or num_kv_blocks, or {help_}"
 
 
-def _on_cpu(error: BaseException) -> str:
-    text = f"cannot have the memory that it needs:{_asked(error)} this machine has {host_memory() / GIB:.1f} GiB"
-    return f"{text}; lower num_kv_blocks or max_model_len, or take a smaller model"
+def _gpu_bytes() -> tuple[int, int, int] | None:
+    """Free, all and this process's; None when CUDA does not answer: after some errors it answers nothing any more."""
+    try:
+        return *torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
+    except (RuntimeError, AssertionError):
+        return None
+
+
+def _on_host(error: BaseException, which: str = "") -> str:
+    text = f"cannot have the memory that it needs{which}:{_asked(error)}"
+    return f"{text} this machine has {host_memory() / GIB:.1f} GiB"
 
 
 def _asked(error: BaseException) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -33,6 +35,16 @@ def test_caches_that_the_machine_cannot_hold_are_refused_with_both_figures(folde
         check_host_memory(config(folder, num_kv_blocks=TOO_MANY), model)
 
 
+def test_the_block_that_no_sequence_gets_counts(folder, monkeypatch):
+    model = ModelConfig.from_folder(folder)
+    monkeypatch.setattr(fit, "block_bytes", lambda *_: GIB)
+    monkeypatch.setattr(fit, "weight_bytes", lambda *_: 0)
+    monkeypatch.setattr(fit, "host_memory", lambda: 10 * GIB)
+    check_host_memory(config(folder, num_kv_blocks=9), model)
+    with pytest.raises(ConfigError, match=r"KV cache 11\.0 GiB"):
+        check_host_memory(config(folder, num_kv_blocks=10), model)
+
+
 def test_all_ranks_of_this_machine_count(folder, monkeypatch):
     """A block has 16 KiB on all ranks together, and twice as much on eight: four KV heads are there twice then."""
     model = ModelConfig.from_folder(folder)
@@ -45,13 +57,32 @@ def test_all_ranks_of_this_machine_count(folder, monkeypatch):
     check_host_memory(config(folder, num_kv_blocks=1000, block_size=16, tp=8, interface="eth0"), model)
 
 
-def test_a_containers_limit_counts_and_no_limit_does_not(tmp_path, monkeypatch):
-    machine = host_memory()
-    file = tmp_path / "memory.max"
-    monkeypatch.setattr(fit, "CGROUP_LIMITS", (file, tmp_path / "absent"))
-    for text, expected in (("max\n", None), ("1048576\n", 1 << 20)):
-        file.write_text(text)
-        assert host_memory() == (expected or max(machine, host_memory()))
+@pytest.mark.parametrize(
+    ("own", "limits", "expected"),
+    [
+        ("0::/\n", {"memory.max": "1048576"}, 1 << 20),
+        ("0::/a.slice/b\n", {"a.slice/b/memory.max": "max", "a.slice/memory.max": "2097152"}, 2 << 20),
+        ("0::/a.slice/b\n", {"a.slice/b/memory.max": "1048576", "a.slice/memory.max": "2097152"}, 1 << 20),
+        ("0::/a/b\n", {"memory.max": "1048576", "other/memory.max": "4096"}, 1 << 20),  # a container's, whose root is b
+        ("9:cpu:/x\n4:hugetlb,memory:/a\n0::/\n", {"memory/a/memory.limit_in_bytes": "1048576"}, 1 << 20),
+        ("4:memory:/a\n", {"memory/memory.limit_in_bytes": "1048576"}, 1 << 20),
+        ("0::/a\n", {"a/memory.max": "max", "memory.max": "max"}, None),
+        ("4:memory:/\n", {"memory/memory.limit_in_bytes": "9223372036854771712"}, None),
+        ("", {"memory.max": "4096"}, None),
+    ],
+)
+def test_the_limits_of_the_own_control_group_and_those_above_it_count(tmp_path, monkeypatch, own, limits, expected):
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    (tmp_path / "own").write_text(own)
+    for name, text in limits.items():
+        file = tmp_path / "tree" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n")
+    monkeypatch.setattr(fit, "OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(fit, "CGROUPS", tmp_path / "tree")
+    assert host_memory() == (expected or machine)
+    (tmp_path / "own").unlink()
+    assert host_memory() == machine
 
 
 def test_an_allocation_that_fails_is_refused_with_what_it_asked_for(folder, monkeypatch):
@@ -68,7 +99,6 @@ OUT = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capaci
     ("error", "asked"),
     [
         (torch.OutOfMemoryError(OUT), " it asked for 20.00 GiB,"),
-        (RuntimeError("CUDA error: out of memory"), ""),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), ""),
     ],
 )
@@ -79,6 +109,54 @@ def test_a_full_gpu_is_refused_with_who_has_its_memory(folder, monkeypatch, erro
         raise error
     has = "60.0 GiB are this rank's, 11.0 GiB somebody else's, 9.0 of 80.0 GiB free"
     assert str(refused.value).startswith(f"rank 3 needs more than its GPU has:{asked} {has}; lower max_model_len")
+
+
+FULL = torch.OutOfMemoryError(OUT)
+
+
+def gpu_refusal(folder, error, **options):
+    with pytest.raises(ConfigError) as refused:  # noqa: SIM117
+        with refused_if_too_large(config(folder, device="cuda", **options), folder, 3):
+            raise error
+    return str(refused.value)
+
+
+def test_a_gpu_that_does_not_answer_any_more_is_refused_without_figures(folder, monkeypatch):
+    def broken():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", broken)
+    found = gpu_refusal(folder, FULL)
+    assert found.startswith("rank 3 needs more than its GPU has: it asked for 20.00 GiB; lower max_model_len")
+    assert gpu_refusal(folder, RuntimeError("CUDA error: out of memory")).startswith(
+        "rank 3 needs more than its GPU has; "
+    )
+
+
+@pytest.mark.parametrize(("quantization", "advised"), [("none", True), ("int8", False)])
+def test_int8_is_advised_where_it_is_off(folder, monkeypatch, quantization, advised):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (9 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 60 * GIB)
+    found = gpu_refusal(folder, FULL, quantization=quantization)
+    assert ("int8" in found) == advised and found.endswith("more ranks")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1073741824 bytes. Error code 12"
+        ),
+        RuntimeError("CUDA error: out of memory"),  # pinned memory, since the GPU has some
+    ],
+)
+def test_the_hosts_memory_is_not_blamed_on_the_gpu(folder, monkeypatch, error):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (9 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 60 * GIB)
+    found = gpu_refusal(folder, error)
+    assert found.startswith("rank 3 cannot have the memory that it needs beside its GPU's:")
+    assert "this machine has" in found and "num_kv_blocks" not in found
 
 
 def test_a_memory_error_of_python_is_refused_too_and_another_error_is_not(folder):
