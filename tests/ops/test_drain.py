@@ -41,8 +41,8 @@ class FakeServe:
         if self._failure is not None:
             raise self._failure
 
-    def delete(self, name: str) -> None:
-        self.calls.append(f"delete {name}")
+    def delete(self, name: str, _blocking: bool = True) -> None:
+        self.calls.append(f"delete {name}" if _blocking else f"delete {name} without waiting")
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ class FakeServe:
     [
         ("RUNNING", None, ["drain within 90 s", "delete tpqwen", "shutdown"]),
         ("RUNNING", TimeoutError, ["drain within 90 s", "delete tpqwen", "shutdown"]),
-        ("RUNNING", KeyboardInterrupt, ["drain within 90 s", "shutdown"]),
+        ("RUNNING", KeyboardInterrupt, ["drain within 90 s", "delete tpqwen without waiting", "shutdown"]),
         ("DEPLOYING", None, ["delete tpqwen", "shutdown"]),
     ],
 )

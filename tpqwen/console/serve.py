@@ -180,14 +180,22 @@ def failure(details: str) -> ConfigError | EngineError:
 
 
 def stop(console: Console, interrupts: Interrupts) -> None:
-    """Let the replica drain and end it; a cluster of our own ends with it. An interrupt in here skips the drain."""
+    """Let the replica drain and end it; a cluster of our own ends with it.
+
+    An interrupt in here skips the drain, but not the end: on a cluster that goes on the application would refuse
+    requests for ever.
+    """
     if not ray.is_initialized():
         return
-    with suppress(KeyboardInterrupt):
+    try:
         with suppress(Exception):  # what is already gone needs no ending
             drain()
         with suppress(Exception):
             serve.delete(APP)
+    except KeyboardInterrupt:
+        with suppress(KeyboardInterrupt, Exception):
+            serve.delete(APP, _blocking=False)
+            serve.status()  # comes after it on the same way: once it is answered, the deletion has arrived
     interrupts.ignore()
     ray.shutdown()
     console.print("stopped")
