@@ -26,7 +26,7 @@ from tpqwen.engine.messages import Dead, Lost, RanksLost, Resume, Resumed
 from tpqwen.engine.process import EngineProcess
 from tpqwen.errors import ConfigError, EngineError, RankDied
 from tpqwen.executor import processes
-from tpqwen.executor.rank_group import RankGroup, Repair, first_line
+from tpqwen.executor.rank_group import Process, RankGroup, Repair, first_line
 from tpqwen.executor.wiring import Plain
 from tpqwen.step import Capacity, StepStats
 from tpqwen.transport.channel import from_plain, open_channel, to_plain
@@ -108,13 +108,14 @@ class Supervisor:
     async def start(self) -> EngineClient:
         """Load the ranks, start the engine process and connect all. Raises ConfigError, or EngineError in the end."""
         self._spawn(self._watch_stopped())
+        ended: set[Process] = set()
         for attempt in range(1, START_ATTEMPTS + 1):
             try:
-                capacity, commands, reports = await asyncio.to_thread(self._start)
+                capacity, commands, reports = await asyncio.to_thread(self._start, ended)
                 break
             except EngineError as error:
                 _log.error("start attempt=%d of=%d failed: %s", attempt, START_ATTEMPTS, error)
-                self._end_processes()
+                ended |= self._end_processes()
                 if attempt == START_ATTEMPTS:
                     raise
             except BaseException:
@@ -155,8 +156,9 @@ class Supervisor:
 
     # Starting and connecting: blocking, in a thread
 
-    def _start(self) -> tuple[Capacity, RingWriter, RingReader | TcpChannel]:
-        group = self.group = RankGroup(self._config, self._folder, self._placement, FIRST_RANK_BUNDLE)
+    def _start(self, ended: set[Process]) -> tuple[Capacity, RingWriter, RingReader | TcpChannel]:
+        """ended: the ranks of attempts before this one."""
+        group = self.group = RankGroup(self._config, self._folder, self._placement, FIRST_RANK_BUNDLE, ended)
         self._engine = self._new_engine()  # starts while the ranks load
         capacity = group.load()
         self._engine_pid = self._ask_engine("pid")
@@ -195,16 +197,16 @@ class Supervisor:
             text = f"the engine process does not {method}: {first_line(error)}"
             raise EngineError(text, code="engine_dead", status=503) from error
 
-    def _end_processes(self) -> None:
+    def _end_processes(self) -> set[Process]:
+        """End all there are; which ranks those were."""
         if self._engine is not None:
             ray.kill(self._engine, no_restart=True)
             self._engine = None
         if self._engine_pid and processes.is_stopped(self._engine_pid):  # Ray's way takes seconds with these
             processes.kill(self._engine_pid, 0.0)
         self._engine_pid = 0
-        if self.group is not None:
-            self.group.stop()
-            self.group = None
+        group, self.group = self.group, None
+        return group.stop() if group is not None else set()
 
     # Noticing: on the event loop
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,10 +10,13 @@ from typing import Any
 
 import pytest
 
+from tpqwen import recovery
 from tpqwen.config import Config
+from tpqwen.errors import RankDied
 from tpqwen.executor import rank_group
 from tpqwen.executor.rank_group import RankGroup
 from tpqwen.executor.rank_process import Where
+from tpqwen.recovery import Supervisor
 from tpqwen.step import Capacity
 
 CAPACITY = Capacity(num_blocks=8, block_size=4, max_num_seqs=4, max_model_len=32, max_batched_tokens=32)
@@ -171,3 +175,42 @@ def test_a_spare_replaces_nobody_on_another_node(start) -> None:
     spare = group._spare[0]
     group.repair([1])
     assert group.actors[1].node == "b" and group._spare[0] is spare
+
+
+def test_a_group_waits_for_the_memory_of_one_that_did_not_start(start):
+    """On the nodes where it is, and until it has loaded; whoever stops it learns which processes were ended."""
+    _, group = start("a", "b")
+    ended = group.stop()
+    assert ended == {("a", 101), ("b", 102)}
+    again = RankGroup(group.config, Path("model"), ended=ended)
+    again.load()
+    assert [actor.loaded for actor in again.actors] == [(101,), (102,)]
+    again.repair([1])
+    assert again.actors[1].loaded == (104,)
+
+
+def test_each_attempt_to_start_is_told_of_the_ranks_of_those_before(monkeypatch):
+    told: list[set[tuple[str, int]]] = []
+
+    class FailingGroup:
+        def __init__(self, *args: Any) -> None:
+            told.append(set(args[-1]))
+
+        def load(self) -> Capacity:
+            raise RankDied("rank 0 died", rank=0)
+
+        def stop(self) -> set[tuple[str, int]]:
+            return {("a", len(told))}
+
+    monkeypatch.setattr(recovery, "RankGroup", FailingGroup)
+    monkeypatch.setattr(recovery, "ray", SimpleNamespace(kill=lambda *_, **__: None))
+    monkeypatch.setattr(Supervisor, "_new_engine", lambda _: object())
+
+    async def main() -> None:
+        supervisor = Supervisor(Config.load({"device": "cpu"}, {}), Path("model"), SimpleNamespace())
+        with pytest.raises(RankDied):
+            await supervisor.start()
+        await supervisor.stop()
+
+    asyncio.run(main())
+    assert told == [set(), {("a", 1)}, {("a", 1), ("a", 2)}]

@@ -40,6 +40,8 @@ ANSWER_S = 1.0  # more, for the call itself
 KILL_TIMEOUT_S = 10.0
 REMOTE_KILL_TIMEOUT_S = 5.0  # a node that does not answer by then is cut off, and fenced by epoch and secret
 
+Process = tuple[str, int]  # Ray node and process id
+
 _log = logging.getLogger(__name__)
 
 
@@ -52,13 +54,19 @@ class Repair:
 
 
 class RankGroup:
-    """placement: bundles [first_bundle ..] take one rank each; None places freely.
+    """placement: bundles [first_bundle ..] take one rank each; None places freely. ended: processes of a group before
+    this one, which may still hold GPU memory.
 
     epoch counts the groups that were formed of these ranks; channels, steps and rendezvous of another one are refused.
     """
 
     def __init__(
-        self, config: Config, folder: Path, placement: PlacementGroup | None = None, first_bundle: int = 0
+        self,
+        config: Config,
+        folder: Path,
+        placement: PlacementGroup | None = None,
+        first_bundle: int = 0,
+        ended: Iterable[Process] = (),
     ) -> None:
         self.config = config
         self.epoch = 1
@@ -71,15 +79,17 @@ class RankGroup:
         self.actors: list[Any] = [self._spawn(rank) for rank in range(config.parallel.tp)]
         self._where: list[Where | None] = [None] * config.parallel.tp  # once known
         self._spare: tuple[Any, Any] | None = None  # for the next rank that is lost: actor, and the call for its Where
-        self._ended: set[tuple[str, int]] = set()  # node and process of those replaced since the last whole group
+        self._ended: set[Process] = set(ended)  # those replaced since the last whole group
 
     def load(self) -> Capacity:
         """Load all ranks side by side; what they can hold together. Raises ConfigError or RankDied."""
         calls = [actor.where.remote() for actor in self.actors]
         self._where = list(self._all(calls, START_TIMEOUT_S))
         meeting = self._meeting(JOIN_TIMEOUT_S)
-        calls = [actor.load.remote(str(self._folder), meeting) for actor in self.actors]
+        folder, nodes = str(self._folder), self.nodes()
+        calls = [a.load.remote(folder, meeting, self._ended_on(n)) for a, n in zip(self.actors, nodes, strict=True)]
         capacities: list[Capacity] = self._all(calls, LOAD_TIMEOUT_S)
+        self._ended.clear()
         least = min(capacities, key=lambda c: c.num_blocks)
         slowest = max(capacities, key=lambda c: sum(c.load_seconds.values()))
         self.capacity = msgspec.structs.replace(least, load_seconds=slowest.load_seconds)
@@ -177,8 +187,9 @@ class RankGroup:
             reason = first_line(error)
         return f"rank {rank} died: {reason}" if rank < len(self.actors) and self.actors[rank] is actor else None
 
-    def stop(self) -> None:
-        """Kill every rank; nothing of the group is left. Idempotent."""
+    def stop(self) -> set[Process]:
+        """Kill every rank; nothing of the group is left but, for a while, the memory of those returned. Idempotent."""
+        ended = self._ended | {(where.node, where.pid) for where in self._where if where is not None}
         actors, self.actors = self.actors, []
         if self._spare is not None:
             actors.append(self._spare[0])
@@ -190,6 +201,7 @@ class RankGroup:
                 processes.kill(pid, 0.0)
         self._where = [None] * len(self._where)
         self._store = None
+        return ended
 
     def _replace(self, rank: int) -> Any:
         """A process for the rank instead of its present one: the spare or a new one. Returns the call for its Where."""
