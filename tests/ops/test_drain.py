@@ -14,6 +14,7 @@ from rich.console import Console
 
 from tpqwen import ending
 from tpqwen.console import serve as command
+from tpqwen.console import signals
 from tpqwen.console.signals import ECHO_S, Interrupts, sessions_of_their_own
 from tpqwen.service import Qwen3Server, end_all
 
@@ -89,6 +90,13 @@ def test_what_ray_starts_has_a_session_of_its_own():
         started = services.start_ray_process(words, "test", fate_share=True)
     assert started.process.wait(30) == 0
     assert services.ConsolePopen is popen
+
+
+def test_what_would_not_end_with_us_stays_in_our_session(monkeypatch):
+    popen = services.ConsolePopen
+    monkeypatch.setattr(signals, "detect_fate_sharing_support", lambda: None)
+    with sessions_of_their_own():
+        assert services.ConsolePopen is popen
 
 
 class FakeClient:

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 from ray._private import services
+from ray._private.utils import detect_fate_sharing_support
 
 ECHO_S = 1.0
 ENDING = (signal.SIGINT, signal.SIGTERM)
@@ -58,8 +59,12 @@ def sessions_of_their_own() -> Iterator[None]:
     """Processes that Ray starts in here each get a session, so that a signal to this process's group spares them.
 
     Ray blocks SIGINT in them, but SIGTERM would end the raylet, and with it the replica, before anything has drained.
-    They end with this process in any case: the kernel sees to it (PR_SET_PDEATHSIG). Ray has no option for this.
+    They end with this process in any case, since the kernel sees to it (PR_SET_PDEATHSIG). Where it does not, as on
+    macOS, a signal to the group is what ends them, and nothing is changed. Ray has no option for this.
     """
+    if not detect_fate_sharing_support():
+        yield
+        return
     popen = services.ConsolePopen
     services.ConsolePopen = partial(popen, start_new_session=True)
     try:
