@@ -97,6 +97,7 @@ def train(options: argparse.Namespace) -> None:
     print(f"parameters: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M", flush=True)
     outcome = fitted(options, material, model)
     save_weights(model, folder)
+    checkpoint.write_hashes(folder)
     load_weights(model, folder)  # from here on the bf16 weights that ship
     report = {
         "run": {

@@ -11,6 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.device.embedded_tools import MODEL, ROOT, tool
+from tpqwen.model.hashes import check_hashes
+from tpqwen.model.weights import Checkpoint
 
 TOOL = {"type": "function", "function": {"name": "f", "description": "<b> & 'c'", "parameters": {"z": 1, "a": "é"}}}
 Q, A = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
@@ -33,6 +35,7 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> st
 def test_folder_is_small_and_complete() -> None:
     sizes = {path.name: path.stat().st_size for path in MODEL.iterdir()}
     assert set(sizes) == {
+        "SHA256SUMS",
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
@@ -41,6 +44,14 @@ def test_folder_is_small_and_complete() -> None:
         "tokenizer_config.json",
     }
     assert sum(sizes.values()) <= 12_000_000
+
+
+def test_its_hashes_are_listed_and_right() -> None:
+    """So --verify true works with the default model."""
+    listed = [line.split("  ") for line in (MODEL / "SHA256SUMS").read_text(encoding="utf-8").splitlines()]
+    found = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in MODEL.iterdir() if p.name != "SHA256SUMS"}
+    assert listed == [[digest, name] for name, digest in sorted(found.items())]
+    assert set(check_hashes(MODEL, Checkpoint(MODEL).files.values(), True)) == set(found)
 
 
 def test_config_is_qwen3_and_divides_by_eight_ranks(model: Any) -> None:

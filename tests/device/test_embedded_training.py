@@ -67,6 +67,7 @@ def test_training_script_learns_and_writes_a_checkpoint(tmp_path: Path) -> None:
     assert report["run"]["steps"] == 8 and report["held_out_loss"]["answers"] < losses[0]
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "model", local_files_only=True)
     assert written.dtype == torch.bfloat16
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=tmp_path / "model", check=True)
     assert len(AutoTokenizer.from_pretrained(tmp_path / "model", local_files_only=True)) == 4096
 
 

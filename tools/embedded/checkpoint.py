@@ -6,6 +6,7 @@ Everything is written in Hugging Face layout; nothing here needs the network.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -109,6 +110,13 @@ def write_configs(folder: Path, tokenizer: Tokenizer) -> None:
     write_json(folder / "config.json", {**ARCHITECTURE, **ids})
     sampling = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
     write_json(folder / "generation_config.json", {**ids, "eos_token_id": [turn_end, end], **sampling})
+
+
+def write_hashes(folder: Path) -> None:
+    """SHA256SUMS of all files of folder, as sha256sum writes it: what tpqwen verifies before it starts."""
+    files = sorted(path for path in folder.iterdir() if path.name != "SHA256SUMS")
+    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
+    (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
