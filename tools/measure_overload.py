@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tpqwen.bench.cpu import shown_name
 from tpqwen.bench.load import Case, Job, Record
 from tpqwen.bench.serve import first_model, measure
 
@@ -122,7 +123,7 @@ def usage(ancestor: int) -> dict[int, tuple[str, float, float]]:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            title = (folder / "cmdline").read_bytes().decode(errors="replace")
+            title = shown_name(int(folder.name))
         except OSError:
             continue
         parents[int(folder.name)] = int(fields[1])

@@ -24,13 +24,19 @@ class CpuTimes:
         return used
 
 
+def shown_name(pid: int) -> str:
+    """What the process calls itself: its title, or its program without the folder; not its arguments, in which any
+    word may be. Empty for a zombie. Raises OSError when there is no such process."""
+    argv0 = Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0].decode(errors="replace")
+    return argv0.rpartition("/")[2] if argv0.startswith(("/", ".")) else argv0  # a title may have a slash too
+
+
 def _seconds_of(word: str) -> dict[int, float]:
     """User and system time by process id, from proc(5); empty where there is no /proc."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            if word in title and int(folder.name) != os.getpid():
+            if word in shown_name(int(folder.name)) and int(folder.name) != os.getpid():
                 fields = (folder / "stat").read_text().rpartition(")")[2].split()
                 found[int(folder.name)] = (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
         except OSError:
