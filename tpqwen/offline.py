@@ -7,9 +7,10 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 
+from tpqwen import ray_token
 from tpqwen.budget import REPAIRS, Budget
 from tpqwen.config import Config, resolve_device
 from tpqwen.engine.core import EngineCore
@@ -45,7 +46,7 @@ class OfflineEngine:
         if self.config.parallel.tp == 1:
             return LocalExecutor(self.config, self.folder)
         if "ray" not in sys.modules:
-            _guard_private_ray(os.environ)
+            ray_token.guard(os.environ)
         ray_executor = import_module("tpqwen.executor.ray")  # Ray is loaded only when there is more than one rank
         executor: Executor = ray_executor.RayExecutor(self.config, self.folder)
         return executor
@@ -108,14 +109,3 @@ class OfflineEngine:
         """Stop the ranks and free their memory. Idempotent."""
         self.executor.stop()
         gc.collect()
-
-
-def _guard_private_ray(environ: MutableMapping[str, str]) -> None:
-    """A cluster that is started here takes in nobody without its token, unless somebody wants it otherwise.
-
-    Ray reads these settings when it is imported.
-    """
-    if "RAY_ADDRESS" in environ or environ.setdefault("RAY_AUTH_MODE", "token") != "token":
-        return
-    if "RAY_AUTH_TOKEN_PATH" not in environ:
-        environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

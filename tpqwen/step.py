@@ -29,6 +29,17 @@ def ints(data: bytes, *shape: int) -> Ints:
     return array.reshape(shape) if shape else array
 
 
+def row_bucket(rows: int) -> int:
+    """The size that so many decode rows run as: 1, 2, 4, 8, then every 8 up to 64, every 16 up to 256, every 64 beyond.
+
+    Ranks have a CUDA graph for each; max_num_seqs takes the place of those from it on.
+    """
+    if rows <= 8:
+        return 1 << (rows - 1).bit_length() if rows else 0
+    step = 8 if rows <= 64 else 16 if rows <= 256 else 64
+    return -(-rows // step) * step
+
+
 class RowParams(msgspec.Struct, frozen=True, array_like=True):
     """Sampling parameters of one slot as the ranks use them. temperature 0 is greedy; top_k 0 is off.
 

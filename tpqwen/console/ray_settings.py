@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import atexit
-import secrets
 import shutil
 import tempfile
 from collections.abc import Mapping, MutableMapping, Sequence
+
+from tpqwen import ray_token
 
 ALWAYS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -41,8 +42,8 @@ HAPROXY_PORTS = {  # what listens beside the API's port, and where
 def set_ray_defaults(environ: MutableMapping[str, str], words: Sequence[str] = ()) -> None:
     """Complete the environment before Ray is imported. words: the command line.
 
-    Without RAY_ADDRESS the command starts a cluster of its own, guarded by a token that lives and dies with it: nothing
-    is written to the home directory. RAY_AUTH_MODE is always explicit, since Ray's default depends on what ran before.
+    Without RAY_ADDRESS the command starts a cluster of its own, guarded by a token (ray_token.py). RAY_AUTH_MODE is
+    always explicit, since Ray's default depends on what ran before.
     """
     settings = dict(ALWAYS)
     if "RAY_ADDRESS" in environ:
@@ -50,9 +51,7 @@ def set_ray_defaults(environ: MutableMapping[str, str], words: Sequence[str] = (
         settings["RAY_AUTH_MODE"] = "token" if has_token else "disabled"
     else:
         settings |= PRIVATE_CLUSTER
-        settings["RAY_AUTH_MODE"] = "token"
-        if environ.get("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN_PATH" not in environ:
-            settings["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        ray_token.guard(environ)
         if wants_haproxy(environ, words):
             # Its admin socket may be written by everyone who reaches it: it lies where nobody else does.
             folder = tempfile.mkdtemp(prefix="tpqwen-haproxy-")

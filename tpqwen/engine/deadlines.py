@@ -6,7 +6,7 @@ does not come back: a collective without its partner, a kernel that spins.
 
 from __future__ import annotations
 
-from tpqwen.step import RowParams, StepInput
+from tpqwen.step import RowParams, StepInput, row_bucket
 
 FLOOR_S = 4.0  # a hang is to be known within 5 s, and a busy machine may hold a healthy step up for a second or two
 DECODE_MARGIN = 8.0
@@ -76,18 +76,11 @@ class Deadlines:
         if kinds:
             self._kinds |= kinds
             self._shapes.clear()
-        shape = (_bucket(self._rows), len(step.chunks).bit_length(), step.num_chunk_tokens.bit_length(), step.wide)
+        shape = (row_bucket(self._rows), len(step.chunks).bit_length(), step.num_chunk_tokens.bit_length(), step.wide)
         if shape in self._shapes:
             return False
         self._shapes.add(shape)
         return True
-
-
-def _bucket(rows: int) -> int:
-    """Ranks run so many rows as one of these sizes, or a larger one (worker/graphs.py, worker/mixed.py)."""
-    if rows <= 8:
-        return 1 << (rows - 1).bit_length() if rows else 0
-    return -(-rows // 8) * 8 if rows <= 64 else -(-rows // 16) * 16 if rows <= 256 else -(-rows // 64) * 64
 
 
 def _kind(p: RowParams) -> tuple[bool, ...]:

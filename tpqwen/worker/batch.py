@@ -14,7 +14,7 @@ import torch
 
 from tpqwen.kernels import ops
 from tpqwen.kernels.context import PrefillRows
-from tpqwen.step import Chunk, Ints, StepInput, ints
+from tpqwen.step import Chunk, Ints, StepInput, ints, packed
 from tpqwen.worker.slots import SlotState, admit_row
 
 
@@ -168,6 +168,13 @@ def eager_chunks(
     lengths = (counts, tuple(c.start + c.num_tokens for c in chunks))
     batch = chunk_batch(parts, lengths, state, block_size)
     return batch if targets is None else replace(batch, targets=targets, scored=tuple(_scored(chunks, state)))
+
+
+def blank_prompt(slot: int, num_tokens: int, state: SlotState, block_size: int) -> ChunkBatch:
+    """A whole prompt of zeros in a pass that is launched kernel by kernel, to see it run; nothing samples it."""
+    chunks = (Chunk(slot, 0, packed([0] * num_tokens), False),)
+    sent = Stager(state.tensors.length.device, 1).send(chunk_parts(chunks))
+    return eager_chunks(chunks, sent, state, block_size)
 
 
 def target_part(chunks: tuple[Chunk, ...]) -> Ints:

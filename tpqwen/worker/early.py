@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 
 from tpqwen.parallel.group import TPGroup
-from tpqwen.step import Chunk, Ints, packed
-from tpqwen.worker.batch import ChunkBatch, Stager, chunk_batch, chunk_parts, eager_chunks
+from tpqwen.step import Chunk, packed
+from tpqwen.worker.batch import ChunkBatch, Stager, blank_prompt, chunk_batch, chunk_parts
 from tpqwen.worker.mixed import TOKENS, pad
 from tpqwen.worker.runner import Runner
 from tpqwen.worker.sampler import USUAL_KINDS, SampleKind
@@ -86,46 +86,29 @@ def first_parts(runner: Runner) -> list[Part]:
     few = torch.full((MIXED_CHUNKS,), runner.state.tensors.padding_slot, dtype=torch.int32, device=device)
     parts: list[Part] = []
     contexts = [(1, runner.decode_context(first)[1])]
-    for chunks in (_padded_chunks(runner), _whole_chunk(runner)):
+    state, size = runner.state, runner.cache.block_size
+    whole = blank_prompt(0, min(WHOLE, state.tensors.tables_SM.shape[1] * size), state, size)
+    for chunks in (_padded_chunks(runner), whole):
         contexts.append((len(chunks.ids), runner.mixed_context(none, chunks)[1]))
     for count, context in contexts:
-        parts.append(partial(runner.model.attention[0], _hidden(runner, count), context))
-        parts.append(partial(runner.model.mlp[0], _hidden(runner, count)))
+        parts.append(partial(runner.model.attention[0], runner.blank_hidden(count), context))
+        parts.append(partial(runner.model.mlp[0], runner.blank_hidden(count)))
     for kind in USUAL_KINDS:
-        parts.append(partial(runner.finish, _hidden(runner, 1), first, kind))
+        parts.append(partial(runner.finish, runner.blank_hidden(1), first, kind))
         parts.append(partial(_sample, runner, few, kind))
     return parts
 
 
 def _sample(runner: Runner, slots_R: torch.Tensor, kind: SampleKind) -> None:
     """The end of a pass with chunks."""
-    runner.sample(runner.model.logits(_hidden(runner, len(slots_R))), slots_R, kind, ())
-
-
-def _hidden(runner: Runner, num_tokens: int) -> torch.Tensor:
-    """A residual stream, changed in place by whoever gets it."""
-    weight = runner.model.norm.weight
-    return torch.zeros(num_tokens, len(weight), dtype=weight.dtype, device=weight.device)
+    runner.sample(runner.model.logits(runner.blank_hidden(len(slots_R))), slots_R, kind, ())
 
 
 def _padded_chunks(runner: Runner) -> ChunkBatch:
     """A pass in the smallest bucket of worker/mixed.py: one chunk fills it, the others are padding."""
     state, size = runner.state, runner.cache.block_size
-    parts = pad(chunk_parts((_chunk(TOKENS[0]),)), TOKENS[0], state.tensors.padding_slot)
+    chunk = Chunk(0, 0, packed([0] * TOKENS[0]), True)
+    parts = pad(chunk_parts((chunk,)), TOKENS[0], state.tensors.padding_slot)
+    sent = Stager(state.tensors.length.device, 1).send(parts)
     lengths = ((TOKENS[0], *[0] * (MIXED_CHUNKS - 1)), (TOKENS[0] + 1, *[1] * (MIXED_CHUNKS - 1)))
-    return chunk_batch(_sent(runner, parts), lengths, state, size)
-
-
-def _whole_chunk(runner: Runner) -> ChunkBatch:
-    """A whole prompt of one sequence, long enough for no graph."""
-    state, size = runner.state, runner.cache.block_size
-    chunks = (_chunk(min(WHOLE, state.tensors.tables_SM.shape[1] * size)),)
-    return eager_chunks(chunks, _sent(runner, chunk_parts(chunks)), state, size)
-
-
-def _chunk(length: int) -> Chunk:
-    return Chunk(0, 0, packed([0] * length), True)
-
-
-def _sent(runner: Runner, parts: Sequence[Ints]) -> list[torch.Tensor]:
-    return Stager(runner.state.tensors.length.device, 1).send(parts)
+    return chunk_batch(sent, lengths, state, size)

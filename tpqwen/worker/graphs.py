@@ -15,6 +15,7 @@ import torch
 
 from tpqwen.kernels import ops
 from tpqwen.parallel.group import TPGroup
+from tpqwen.step import row_bucket
 from tpqwen.worker.runner import Runner, Sampled
 from tpqwen.worker.sampler import SampleKind
 
@@ -24,9 +25,8 @@ Key = tuple[int, SampleKind | None, bool]  # bucket, sampling, wide
 
 
 def buckets(max_rows: int) -> list[int]:
-    """1, 2, 4, 8, then every 8 up to 64, every 16 up to 256, every 64 beyond; the last one holds max_rows."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_rows + 64, 64)]
-    return [s for s in sizes if s < max_rows] + [max_rows]
+    """The sizes of row_bucket; the last one holds max_rows."""
+    return sorted({min(row_bucket(rows), max_rows) for rows in range(1, max_rows + 1)})
 
 
 class DecodeGraphs:

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from tpqwen.step import Chunk, Ints, packed
-from tpqwen.worker.batch import Stager, chunk_batch, chunk_parts, eager_chunks
+from tpqwen.step import Ints
+from tpqwen.worker.batch import Stager, blank_prompt, chunk_batch
 from tpqwen.worker.graphs import DecodeGraphs, capture
 from tpqwen.worker.runner import Runner, Sampled
 from tpqwen.worker.sampler import SampleKind
@@ -80,15 +80,12 @@ class MixedGraphs:
     @torch.inference_mode()
     def try_prompt(self, num_tokens: int) -> None:
         """Run a whole prompt of nobody's through one layer, for what has to be made when its shape first comes."""
-        state, model = self._runner.state, self._runner.model
-        chunks = (Chunk(state.tensors.padding_slot, 0, packed([0] * num_tokens), False),)
-        sent = Stager(state.tensors.length.device, 1).send(chunk_parts(chunks))
+        runner, state = self._runner, self._runner.state
         turn = state.tensors.turn.clone()
-        batch = eager_chunks(chunks, sent, state, self._block_size)
-        _, context = self._runner.mixed_context(self._decode.slots[:0], batch)
+        prompt = blank_prompt(state.tensors.padding_slot, num_tokens, state, self._block_size)
+        _, context = runner.mixed_context(self._decode.slots[:0], prompt)
         state.tensors.turn.copy_(turn)
-        hidden = torch.zeros(num_tokens, len(model.norm.weight), dtype=model.norm.weight.dtype, device=turn.device)
-        model.mlp[0](model.attention[0](hidden, context))
+        runner.model.mlp[0](runner.model.attention[0](runner.blank_hidden(num_tokens), context))
 
     def forget(self) -> None:
         """As DecodeGraphs.forget."""

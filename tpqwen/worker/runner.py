@@ -49,6 +49,11 @@ class Runner:
         heads, kv_heads, head_dim = self.model.heads
         return not self.model.invariant and attention_table.has_wide(num_rows, kv_heads, heads // kv_heads, head_dim)
 
+    def blank_hidden(self, num_tokens: int) -> torch.Tensor:
+        """A residual stream of zeros, [T, H]; layers change it in place."""
+        weight = self.model.norm.weight
+        return torch.zeros(num_tokens, len(weight), dtype=weight.dtype, device=weight.device)
+
     def decode_logits(self, slots_B: torch.Tensor, *, wide: bool = False) -> torch.Tensor:
         """One token of each slot (int32) through the model; the slots' lengths advance. Returns local logits [B, V]."""
         hidden: torch.Tensor = self.model(*self.decode_context(slots_B, wide=wide))

@@ -87,9 +87,9 @@ class Worker:
 
     def __init__(self, config: Config, folder: Path, group: TPGroup) -> None:
         self._config = config
-        self._folder = folder
+        self._source = folder, ModelConfig.from_folder(folder)
         self._group = group
-        self.sizes: Sizes = derive(config, ModelConfig.from_folder(folder))
+        self.sizes: Sizes = derive(config, self._source[1])
         cuda = self.sizes.device == "cuda"
         self._device = torch.device("cuda:0" if cuda else "cpu")
         if not cuda:
@@ -103,11 +103,11 @@ class Worker:
         """Weights, cache, warm-up. Raises ConfigError with the tensor's name or the memory that is missing."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-        model = ModelConfig.from_folder(self._folder)
-        loaded: Loaded = load(self._config, model, self.sizes, self._folder, self._group)
+        folder, model = self._source
+        loaded: Loaded = load(self._config, model, self.sizes, folder, self._group)
         self.runner, self._ahead = loaded.runner, loaded.ahead
         head = self.runner.model.lm_head
-        self._guides = GuideRows(self._folder, model.vocab_size, head.first_id, head.num_local, self._device)
+        self._guides = GuideRows(folder, model.vocab_size, head.first_id, head.num_local, self._device)
         self.runner.edits.guides = self._guides
         self._stager = Stager(self._device, COPIES * (self._config.schedule.depth + 2))
         self.rejoined()
