@@ -13,19 +13,12 @@ import httpx
 import pytest
 
 from tests.cluster.processes import children_of, title, until
+from tests.cluster.replica import SMALL
 
 pytestmark = pytest.mark.ray
 
 ALICE, BOB = "tpq_alice_0123456789abcdef", "tpq_bob_0123456789abcdefgh"
 LIMIT = 20
-OPTIONS = {
-    "device": "cpu",
-    "dtype": "float32",
-    "threads": "1",
-    "max_model_len": "256",
-    "max_num_seqs": "8",
-    "max_batched_tokens": "128",
-}
 
 
 class Server(NamedTuple):
@@ -50,7 +43,7 @@ def server(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text(f"alice {ALICE} requests_per_minute={LIMIT}\n")
     keys.chmod(0o600)
-    options = OPTIONS | {"api_keys_file": str(keys)}
+    options = SMALL | {"api_keys_file": str(keys)}
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})

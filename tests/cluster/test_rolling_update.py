@@ -11,17 +11,10 @@ import httpx
 import pytest
 
 from tests.cluster.processes import until
+from tests.cluster.replica import SMALL
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 
-OPTIONS = {
-    "device": "cpu",
-    "dtype": "float32",
-    "threads": "1",
-    "max_model_len": "256",
-    "max_num_seqs": "8",
-    "max_batched_tokens": "128",
-}
 CLIENTS = 4
 
 
@@ -30,7 +23,7 @@ def application(name: str) -> Any:
     from tpqwen import service
     from tpqwen.config import Config
 
-    options = OPTIONS | {"served_model_name": name}
+    options = SMALL | {"served_model_name": name}
     where = service.bundles(Config.load(options, {}))
     deployment = service.Qwen3Server.options(
         num_replicas=2,

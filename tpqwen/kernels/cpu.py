@@ -51,27 +51,14 @@ def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Te
     return F.rms_norm(x_TH, weight_H.shape, None, eps).mul_(weight_H)
 
 
-def norm_linear(
-    h_TH: torch.Tensor,
-    norm_H: torch.Tensor,
-    eps: float,
-    weight_OH: torch.Tensor,
-    scale_O: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """reference.norm_linear."""
-    return linear(rms_norm(h_TH, norm_H, eps), weight_OH, scale_O)
-
-
-def norm_gate_up(
-    h_TH: torch.Tensor,
-    norm_H: torch.Tensor,
-    eps: float,
-    weight_FH: torch.Tensor,
-    scale_F: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """reference.norm_gate_up."""
-    gate_TI, up_TI = norm_linear(h_TH, norm_H, eps, weight_FH, scale_F).chunk(2, dim=-1)
+def silu_mul(gate_up_TF: torch.Tensor) -> torch.Tensor:
+    """reference.silu_mul."""
+    gate_TI, up_TI = gate_up_TF.chunk(2, dim=-1)
     return F.silu(gate_TI).mul_(up_TI)
+
+
+norm_linear = reference.normed(rms_norm, linear)
+norm_gate_up = reference.normed(rms_norm, linear, silu_mul)
 
 
 def linear_add(

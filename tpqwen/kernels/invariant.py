@@ -101,26 +101,8 @@ def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor | 
     return _matmul(x_TI, weight_OI, scale_O)
 
 
-def norm_linear(
-    h_TH: torch.Tensor,
-    norm_H: torch.Tensor,
-    eps: float,
-    weight_OH: torch.Tensor,
-    scale_O: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """reference.norm_linear."""
-    return _matmul(rms_norm(h_TH, norm_H, eps), weight_OH, scale_O)
-
-
-def norm_gate_up(
-    h_TH: torch.Tensor,
-    norm_H: torch.Tensor,
-    eps: float,
-    weight_FH: torch.Tensor,
-    scale_F: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """reference.norm_gate_up."""
-    return silu_mul(norm_linear(h_TH, norm_H, eps, weight_FH, scale_F))
+norm_linear = reference.normed(rms_norm, linear)
+norm_gate_up = reference.normed(rms_norm, linear, silu_mul)
 
 
 def linear_add(

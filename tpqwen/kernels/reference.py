@@ -63,27 +63,31 @@ def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor | 
     return F.linear(x_TI, weight_OI if scale_O is None else dequantize(weight_OI, scale_O, x_TI.dtype))
 
 
-def norm_linear(
-    h_TH: torch.Tensor,
-    norm_H: torch.Tensor,
-    eps: float,
-    weight_OH: torch.Tensor,
-    scale_O: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """RMSNorm, then x W^T: [T, O]."""
-    return linear(rms_norm(h_TH, norm_H, eps), weight_OH, scale_O)
-
-
-def norm_gate_up(
-    h_TH: torch.Tensor,
-    norm_H: torch.Tensor,
-    eps: float,
-    weight_FH: torch.Tensor,
-    scale_F: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """RMSNorm, then silu(gate) * up, [T, I]. The weight's 2I rows are I gate rows, then I up rows."""
-    gate_TI, up_TI = norm_linear(h_TH, norm_H, eps, weight_FH, scale_F).chunk(2, dim=-1)
+def silu_mul(gate_up_TF: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, [T, I], of I columns of gate and then I of up."""
+    gate_TI, up_TI = gate_up_TF.chunk(2, dim=-1)
     return F.silu(gate_TI) * up_TI
+
+
+def normed(rms_norm: Op, linear: Op, after: Op = lambda x: x) -> Op:
+    """A product of normed rows made of these operations: norm_linear, or norm_gate_up with a silu_mul after it."""
+
+    def product(
+        h_TH: torch.Tensor,
+        norm_H: torch.Tensor,
+        eps: float,
+        weight_OH: torch.Tensor,
+        scale_O: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """RMSNorm, then x W^T: [T, O]; then what comes after."""
+        result: torch.Tensor = after(linear(rms_norm(h_TH, norm_H, eps), weight_OH, scale_O))
+        return result
+
+    return product
+
+
+norm_linear = normed(rms_norm, linear)
+norm_gate_up = normed(rms_norm, linear, silu_mul)  # the weight's 2I rows are I gate rows, then I up rows
 
 
 def linear_add(
