@@ -92,6 +92,34 @@ def weight_rows(tile, N: tl.constexpr, BLOCK_N: tl.constexpr, EPILOGUE: tl.const
 
 
 @triton.jit
+def _int8_by_bytes(weights):
+    """int8 as fp32, exactly, four at a time and without the conversion, of which a GPU does a quarter as many per cycle.
+
+    xor 128 makes w the unsigned byte w + 128; as the lowest byte of the float 2**23 it adds just that, so less
+    2**23 + 128 it is w. Not available in the interpreter.
+    """
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 bytes;
+        xor.b32 bytes, $4, 0x80808080;
+        prmt.b32 $0, bytes, 0x4B000000, 0x7440;
+        prmt.b32 $1, bytes, 0x4B000000, 0x7441;
+        prmt.b32 $2, bytes, 0x4B000000, 0x7442;
+        prmt.b32 $3, bytes, 0x4B000000, 0x7443;
+        sub.f32 $0, $0, 0f4B000080;
+        sub.f32 $1, $1, 0f4B000080;
+        sub.f32 $2, $2, 0f4B000080;
+        sub.f32 $3, $3, 0f4B000080;
+        }""",
+        "=&r,=&r,=&r,=&r,r",
+        [weights],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
 def _gemv_kernel(
     x,
     w,
@@ -109,6 +137,7 @@ def _gemv_kernel(
     PREFETCH: tl.constexpr,
     BULK: tl.constexpr,
     SCALED: tl.constexpr,
+    BY_BYTES: tl.constexpr,
     NORM: tl.constexpr,
     EPILOGUE: tl.constexpr,
     WARPS: tl.constexpr,
@@ -119,7 +148,8 @@ def _gemv_kernel(
     k = tl.arange(0, BLOCK_K)[None, :]
     n = weight_rows(tile, N, BLOCK_N, EPILOGUE)
     rows, row_scale = n[:, None], _row_scale(w_scale, n, SCALED)
-    w_tile = w + rows * K + k
+    # As many int8 weights to a thread as numbers of x; otherwise one of them changes threads through shared memory.
+    w_tile = w + rows * K + (tl.max_contiguous(k, [1, 8]) if SCALED else k)
     held = ()
     scales = ()
     for t in tl.static_range(EARLY):
@@ -136,6 +166,7 @@ def _gemv_kernel(
         squares = squares + (tl.zeros([1, BLOCK_K], tl.float32),)  # noqa: RUF005
     for t in tl.static_range(K // BLOCK_K):
         weights = held[t] if t < EARLY else tl.load(w_tile + t * BLOCK_K, eviction_policy="evict_first")
+        weights = _int8_by_bytes(weights) if BY_BYTES else weights.to(tl.float32)
         more_sums = ()
         more_squares = ()
         for m in tl.static_range(ROWS):
@@ -144,7 +175,7 @@ def _gemv_kernel(
                 more_squares = more_squares + (squares[m] + value * value,)  # noqa: RUF005
                 scale = scales[t] if t < EARLY else tl.load(norm + t * BLOCK_K + k)
                 value = value * scale.to(tl.float32)
-            more_sums = more_sums + (sums[m] + weights.to(tl.float32) * value,)  # noqa: RUF005
+            more_sums = more_sums + (sums[m] + weights * value,)  # noqa: RUF005
         sums = more_sums
         if NORM:
             squares = more_squares
@@ -320,7 +351,9 @@ def _launch(
     shared["SCALED"] = w_scale is not None
     tensors = (x_TK, matrix, x_TK if w_scale is None else w_scale, scale_K, before_TN, out_TN)
     if config.path == "gemv":
-        _gemv_kernel[(tiles,)](*tensors, eps, ROWS=rows, EARLY=config.stages, **shared, **options)
+        by_bytes = w_scale is not None and x_TK.device.type == "cuda"
+        gemv = {"ROWS": rows, "EARLY": config.stages, "BY_BYTES": by_bytes}
+        _gemv_kernel[(tiles,)](*tensors, eps, **gemv, **shared, **options)
         return out_TN
     block_m = max(16, triton.next_power_of_2(rows))
     scratch = workspace(x_TK.device)
