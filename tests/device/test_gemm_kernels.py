@@ -123,9 +123,9 @@ def test_every_choice_covers_its_width_and_fits_workspace_and_shared_memory(rows
     chosen = [(k, fit(default_config(rows, n, k), rows, k, numbers), n) for n, k in shapes]
     chosen += [
         (k, fit(config, rows, k, numbers), n)
-        for (_, n, k), row in TABLE.items()
+        for (_, n, k, size), row in TABLE.items()
         for largest, config in row
-        if rows <= largest
+        if rows <= largest and size == 2
     ]
     for width, config, weights in chosen:
         if config.path == "torch":

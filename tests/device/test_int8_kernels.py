@@ -19,7 +19,7 @@ from tests.device.test_gemm_kernels import (
     relative_error,
 )
 from tpqwen.kernels import cpu, dequantize, gemm, invariant, ops, reference
-from tpqwen.kernels.gemm_table import TABLE, Config, Numbers, choose, default_config, fit, int8_config, shared_bytes
+from tpqwen.kernels.gemm_table import TABLE, Config, Numbers, choose, default_config, fit, shared_bytes
 from tpqwen.quant.schemes import quantize
 
 LARGE = [(100, 40, 192, DOT), (200, 72, 128, DOT._replace(block_n=64, split=2, fuse_norm=False))]
@@ -139,12 +139,12 @@ def test_the_cpus_products_are_those_of_the_dequantized_weight(
 @pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 32, 64, 128, 200, 256])
 def test_every_choice_covers_its_width_and_fits_workspace_and_shared_memory(rows: int, activations: int) -> None:
     numbers, scratch = Numbers(activations, 1), gemm.Workspace(torch.device("cpu"))
-    shapes = {(n, k): default_config(rows, n, k) for n, k in [(2560, 9728), (5120, 25600), (1536, 5120), (64, 64)]}
-    shapes |= {(n, k): row[-1][1] for (_, n, k), row in TABLE.items()}
-    for (weights, width), config in shapes.items():
-        found = fit(int8_config(config, rows, weights, width), rows, width, numbers)
+    shapes = [(2560, 9728), (5120, 25600), (1536, 5120), (64, 64), (5120, 8 * 192)]
+    chosen = [(n, k, fit(default_config(rows, n, k, numbers), rows, k, numbers)) for n, k in shapes]
+    assert all(config.path != "torch" for _, _, config in chosen), "what tensor cores can do is not written out"
+    chosen += [(n, k, choose(op, rows, n, k, numbers)) for op, n, k, size in TABLE if size == 1]
+    for weights, width, found in chosen:
         if found.path == "torch":
-            assert config.path == "gemv" and rows > 4, "what tensor cores can do is not written out"
             continue
         assert width % (found.split * found.block_k) == 0 and found.block_k >= 64
         assert found.prefetch <= width // found.split
@@ -156,7 +156,7 @@ def test_every_choice_covers_its_width_and_fits_workspace_and_shared_memory(rows
 
 def test_more_rows_stay_with_our_kernels_than_of_other_weights() -> None:
     int8 = Numbers(2, 1)
-    assert choose("norm", 200, 4096, 1024).path == "torch"
-    assert choose("norm", 256, 4096, 1024, int8).path == "dot"
-    assert choose("norm", 257, 4096, 1024, int8).path == "torch"
+    assert choose("norm", 200, 6144, 4096).path == "torch"
+    assert choose("norm", 256, 6144, 4096, int8).path == "dot"
+    assert choose("norm", 257, 6144, 4096, int8).path == "torch"
     assert choose("silu", 1, 6144, 1024, int8).path == "gemv"

@@ -93,7 +93,7 @@ def weight_rows(tile, N: tl.constexpr, BLOCK_N: tl.constexpr, EPILOGUE: tl.const
 
 @triton.jit
 def _int8_by_bytes(weights):
-    """int8 as fp32, exactly, four at a time and without the conversion, of which a GPU does a quarter as many per cycle.
+    """int8 as fp32, exactly, four at a time, without conversions, of which a GPU does a quarter as many in a cycle.
 
     xor 128 makes w the unsigned byte w + 128; as the lowest byte of the float 2**23 it adds just that, so less
     2**23 + 128 it is w. Not available in the interpreter.

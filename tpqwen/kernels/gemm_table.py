@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import functools
+import io
+from importlib.resources import files
 from typing import NamedTuple
 
 from tpqwen.kernels.launch import fitting_stages
@@ -10,7 +13,6 @@ from tpqwen.kernels.launch import fitting_stages
 MAX_ROWS = 128  # of one launch of our kernels; more go to cuBLAS
 MAX_INT8_ROWS = 256  # likewise, where cuBLAS needs the weight written out first
 GEMV_ROWS = 4
-GEMV_SUMS = 64  # fp32 of one thread, all rows together, beside twice as many int8 weights as others: more would spill
 NARROWEST = 64  # columns: the smallest block_k, so K must be a multiple of it
 PROGRAMS = 132  # multiprocessors of H100 and H200
 
@@ -28,6 +30,7 @@ class Numbers(NamedTuple):
 
 
 BF16 = Numbers()
+COLUMNS = ("block_n", "block_k", "warps", "stages", "split", "prefetch")  # of a configuration in gemm_measured.csv
 
 
 class Config(NamedTuple):
@@ -49,6 +52,10 @@ class Config(NamedTuple):
     fuse_norm: bool = True
 
 
+Product = tuple[str, int, int, int]  # operation, weight rows, K, bytes of a weight
+Table = dict[Product, tuple[tuple[int, Config], ...]]
+
+
 def _gemv(block_n: int, block_k: int, warps: int, stages: int, prefetch: int = 0) -> Config:
     return Config("gemv", block_n, block_k, warps, stages, prefetch=prefetch)
 
@@ -57,101 +64,49 @@ def _dot(block_n: int, block_k: int, warps: int, stages: int, split: int = 1, pr
     return Config("dot", block_n, block_k, warps, stages, split, prefetch, fuse_norm=False)
 
 
-_CUBLAS = (MAX_ROWS, Config("torch"))
-
-# (operation, weight rows, K): configurations by largest number of rows, ascending; measured on an H100.
-TABLE: dict[tuple[str, int, int], tuple[tuple[int, Config], ...]] = {
-    # Qwen3-0.6B
-    ("norm", 4096, 1024): (
-        (1, _gemv(4, 512, 4, 1)),
-        (2, _gemv(2, 512, 2, 2)),
-        (4, _dot(32, 256, 4, 4)),
-        (8, _dot(64, 128, 4, 6, 2)),
-        (32, _dot(32, 256, 4, 6)),
-        (64, _dot(64, 128, 4, 6, prefetch=0)),
-        _CUBLAS,
-    ),
-    ("add", 1024, 2048): (
-        (1, _gemv(2, 1024, 4, 2)),
-        (2, _gemv(4, 512, 2, 2, 1024)),
-        (16, _dot(32, 256, 4, 6, 4)),
-        (32, _dot(64, 256, 8, 3, 4)),
-        (64, _dot(64, 128, 8, 6, 4)),
-        _CUBLAS,
-    ),
-    ("silu", 6144, 1024): (
-        (1, _gemv(4, 512, 4, 1)),
-        (2, _gemv(4, 512, 4, 2)),
-        (32, _dot(64, 128, 4, 6)),
-        (64, _dot(64, 128, 4, 4)),
-        (128, _dot(64, 64, 8, 6)),
-    ),
-    ("add", 1024, 3072): (
-        (1, _gemv(4, 1024, 2, 2, 1024)),
-        (2, _gemv(8, 1024, 4, 1, 1024)),
-        (16, _dot(64, 256, 4, 4, 4)),
-        (64, _dot(64, 128, 8, 6, 4)),
-        _CUBLAS,
-    ),
-    # Qwen3-8B
-    ("norm", 6144, 4096): (
-        (1, _gemv(2, 1024, 4, 4)),
-        (2, _gemv(2, 2048, 4, 2)),
-        (64, _dot(64, 128, 4, 6)),
-        _CUBLAS,
-    ),
-    ("add", 4096, 4096): (
-        (1, _gemv(2, 2048, 4, 1)),
-        (4, _dot(32, 256, 4, 6)),
-        (16, _dot(64, 256, 4, 4, prefetch=0)),
-        (32, _dot(64, 128, 4, 6, prefetch=0)),
-        _CUBLAS,
-    ),
-    ("silu", 24576, 4096): (
-        (1, _gemv(2, 2048, 8, 1)),
-        (2, _gemv(8, 512, 2, 1, 1024)),
-        (32, _dot(64, 128, 4, 6)),
-        (64, _dot(64, 128, 8, 6, prefetch=0)),
-        (128, _dot(64, 64, 4, 6, prefetch=0)),
-    ),
-    ("add", 4096, 12288): (
-        (1, _gemv(4, 2048, 8, 4)),
-        (4, _dot(32, 256, 4, 6)),
-        (16, _dot(64, 256, 4, 4, prefetch=0)),
-        (32, _dot(64, 128, 4, 6, prefetch=0)),
-        (64, _dot(64, 256, 8, 3, 2)),
-        _CUBLAS,
-    ),
-}
+def read_measured(text: str) -> Table:
+    """The lines of gemm_measured.csv, one for each product and number of rows: (operation, weight rows, K, bytes of a
+    weight) -> (largest number of rows, configuration) ascending."""
+    found: dict[Product, list[tuple[int, Config]]] = {}
+    for line in csv.DictReader(io.StringIO(text)):
+        product = (line["operation"], int(line["weights"]), int(line["width"]), int(line["bytes"]))
+        config = Config._make([line["path"], *(int(line[c]) for c in COLUMNS), True, line["fuse_norm"] == "1"])
+        found.setdefault(product, []).append((int(line["rows"]), config))
+    return {product: tuple(sorted(entries)) for product, entries in found.items()}
 
 
-def default_config(rows: int, weights: int, width: int) -> Config:
+# Written by tools/tune_products.py, for Qwen3's sizes and the shards of the larger ones.
+TABLE = read_measured(files("tpqwen.kernels").joinpath("gemm_measured.csv").read_text("utf-8"))
+
+
+def default_config(rows: int, weights: int, width: int, numbers: Numbers = BF16) -> Config:
     """For shapes the table lacks, what its neighbours have in common: `rows` batch rows, `weights` rows of `width`."""
     large = weights * width > 1 << 23
+    if numbers.weight == 1:
+        return _int8_default(rows, weights, width, large)
     if rows == 1:
         return _gemv(4, 2048, 8, 2) if large else _gemv(2, 1024, 4, 2)
     if rows > 64 or (rows > 32 and large and weights < 8192):
         return Config("torch")
+    return _dot(64, 128, 4, 6, _split(weights, width, 64, 256, PROGRAMS // 3))
+
+
+def _int8_default(rows: int, weights: int, width: int, large: bool) -> Config:
+    if rows <= 2:
+        return _gemv(4, 1024, 4, 4 if large and rows == 1 else 1)
+    if rows <= 16:
+        return _dot(32, 256, 4, 4, _split(weights, width, 32, 256, PROGRAMS))
+    if rows <= 128:
+        return _dot(64, 128, 4, 4, _split(weights, width, 64, 128, PROGRAMS))
+    return _dot(64, 128, 4, 3, _split(weights, width, 64, 128, PROGRAMS // 2))
+
+
+def _split(weights: int, width: int, block_n: int, block_k: int, enough: int) -> int:
+    """In how many parts, up to 8, programs share a tile's K so that there are `enough` of them."""
     split = 1
-    while -(-weights // 64) * split < PROGRAMS // 3 and width % (2 * split * 256) == 0:
+    while split < 8 and -(-weights // block_n) * split < enough and width % (2 * split * block_k) == 0:
         split *= 2
-    return _dot(64, 128, 4, 6, split)
-
-
-def int8_config(config: Config, rows: int, weights: int, width: int) -> Config:
-    """What `config`, measured for 16-bit weights, becomes for int8 ones, not measured yet: tiles of as many bytes, and
-    the dot kernel instead of cuBLAS, for which the weight would have to be written out."""
-    if config.path == "torch":
-        block_n, warps = (64, 4) if rows <= 64 or weights < 64 * PROGRAMS else (128, 8)
-        block_k, split = 128 if rows <= 128 else 64, 1
-        while -(-weights // block_n) * split * 2 <= PROGRAMS and width % (4 * split * block_k) == 0:
-            split *= 2
-        return _dot(block_n, block_k, warps, 4, split)
-    if config.path == "gemv":
-        sums = rows * config.block_n * config.block_k // (32 * config.warps)
-        wider = 2 if 2 * sums <= GEMV_SUMS else 1
-        return config._replace(block_k=wider * config.block_k, prefetch=2 * config.prefetch)
-    return config._replace(block_k=min(2 * config.block_k, 256), prefetch=2 * config.prefetch)
+    return split
 
 
 def shared_bytes(config: Config, rows: int, numbers: Numbers = BF16) -> int:
@@ -184,9 +139,14 @@ def fit(config: Config, rows: int, width: int, numbers: Numbers = BF16) -> Confi
 
 @functools.cache
 def choose(operation: str, rows: int, weights: int, width: int, numbers: Numbers = BF16) -> Config:
-    """The configuration of "plain", "norm", "silu" or "add" on `rows` rows and a [weights, width] weight."""
+    """The configuration of "plain", "norm", "silu" or "add" on `rows` rows and a [weights, width] weight.
+
+    Products with and without a residual to add run alike; the one stands in for the other.
+    """
     if rows > numbers.max_rows:
         return Config("torch")
-    measured = TABLE.get((operation, weights, width), ())
-    config = next((c for largest, c in measured if rows <= largest), None) or default_config(rows, weights, width)
-    return fit(int8_config(config, rows, weights, width) if numbers.weight == 1 else config, rows, width, numbers)
+    size = 1 if numbers.weight == 1 else 2  # wider numbers run as those that were measured
+    names = ("add", "plain") if operation == "add" else ("plain", "add") if operation == "plain" else (operation,)
+    measured = next((TABLE[n, weights, width, size] for n in names if (n, weights, width, size) in TABLE), ())
+    config = next((c for largest, c in measured if rows <= largest), None)
+    return fit(config or default_config(rows, weights, width, numbers), rows, width, numbers)

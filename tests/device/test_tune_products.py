@@ -1,0 +1,61 @@
+"""The tool that measures launch parameters, as far as it goes without a GPU; and the table that it writes."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tpqwen.kernels.gemm_table import BF16, TABLE, Numbers, choose, fit, read_measured, shared_bytes
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("tune_products", ROOT / "tools" / "tune_products.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_products_are_those_of_a_layer(tool: ModuleType) -> None:
+    assert list(tool.products("8b", 1)) == [
+        ("norm", 6144, 4096),
+        ("add", 4096, 4096),
+        ("silu", 24576, 4096),
+        ("add", 4096, 12288),
+    ]
+    assert [p[1:] for p in tool.products("8b", 4)] == [(1536, 4096), (4096, 1024), (6144, 4096), (4096, 3072)]
+    assert next(tool.products("0.6b", 16))[1] == 3 * 128, "no rank has less than one head of keys"
+
+
+@pytest.mark.parametrize("numbers", [BF16, Numbers(2, 1)])
+@pytest.mark.parametrize("rows", [1, 4, 64, 128])
+def test_candidates_are_valid_and_begin_with_the_present_choice(tool: ModuleType, rows: int, numbers: Numbers) -> None:
+    for operation, weights, width in tool.products("8b", 2):
+        now = choose(operation, rows, weights, width, numbers)
+        found = tool.candidates(tool.Task(operation, weights, width, rows, numbers, now), 10)
+        assert found[0] == now and len(found) > 2
+        for config in found:
+            assert config == fit(config, rows, width, numbers)
+            assert config.path != "dot" or shared_bytes(config, rows, numbers) <= 227 * 1024
+
+
+def test_lines_replace_their_products_and_leave_the_others(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "measured.csv"
+    copy.write_bytes(tool.CSV.read_bytes())
+    monkeypatch.setattr(tool, "CSV", copy)
+    tool.merge([])
+    assert read_measured(copy.read_text()) == TABLE
+    config = choose("silu", 8, 24576, 4096)._replace(block_n=32)
+    task = tool.Task("silu", 24576, 4096, 4, BF16, config)
+    tool.merge([tool._line(task), tool._line(task._replace(rows=8))])
+    changed = read_measured(copy.read_text())
+    assert changed["silu", 24576, 4096, 2] == ((8, config),), "what says the same is said once"
+    assert {p: e for p, e in changed.items() if p[1] != 24576} == {p: e for p, e in TABLE.items() if p[1] != 24576}
