@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from tpqwen.kernels import attention, gemm, norm, paged_prefill, prefill, sampling, stepping
+from tpqwen.kernels import attention, dequantize, gemm, launch, norm, paged_prefill, prefill, sampling, stepping
 from tpqwen.kernels.attention_table import LONG, MAX_ROWS
 from tpqwen.kernels.context import StepContext
 
@@ -127,3 +127,5 @@ OPERATIONS = {
     "edit_slots": stepping.edit_slots,
     "set_rows": stepping.set_rows,
 }
+
+launch.settle_keys(launch, norm, dequantize, gemm, attention, prefill, paged_prefill, sampling, stepping)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 
 import torch
 import triton
@@ -20,7 +21,7 @@ import triton.language as tl
 
 from tpqwen.kernels import prefill, reference, sampling
 from tpqwen.kernels.context import StepContext
-from tpqwen.kernels.launch import launch_options, release_next, wait_previous
+from tpqwen.kernels.launch import launch_options, release_next, settle_keys, wait_previous
 from tpqwen.kernels.norm import rms_norm, silu_mul
 
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 64, 64  # of a product: rows, outputs, inputs
@@ -369,3 +370,5 @@ OPERATIONS = {
     "log_sum_exp": reference.by_row(reference.log_sum_exp, 0),
     "top_candidates": reference.ranked_candidates,
 }
+
+settle_keys(sys.modules[__name__])

@@ -19,6 +19,7 @@ its gdc_wait returns when the predecessor has completed and its writes are visib
 from __future__ import annotations
 
 import functools
+from types import ModuleType
 
 import torch
 import triton
@@ -57,6 +58,18 @@ def stamps_time(device: torch.device) -> bool:
 def launch_options(device: torch.device) -> dict[str, bool]:
     """Keyword arguments of a kernel launch: the constexpr PDL, and launch_pdl where the device supports it."""
     return {"PDL": True, "launch_pdl": True} if pdl_supported(device) else {"PDL": False}
+
+
+def settle_keys(*modules: ModuleType) -> None:
+    """Give all kernels of these modules, lower ones first, their keys in Triton's cache.
+
+    Triton 3.6 and 3.7 leave the constants of a called function out of its caller's key if it had no key of its own yet.
+    So what was compiled once would be compiled again by a process that comes by its kernels in another order.
+    """
+    for module in modules:
+        for value in vars(module).values():
+            if isinstance(value, triton.JITFunction):
+                hash(value)  # of its key, which is made and kept
 
 
 @triton.jit

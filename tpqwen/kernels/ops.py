@@ -7,6 +7,8 @@ A weight is of the activations' dtype, or int8 and comes with a scale, fp32, one
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from importlib import import_module
 
@@ -30,6 +32,13 @@ def _pick(name: str, x: torch.Tensor, invariant: bool = False) -> Op:
         tables.insert(0, _cuda("invariant") if x.is_cuda else cpu.INVARIANT)
     op: Op = next((t[name] for t in tables if name in t), None) or getattr(reference, name)
     return op
+
+
+def building(width: int) -> AbstractContextManager[Callable[[Sequence[Callable[[], object]]], None]]:
+    """While the body runs, what compiles whatever the calls it is given would launch; `width` kernels at a time."""
+    builder: AbstractContextManager[Callable[[Sequence[Callable[[], object]]], None]]
+    builder = import_module("tpqwen.kernels.build").building(width)
+    return builder
 
 
 def linear(

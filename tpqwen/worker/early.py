@@ -3,20 +3,22 @@
 On a machine that never compiled them they take longer than a small model's weights, which only wait for the disk.
 
 What a pass launches is decided in many places by shapes, so nothing here lists kernels: the parts of the first passes
-run on a model of one layer, of the real widths and full of zeros. One after another, in one thread: Triton 3.6 mixes up
-the launchers of kernels that are compiled in several at once.
+run on a model of one layer, of the real widths and full of zeros. First without launching anything, so that what they
+would launch is compiled at once (kernels/build.py); then for good, one after another in one thread, since Triton 3.6
+mixes up launchers that are loaded in several.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
 
+from tpqwen.kernels import ops
 from tpqwen.parallel.group import TPGroup
 from tpqwen.step import Chunk, packed
 from tpqwen.worker.batch import ChunkBatch, Stager, blank_prompt, chunk_batch, chunk_parts
@@ -30,6 +32,7 @@ NUM_BLOCKS = 2  # of the runner's cache; what is written goes to the null block
 
 _log = logging.getLogger(__name__)
 Part = Callable[[], object]
+Building = AbstractContextManager[Callable[[Sequence[Part]], None]]
 
 
 class Alone(TPGroup):
@@ -46,12 +49,12 @@ class Alone(TPGroup):
 
 
 @contextmanager
-def compiled_beside(make: Callable[[], list[Part]]) -> Iterator[None]:
-    """While the body runs, make the parts and run them in a thread; leaves when all of them are done.
+def compiled_beside(make: Callable[[], list[Part]], building: Callable[[], Building]) -> Iterator[None]:
+    """While the body runs, make the parts, build what they need and run them in a thread; leaves when all is done.
 
-    A part that fails is no error: whoever needs the kernel compiles it again, and there it is one.
+    building: as ops.building. What fails is no error: whoever needs the kernel compiles it again, and there it is one.
     """
-    thread = threading.Thread(target=_run, args=(make,), name="early", daemon=True)
+    thread = threading.Thread(target=_run, args=(make, building), name="early", daemon=True)
     thread.start()
     try:
         yield
@@ -59,9 +62,15 @@ def compiled_beside(make: Callable[[], list[Part]]) -> Iterator[None]:
         thread.join()
 
 
-def _run(make: Callable[[], list[Part]]) -> None:
+def _run(make: Callable[[], list[Part]], building: Callable[[], Building]) -> None:
     parts: list[Part] = []
-    _quietly(lambda: parts.extend(make()))
+
+    def prepare() -> None:
+        with building() as build:
+            parts.extend(make())
+            build(parts)
+
+    _quietly(prepare)
     for part in parts:
         _quietly(part)
 
@@ -77,7 +86,7 @@ def _quietly(part: Part) -> None:
 @torch.inference_mode()
 def first_parts(runner: Runner) -> list[Part]:
     """Parts that together launch what the first passes of a server do: a prompt of up to 64 tokens as a graph's pass, a
-    long one, and decode steps of one row, with the kinds of sampling that need no host.
+    long one, and decode steps of one row, with the kinds of sampling that need no host, and what comes between passes.
 
     runner: has one layer and nothing in its slots; it is of no use afterwards.
     """
@@ -96,12 +105,21 @@ def first_parts(runner: Runner) -> list[Part]:
     for kind in USUAL_KINDS:
         parts.append(partial(runner.finish, runner.blank_hidden(1), first, kind))
         parts.append(partial(_sample, runner, few, kind))
+    parts.append(partial(_edit, runner))
     return parts
 
 
 def _sample(runner: Runner, slots_R: torch.Tensor, kind: SampleKind) -> None:
     """The end of a pass with chunks."""
     runner.sample(runner.model.logits(runner.blank_hidden(len(slots_R))), slots_R, kind, ())
+
+
+def _edit(runner: Runner) -> None:
+    """What a step changes before its pass: a block of a slot, here the null block's, and the rows that decode."""
+    state = runner.state.tensors
+    edits, slots = state.tables_SM.new_zeros(1, 3), state.length.new_zeros(1)
+    ops.edit_slots(state.tables_SM, edits)
+    ops.set_rows(state.length.new_zeros(state.padding_slot), slots, state.padding_slot)
 
 
 def _padded_chunks(runner: Runner) -> ChunkBatch:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from tpqwen.config import Config
+from tpqwen.kernels import ops
 from tpqwen.model.config import ModelConfig, count_token_ids
 from tpqwen.model.qwen3 import Qwen3, rope_table
 from tpqwen.model.sizing import DTYPE_BYTES, Sizes
@@ -46,7 +49,8 @@ def load(config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, 
         scheme = SCHEMES[config.model.quantization]
         model = Qwen3(model_config, group, num_ids, invariant=config.model.deterministic, scheme=scheme)
     build = _Build(model, num_ids, model_config, sizes, group, device, dtype)
-    with compiled_beside(build.early_parts) if sizes.device == "cuda" else nullcontext():
+    processes = partial(ops.building, (os.cpu_count() or 1) // group.size)
+    with compiled_beside(build.early_parts, processes) if sizes.device == "cuda" else nullcontext():
         if config.model.random_weights:
             random_weights(model, device=device, dtype=dtype, seed=0)
         else:

@@ -1,0 +1,130 @@
+"""Programs for test_build.py, each a process of its own: kernels compiled for an H100 where there is none.
+
+    python -m tests.device.compiling build | launch | record | keys | worker WIDTH
+
+Tensors are the CPU's. The driver that Triton is given here takes compiled kernels, says that they are loaded, and runs
+nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+
+from tpqwen.kernels import build, build_worker, cuda, gemm, launch, norm, sampling, stepping
+
+MODULES = (launch, norm, gemm, sampling, stepping)
+
+
+class NoDevice:
+    """As much of a Triton driver as a launch asks for."""
+
+    utils = SimpleNamespace(
+        get_device_properties=lambda device: {"max_shared_mem": 232448},
+        load_binary=lambda *args: ("module", "function", 0, 0, 1024),
+    )
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        return lambda *args: None
+
+
+@triton.jit
+def filled(x, VALUE: triton.language.constexpr):  # type: ignore[no-untyped-def]
+    triton.language.store(x, VALUE)
+
+
+def launches() -> list[build.Launch]:
+    """Products with one row and with many, a norm, and the edits between passes: five kernels."""
+    x_TI, weight_OI = torch.zeros(64, 256, dtype=torch.bfloat16), torch.zeros(512, 256, dtype=torch.bfloat16)
+    tables, ints = torch.zeros(9, 4, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+    return [
+        lambda: gemm.linear(x_TI[:1], weight_OI),
+        lambda: gemm.linear(x_TI, weight_OI),
+        lambda: norm.rms_norm(x_TI, weight_OI[0], 1e-6),
+        lambda: stepping.edit_slots(tables, ints[None]),
+        lambda: stepping.set_rows(torch.zeros(8, dtype=torch.int32), ints, 8),
+    ]
+
+
+def builds() -> None:
+    """As a rank does it; a launch that fails is one that will be told when it is made."""
+    with build.building(2) as compile_all:
+        compile_all([lambda: 1 / 0, *launches()])
+
+
+def launches_all() -> None:
+    """One after another, by Triton alone: `True` for each kernel that it found in its cache."""
+
+    def listener(*, cache_hit: bool, **_: Any) -> None:
+        print(cache_hit)
+
+    knobs.compilation.listener = listener
+    for make in launches():
+        make()
+
+
+def records() -> None:
+    """What is noted is not launched, and only what this thread launches is noted."""
+    made: list[str] = []
+
+    def before(**call: Any) -> bool:
+        made.append(call["fn"].name)
+        return True
+
+    knobs.runtime.jit_cache_hook = before
+    with build.recorded() as kernels:
+        for make in [*launches(), *launches()]:
+            make()
+        filled[(1,)](torch.zeros(1), float("inf"))  # a constant that is no literal
+        other = threading.Thread(target=launches()[2])
+        other.start()
+        other.join()
+        assert torch.empty(1000).eq(0).all() and torch.zeros(1).new_empty(1000).eq(0).all()
+    assert knobs.runtime.jit_cache_hook is before
+    print([k.name for k in kernels], made)
+    assert [build.parse(repr(tuple(k))) for k in kernels] == kernels
+
+
+def keys() -> None:
+    """Kernels whose key is another one than a process would give them that hashed all that they call before."""
+    found = [(k, triton.jit(k.fn).cache_key) for m in MODULES for k in vars(m).values() if hasattr(k, "cache_key")]
+    print(len(found) > 20, [k.__name__ for k, fresh in found if k.cache_key != fresh])
+    assert cuda.OPERATIONS
+
+
+def works() -> int:
+    """The worker with kernels that fail, or take a minute to compile."""
+
+    def compile_kernel(kernel: build.Kernel) -> None:
+        print(os.getpid(), flush=True)
+        if kernel.name == "fails":
+            raise ValueError(kernel.name)
+        time.sleep(60 * (kernel.name == "slow"))
+
+    build_worker.compile_kernel = compile_kernel
+    build.Kernel.is_cached = lambda kernel: kernel.name == "cached"  # type: ignore[method-assign]
+    return build_worker.main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    triton.runtime.driver.set_active(NoDevice())
+    programs = {"build": builds, "launch": launches_all, "record": records, "keys": keys, "worker": works}
+    sys.exit(programs[sys.argv[1]]())

@@ -1,0 +1,148 @@
+"""Kernels compiled in processes of their own: byte by byte what Triton makes alone, and nothing stays behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from triton.backends.nvidia import driver
+
+from tests.cluster.processes import until
+from tpqwen.kernels import build, build_worker
+
+PATHS = "__grp__"  # begins the names of files that name others by their path
+
+
+def environment(cache: Path) -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "tests.device.compiling", *arguments]
+
+
+def run(cache: Path, *arguments: str) -> str:
+    done = subprocess.run(command(*arguments), env=environment(cache), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def contents(cache: Path) -> dict[str, bytes]:
+    """All that makes a kernel. A launcher (.so) is C, compiled by whatever compiler there is."""
+    files = (p for p in cache.rglob("*") if p.is_file() and p.suffix != ".so" and not p.name.startswith(PATHS))
+    return {str(path.relative_to(cache)): path.read_bytes() for path in files}
+
+
+def test_what_processes_compile_is_what_triton_compiles_alone_and_finds(tmp_path: Path) -> None:
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    run(together, "build")
+    assert run(alone, "launch").split() == ["False"] * 5
+    theirs = contents(alone)
+    assert sum(name.endswith(".cubin") for name in theirs) == 5
+    assert contents(together) == theirs  # machine code, assembly and metadata, under the same keys
+    assert run(together, "launch").split() == ["True"] * 5
+
+
+def test_what_is_recorded_is_not_launched_and_other_threads_are_left_alone(tmp_path: Path) -> None:
+    noted, made = run(tmp_path, "record").splitlines()[-1].split("] [")
+    names = ["_gemv_kernel", "_dot_kernel", "_rms_norm_kernel", "_edit_kernel", "_rows_kernel"]
+    assert noted == f"[{str(names)[1:-1]}" and made == "'_rms_norm_kernel']"
+
+
+def test_a_kernels_key_does_not_depend_on_what_was_hashed_before_it(tmp_path: Path) -> None:
+    assert run(tmp_path, "keys").split(maxsplit=1) == ["True", "[]\n"]
+
+
+def test_only_literals_are_kernels() -> None:
+    kernel = build.Kernel(
+        "m", "f", {"x": "*bf16"}, {(1,): (64, 128)}, {(0,): [["tt.divisibility", 16]]}, {}, ("cuda", 90, 32)
+    )
+    assert build.parse(repr(tuple(kernel))) == kernel
+    for text in ("<object>", "inf", "print(1)"):
+        with pytest.raises(ValueError, match=r"invalid syntax|malformed node"):
+            build.parse(repr(tuple(kernel)).replace("(64, 128)", text))
+
+
+def test_a_launcher_is_compiled_too_where_triton_makes_one_for_each_signature(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Compiled:
+        src, metadata = "source", "metadata"
+
+    class Kernel:
+        target, options = ("cuda", 90, 32), {"num_warps": 2}
+
+        def source(self) -> str:
+            return "kernel"
+
+    monkeypatch.setattr(build_worker.triton, "compile", lambda *what, **how: made.append((what, how)) or Compiled)
+    monkeypatch.setattr(driver, "CudaLauncher", lambda *what: made.append(what))
+    monkeypatch.delattr(driver, "make_launcher", raising=False)
+    build_worker.compile_kernel(Kernel())  # type: ignore[arg-type]
+    monkeypatch.setattr(driver, "make_launcher", None, raising=False)
+    build_worker.compile_kernel(Kernel())  # type: ignore[arg-type]
+    compiled = (("kernel",), {"target": build_worker.GPUTarget("cuda", 90, 32), "options": {"num_warps": 2}})
+    assert made == [compiled, compiled, ("source", "metadata")]
+
+
+class Worker:
+    """The process that compiles, with kernels of these names and a width."""
+
+    def __init__(self, cache: Path, names: str, width: int) -> None:
+        self.process = subprocess.Popen(
+            command("worker", str(width)),
+            env=environment(cache),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            process_group=0,
+            text=True,
+        )
+        assert self.process.stdin is not None and self.process.stdout is not None
+        lines = [repr(("m", name, {}, {}, {}, {}, ("cuda", 90, 32))) for name in names.split()]
+        self.process.stdin.write("\n".join([*lines, "\n"]))
+        self.process.stdin.flush()
+        self.out = self.process.stdout
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.out.close()
+
+
+def test_the_worker_counts_what_fails_and_leaves_out_what_is_there(tmp_path: Path) -> None:
+    with Worker(tmp_path, "fails fine cached fails fine", 2) as worker:
+        assert worker.process.wait(60) == 2
+        assert len(set(worker.out.read().split())) == 4, "each in a process of its own"
+
+
+def test_the_worker_and_its_children_end_with_whoever_waits(tmp_path: Path) -> None:
+    with Worker(tmp_path, "slow slow slow", 2) as worker:
+        children = [int(worker.out.readline()) for _ in range(2)]
+        assert worker.process.stdin is not None
+        worker.process.stdin.close()
+        assert worker.process.wait(30) == -9
+        until(lambda: not any(Path(f"/proc/{child}").exists() for child in children), "the children to end")
+        assert worker.out.read() == "", "the third was never started"
+
+
+def test_nothing_is_left_of_a_builder_that_has_nothing_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    popen = subprocess.Popen
+
+    def watched(*args: object, **options: object) -> object:
+        started.append(popen(*args, **options))  # type: ignore[call-overload]
+        return started[-1]
+
+    monkeypatch.setattr(build.subprocess, "Popen", watched)
+    with build.building(2) as compile_all:
+        compile_all([])
+        assert started[0].poll() is None
+    assert started[0].returncode == -9

@@ -1,0 +1,167 @@
+"""Kernels compiled before they are launched, all at once, each in a process of its own (build_worker.py).
+
+Only Triton's cache on disk is filled. Whoever launches a kernel afterwards finds it there by a key over its source,
+types, constants, options and compiler, or compiles it: nothing that goes wrong here makes a kernel wrong. Processes,
+because much of compiling is Python, and because launchers may not be made in several threads (docs/design.md).
+"""
+
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.overrides import TorchFunctionMode
+from triton import knobs
+from triton._C.libtriton import get_cache_invalidating_env_vars
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime import driver
+from triton.runtime.cache import get_cache_key, get_cache_manager
+
+MOST = 32  # processes at a time; each takes 0.1 to 0.2 GB while it runs
+NO_THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+NAME_LENGTH = 150  # of a kernel's files in the cache, as triton.compiler cuts it
+
+_log = logging.getLogger(__name__)
+Launch = Callable[[], object]
+Build = Callable[[Sequence[Launch]], None]
+
+
+class Kernel(NamedTuple):
+    """One variant of a kernel, all of it literals. Constants and attributes by their place among the arguments."""
+
+    module: str
+    name: str
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+    target: tuple[str, int, int]  # kind of device, its architecture, threads of a warp
+
+    def source(self) -> ASTSource:
+        """What Triton compiles."""
+        function = getattr(import_module(self.module), self.name)
+        return ASTSource(function, self.signature, self.constants, self.attributes)
+
+    def is_cached(self) -> bool:
+        """Whether Triton would find it compiled."""
+        source, backend = self.source(), make_backend(GPUTarget(*self.target))
+        key = get_cache_key(source, backend, backend.parse_options(self.options), get_cache_invalidating_env_vars())
+        name = f"{source.name[:NAME_LENGTH]}.json"
+        manager = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
+        return name in (manager.get_group(name) or {})
+
+
+def parse(line: str) -> Kernel:
+    """From its repr as a tuple. Raises ValueError where that holds more than literals."""
+    try:
+        return Kernel(*ast.literal_eval(line))
+    except SyntaxError as error:  # an object's "<function ...>"
+        raise ValueError(str(error)) from None
+
+
+def _noted(call: dict[str, Any]) -> str:
+    """The repr of the kernel that Triton's hook is told of."""
+    compiled, target = call["compile"], driver.active.get_current_target()
+    stored = json.loads(compiled["specialization_data"])["options"]  # JSON has no tuples
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+    where = (target.backend, target.arch, target.warp_size)
+    types = (compiled["signature"], compiled["constants"], compiled["configs"][0])
+    return repr((call["fn"].module, call["fn"].name, *types, options, where))
+
+
+class _Zeroed(TorchFunctionMode):
+    """Memory is zero where it would be left as it is: what a kernel that is not launched should have written."""
+
+    UNWRITTEN = frozenset({torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result.zero_() if func in self.UNWRITTEN else result
+
+
+@contextmanager
+def recorded() -> Iterator[list[Kernel]]:
+    """Kernels that this thread would have to compile or read are noted, once each, and not launched. What cannot be
+    written as literals is left out."""
+    seen: set[str] = set()
+    kernels: list[Kernel] = []
+    thread, before = threading.get_ident(), knobs.runtime.jit_cache_hook
+
+    def hook(**call: Any) -> bool:
+        if threading.get_ident() != thread:
+            return before is not None and bool(before(**call))
+        line = _noted(call)
+        if line not in seen:
+            seen.add(line)
+            try:
+                kernels.append(parse(line))
+            except ValueError:
+                _log.debug("kernel %s takes more than literals", call["fn"].name)
+        return True
+
+    knobs.runtime.jit_cache_hook = hook
+    try:
+        with _Zeroed():
+            yield kernels
+    finally:
+        knobs.runtime.jit_cache_hook = before
+
+
+@contextmanager
+def building(width: int) -> Iterator[Build]:
+    """Start the process that will compile, at most `width` kernels at a time, and give what waits for it. At the end of
+    the body nothing is left of it; it also ends with this process."""
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, **NO_THREADS, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tpqwen.kernels.build_worker", str(max(1, min(width, MOST)))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env=environment,
+        process_group=0,
+        text=True,
+    )
+    try:
+        yield partial(_build, process)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def _build(process: subprocess.Popen[str], launches: Sequence[Launch]) -> None:
+    began = time.monotonic()
+    with recorded() as kernels:
+        for launch in launches:
+            try:
+                launch()
+            except Exception as error:  # when it is launched for good, it is told
+                _log.debug("not recorded: %s: %s", type(error).__name__, error)
+    missing = [k for k in kernels if not k.is_cached()]
+    if not missing:
+        return
+    assert process.stdin is not None
+    process.stdin.write("".join(f"{tuple(k)!r}\n" for k in missing) + "\n")
+    process.stdin.flush()
+    failed = process.wait()
+    _log.info("kernels compiled=%d failed=%d seconds=%.2f", len(missing), failed, time.monotonic() - began)

@@ -1,0 +1,78 @@
+"""The process that compiles kernels: it imports once, then forks a child for every kernel.
+
+    python -m tpqwen.kernels.build_worker WIDTH
+
+Kernels come on stdin, one a line, an empty line last; stdin stays open for as long as somebody waits. The exit status
+is the number of kernels that failed. No GPU is touched: what to compile for is a part of each line.
+"""
+
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import traceback
+from collections import deque
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver
+from triton.runtime.cache import triton_key
+
+from tpqwen.kernels import cuda, invariant
+from tpqwen.kernels.build import Kernel, parse
+
+MOST_TOLD = 100  # an exit status has 8 bits
+IMPORTED = (cuda, invariant)  # with all kernels, so that no child has to
+
+
+def main(arguments: list[str]) -> int:
+    """Compile what stdin names."""
+    triton_key()  # of the compiler itself, half a second's work that children inherit
+    named: list[Kernel] = []
+    while line := sys.stdin.readline().strip():
+        named.append(parse(line))
+    waiting = deque(kernel for kernel in named if not kernel.is_cached())
+    running: dict[int, int] = {}  # the pipe that ends with a child -> its process
+    failed = 0
+    while waiting or running:
+        while waiting and len(running) < int(arguments[0]):
+            running.update([_start(waiting.popleft())])
+        ready, _, _ = select.select([0, *running], [], [])
+        if 0 in ready:  # nothing more is to come, so whoever waited is gone
+            os.killpg(0, signal.SIGKILL)
+        for pipe in ready:
+            os.close(pipe)
+            failed += os.waitpid(running.pop(pipe), 0)[1] != 0
+    return min(failed, MOST_TOLD)
+
+
+def _start(kernel: Kernel) -> tuple[int, int]:
+    """A child that compiles it: the pipe that ends with it, and its process."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            compile_kernel(kernel)
+            os._exit(0)
+        except Exception:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    os.close(writer)
+    return reader, child
+
+
+def compile_kernel(kernel: Kernel) -> None:
+    """Put it into Triton's cache, with the launcher that Triton 3.6 compiles for each signature."""
+    target = GPUTarget(*kernel.target)
+    compiled = triton.compile(kernel.source(), target=target, options=kernel.options)
+    if hasattr(driver, "make_launcher"):
+        driver.CudaLauncher(compiled.src, compiled.metadata)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
