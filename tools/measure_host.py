@@ -134,7 +134,7 @@ def _leave_out_passes(engine: OfflineEngine) -> None:
     state = worker.runner.state.tensors
     nothing = SimpleNamespace(logprobs=None, prompt_scores=(), pooled=None)
     worker.graphs.decode = lambda kind: nothing
-    worker.runner.mixed = lambda *_: nothing
+    worker.runner.mixed = lambda *_, wide: nothing
     state.ring.numpy()[:] = np.arange(state.ring.numel()).reshape(state.ring.shape) % 300
 
 

@@ -93,3 +93,19 @@ def test_a_row_is_long_from_the_token_after_the_threshold_until_it_ends() -> Non
     assert [step.wide for step in steps[1:]] == [False] * 3 + [True] * 8 + [False] * 18
     assert all(type(step.wide) is bool for step in steps)
     assert not scheduler.idle_step().wide
+
+
+def test_lengths_are_looked_at_only_when_a_row_can_have_become_long() -> None:
+    capacity = tiny_capacity(num_blocks=200, block_size=64, max_model_len=8192, max_batched_tokens=8192)
+    scheduler, executor = Scheduler(capacity, prefix_cache=False), FakeExecutor(capacity, depth=1)
+    ids = [i % 1000 for i in range(LONG_ROW - 30)]
+    scheduler.add(GenerateRequest(id="it", prompt_ids=ids, params=SamplingParams(), max_tokens=300, seed=0), 0.0)
+    steps, looks = [], []
+    look = scheduler.rows.quiet
+    scheduler.rows.quiet = lambda rows: looks.append(len(steps)) or look(rows)  # type: ignore[method-assign,func-returns-value]
+    for _ in range(150):
+        steps.append(run(scheduler, executor))
+    assert [step.wide for step in steps] == [False] * 31 + [True] * 119
+    assert len(looks) < 30 and 31 in looks
+    scheduler.abort("it")
+    assert not scheduler.idle_step().wide, "whatever was seen when it was looked last"

@@ -84,6 +84,7 @@ class Rows:
         self.produced = np.zeros(num_slots, np.int64)  # output tokens known here
         self.generation = np.zeros(num_slots, np.int64)  # how often the slot changed hands
         self.releases = 0  # how often any did
+        self.long = False  # whether one of those last looked at has more than LONG_ROW positions in the cache
         # output tokens by slot and index, from the one on that the sequence had when it came; zeros take no memory
         self._output: Ints = np.zeros((num_slots, longest), np.int32)
         self.sequences: list[Sequence | None] = [None] * num_slots
@@ -196,16 +197,18 @@ class Rows:
         stop &= index >= rows.first_end
         return stop, index >= rows.last
 
-    def any_long(self, rows: RowSet) -> bool:
-        """Whether one of these rows has more than LONG_ROW positions scheduled to be in the cache."""
-        return bool(self.computed[rows.slots].max(initial=0) > LONG_ROW)
-
     def quiet(self, rows: RowSet) -> int:
-        """For how many steps none of these rows will make its last token or be needy; -1 if one has made it."""
+        """For how many steps none of these rows will make its last token, be needy or become long; -1 if one has made
+        it. Whether one is long by now is in `long`."""
+        computed = self.computed[rows.slots]
+        longest = int(computed.max(initial=0))
+        self.long = longest > LONG_ROW
         if not len(rows):
             return 0
-        room = self.capacity[rows.slots] - self.computed[rows.slots]
-        return min(int(self.left[rows.slots].min()) - 1, max(0, int(room.min()) - self._low))
+        room = int((self.capacity[rows.slots] - computed).min()) - self._low
+        if not self.long:
+            room = min(room, LONG_ROW - longest)
+        return min(int(self.left[rows.slots].min()) - 1, max(0, room))
 
     def needy(self, rows: RowSet, *, ahead: bool) -> list[Sequence]:
         """Those that are to get blocks now, in order: their next position has none.

@@ -63,7 +63,7 @@ class Scheduler:
         self._prefilling: list[Sequence] = []  # running with tokens still to compute, by order
         self._decoding: list[Sequence] = []  # running with nothing to prefill, may hold some that have left
         self._decode_rows: RowSet | None = None  # of _decoding; None when it changed
-        self._quiet = 0  # further steps in which none of them ends or needs a block, as far as was looked
+        self._quiet = 0  # further steps in which none of them ends, needs a block or becomes long, as far as was looked
         self._sent: Longs | None = None  # decode slots as the ranks know them
 
     @property
@@ -380,7 +380,7 @@ class Scheduler:
             blocks=packed(draft.blocks) if draft.blocks else b"",
             chunks=tuple(draft.chunks),
             decode=None if unchanged else packed(slots),
-            wide=rows.any_long(decode),
+            wide=rows.long and len(decode) > 0,
         )
         counts = len(decode), draft.parts, step.num_chunk_tokens
         self._flights.append(Flight(step.step, all_rows, rows.releases, *counts))
