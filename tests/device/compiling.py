@@ -1,6 +1,6 @@
 """Programs for test_build.py, each a process of its own: kernels compiled for an H100 where there is none.
 
-    python -m tests.device.compiling build | launch | record | keys | worker WIDTH
+    python -m tests.device.compiling build | launch | dead | record | keys | worker WIDTH
 
 Tensors are the CPU's. The driver that Triton is given here takes compiled kernels, says that they are loaded, and runs
 nothing.
@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,6 +82,14 @@ def launches_all() -> None:
         make()
 
 
+def dies() -> None:
+    """The process that should compile ends at once, with or without having taken what it was sent."""
+    sys.executable = "/bin/true"
+    with suppress(OSError):
+        builds()
+    launches_all()
+
+
 def records() -> None:
     """What is noted is not launched, and only what this thread launches is noted."""
     made: list[str] = []
@@ -90,7 +99,8 @@ def records() -> None:
         return True
 
     knobs.runtime.jit_cache_hook = before
-    with build.recorded() as kernels:
+    kernels: list[build.Kernel] = []
+    with build.recorded(kernels.append):
         for make in [*launches(), *launches()]:
             make()
         filled[(1,)](torch.zeros(1), float("inf"))  # a constant that is no literal
@@ -120,11 +130,10 @@ def works() -> int:
         time.sleep(60 * (kernel.name == "slow"))
 
     build_worker.compile_kernel = compile_kernel
-    build.Kernel.is_cached = lambda kernel: kernel.name == "cached"  # type: ignore[method-assign]
     return build_worker.main(sys.argv[2:])
 
 
 if __name__ == "__main__":
     triton.runtime.driver.set_active(NoDevice())
-    programs = {"build": builds, "launch": launches_all, "record": records, "keys": keys, "worker": works}
+    programs = {"build": builds, "launch": launches_all, "dead": dies, "record": records, "keys": keys, "worker": works}
     sys.exit(programs[sys.argv[1]]())

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -98,11 +98,10 @@ class _Zeroed(TorchFunctionMode):
 
 
 @contextmanager
-def recorded() -> Iterator[list[Kernel]]:
-    """Kernels that this thread would have to compile or read are noted, once each, and not launched. What cannot be
+def recorded(note: Callable[[Kernel], None]) -> Iterator[None]:
+    """Kernels that this thread would have to compile or read are noted, each once, and not launched. What cannot be
     written as literals is left out."""
     seen: set[str] = set()
-    kernels: list[Kernel] = []
     thread, before = threading.get_ident(), knobs.runtime.jit_cache_hook
 
     def hook(**call: Any) -> bool:
@@ -112,15 +111,17 @@ def recorded() -> Iterator[list[Kernel]]:
         if line not in seen:
             seen.add(line)
             try:
-                kernels.append(parse(line))
+                kernel = parse(line)
             except ValueError:
                 _log.debug("kernel %s takes more than literals", call["fn"].name)
+            else:
+                note(kernel)
         return True
 
     knobs.runtime.jit_cache_hook = hook
     try:
         with _Zeroed():
-            yield kernels
+            yield
     finally:
         knobs.runtime.jit_cache_hook = before
 
@@ -146,22 +147,32 @@ def building(width: int) -> Iterator[Build]:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         assert process.stdin is not None
-        process.stdin.close()
+        with suppress(BrokenPipeError):  # of lines that it has not read
+            process.stdin.close()
 
 
 def _build(process: subprocess.Popen[str], launches: Sequence[Launch]) -> None:
-    began = time.monotonic()
-    with recorded() as kernels:
+    """Each kernel is sent as soon as it is known: to get as far as the next one, cuBLAS or cuDNN may have to start."""
+    began, sent = time.monotonic(), 0
+
+    def send(line: str) -> None:
+        assert process.stdin is not None
+        process.stdin.write(f"{line}\n")
+        process.stdin.flush()
+
+    def note(kernel: Kernel) -> None:
+        nonlocal sent
+        if not kernel.is_cached():
+            send(repr(tuple(kernel)))
+            sent += 1
+
+    with recorded(note):
         for launch in launches:
             try:
                 launch()
             except Exception as error:  # when it is launched for good, it is told
                 _log.debug("not recorded: %s: %s", type(error).__name__, error)
-    missing = [k for k in kernels if not k.is_cached()]
-    if not missing:
-        return
-    assert process.stdin is not None
-    process.stdin.write("".join(f"{tuple(k)!r}\n" for k in missing) + "\n")
-    process.stdin.flush()
-    failed = process.wait()
-    _log.info("kernels compiled=%d failed=%d seconds=%.2f", len(missing), failed, time.monotonic() - began)
+    if sent:
+        send("")
+        failed = process.wait()
+        _log.info("kernels compiled=%d failed=%d seconds=%.2f", sent, failed, time.monotonic() - began)

@@ -31,19 +31,21 @@ IMPORTED = (cuda, invariant)  # with all kernels, so that no child has to
 
 def main(arguments: list[str]) -> int:
     """Compile what stdin names."""
-    triton_key()  # of the compiler itself, half a second's work that children inherit
-    named: list[Kernel] = []
-    while line := sys.stdin.readline().strip():
-        named.append(parse(line))
-    waiting = deque(kernel for kernel in named if not kernel.is_cached())
+    triton_key()  # of the compiler itself: half a second's work, which children inherit
+    width, waiting, begun = int(arguments[0]), deque[str](), b""
     running: dict[int, int] = {}  # the pipe that ends with a child -> its process
     failed = 0
-    while waiting or running:
-        while waiting and len(running) < int(arguments[0]):
-            running.update([_start(waiting.popleft())])
+    while running or list(waiting) != [""]:
+        while waiting and waiting[0] and len(running) < width:
+            running.update([_start(parse(waiting.popleft()))])
         ready, _, _ = select.select([0, *running], [], [])
-        if 0 in ready:  # nothing more is to come, so whoever waited is gone
-            os.killpg(0, signal.SIGKILL)
+        if 0 in ready:
+            ready.remove(0)
+            data = os.read(0, 1 << 16)
+            if not data:  # whoever waited is gone
+                os.killpg(0, signal.SIGKILL)
+            *lines, begun = (begun + data).split(b"\n")
+            waiting.extend(line.decode() for line in lines)
         for pipe in ready:
             os.close(pipe)
             failed += os.waitpid(running.pop(pipe), 0)[1] != 0
