@@ -22,6 +22,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 
 from tpqwen.kernels import build, build_worker, cuda, gemm, launch, norm, sampling, stepping
+from tpqwen.kernels.variant import Kernel, parse
 
 MODULES = (launch, norm, gemm, sampling, stepping)
 
@@ -99,7 +100,7 @@ def records() -> None:
         return True
 
     knobs.runtime.jit_cache_hook = before
-    kernels: list[build.Kernel] = []
+    kernels: list[Kernel] = []
     with build.recorded(kernels.append):
         for make in [*launches(), *launches()]:
             make()
@@ -110,7 +111,7 @@ def records() -> None:
         assert torch.empty(1000).eq(0).all() and torch.zeros(1).new_empty(1000).eq(0).all()
     assert knobs.runtime.jit_cache_hook is before
     print([k.name for k in kernels], made)
-    assert [build.parse(repr(tuple(k))) for k in kernels] == kernels
+    assert [parse(repr(tuple(k))) for k in kernels] == kernels
 
 
 def keys() -> None:
@@ -123,7 +124,7 @@ def keys() -> None:
 def works() -> int:
     """The worker with kernels that fail, or take a minute to compile."""
 
-    def compile_kernel(kernel: build.Kernel) -> None:
+    def compile_kernel(kernel: Kernel) -> None:
         print(os.getpid(), flush=True)
         if kernel.name == "fails":
             raise ValueError(kernel.name)

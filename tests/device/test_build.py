@@ -13,6 +13,7 @@ from triton.backends.nvidia import driver
 
 from tests.cluster.processes import until
 from tpqwen.kernels import build, build_worker
+from tpqwen.kernels.variant import Kernel, parse
 
 PATHS = "__grp__"  # begins the names of files that name others by their path
 
@@ -58,13 +59,13 @@ def test_a_kernels_key_does_not_depend_on_what_was_hashed_before_it(tmp_path: Pa
 
 
 def test_only_literals_are_kernels() -> None:
-    kernel = build.Kernel(
+    kernel = Kernel(
         "m", "f", {"x": "*bf16"}, {(1,): (64, 128)}, {(0,): [["tt.divisibility", 16]]}, {}, ("cuda", 90, 32)
     )
-    assert build.parse(repr(tuple(kernel))) == kernel
+    assert parse(repr(tuple(kernel))) == kernel
     for text in ("<object>", "inf", "print(1)"):
         with pytest.raises(ValueError, match=r"invalid syntax|malformed node"):
-            build.parse(repr(tuple(kernel)).replace("(64, 128)", text))
+            parse(repr(tuple(kernel)).replace("(64, 128)", text))
 
 
 def test_a_launcher_is_compiled_too_where_triton_makes_one_for_each_signature(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +74,7 @@ def test_a_launcher_is_compiled_too_where_triton_makes_one_for_each_signature(mo
     class Compiled:
         src, metadata = "source", "metadata"
 
-    class Kernel:
+    class Some:
         target, options = ("cuda", 90, 32), {"num_warps": 2}
 
         def source(self) -> str:
@@ -82,9 +83,9 @@ def test_a_launcher_is_compiled_too_where_triton_makes_one_for_each_signature(mo
     monkeypatch.setattr(build_worker.triton, "compile", lambda *what, **how: made.append((what, how)) or Compiled)
     monkeypatch.setattr(driver, "CudaLauncher", lambda *what: made.append(what))
     monkeypatch.delattr(driver, "make_launcher", raising=False)
-    build_worker.compile_kernel(Kernel())  # type: ignore[arg-type]
+    build_worker.compile_kernel(Some())  # type: ignore[arg-type]
     monkeypatch.setattr(driver, "make_launcher", None, raising=False)
-    build_worker.compile_kernel(Kernel())  # type: ignore[arg-type]
+    build_worker.compile_kernel(Some())  # type: ignore[arg-type]
     compiled = (("kernel",), {"target": build_worker.GPUTarget("cuda", 90, 32), "options": {"num_warps": 2}})
     assert made == [compiled, compiled, ("source", "metadata")]
 
@@ -151,3 +152,11 @@ def test_nothing_is_left_of_a_builder_that_has_nothing_to_do(monkeypatch: pytest
 
 def test_a_builder_that_has_died_costs_nothing_but_time(tmp_path: Path) -> None:
     assert run(tmp_path, "dead").split() == ["False"] * 5
+
+
+def test_without_a_process_nothing_is_built(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(build.sys, "executable", "/nowhere/python")
+    launched: list[int] = []
+    with build.building(2) as compile_all:
+        compile_all([lambda: launched.append(1)])
+    assert not launched and "no process to compile kernels" in caplog.text

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +101,8 @@ def test_nothing_is_made_where_the_weights_leave_no_room(tmp_path: Path, monkeyp
     assert quantized.early_parts() != [], "a smaller model leaves room"
 
 
-@contextmanager
-def unbuilt() -> Iterator[Callable[[Sequence[Part]], None]]:
+def unbuilt(parts: Sequence[Part]) -> None:
     """Nothing is built ahead."""
-    yield lambda parts: None
 
 
 def test_parts_run_beside_the_body_one_after_another_and_are_waited_for() -> None:
@@ -124,22 +121,15 @@ def test_parts_run_beside_the_body_one_after_another_and_are_waited_for() -> Non
     assert done == [(False, True)] * 3
 
 
-def test_all_parts_are_built_before_any_is_run_and_the_builder_starts_before_they_are_made() -> None:
+def test_all_parts_are_built_before_any_is_run() -> None:
     done: list[object] = []
 
-    @contextmanager
-    def building() -> Iterator[Callable[[Sequence[Part]], None]]:
-        done.append("started")
-        yield lambda parts: done.append((len(parts), torch.is_inference_mode_enabled()))
-        done.append("ended")
+    def build(parts: Sequence[Part]) -> None:
+        done.append((len(parts), torch.is_inference_mode_enabled()))
 
-    def make() -> list[Part]:
-        done.append("made")
-        return [lambda: done.append("run")] * 2
-
-    with compiled_beside(make, building):
+    with compiled_beside(lambda: [lambda: done.append("run")] * 2, build):
         pass
-    assert done == ["started", "made", (2, True), "ended", "run", "run"]
+    assert done == [(2, True), "run", "run"]
 
 
 def test_what_fails_early_is_no_error_and_a_failing_body_is_one() -> None:
@@ -148,15 +138,11 @@ def test_what_fails_early_is_no_error_and_a_failing_body_is_one() -> None:
     def fails(*_: object) -> None:
         raise RuntimeError("PassManager::run failed")
 
-    @contextmanager
-    def broken() -> Iterator[Callable[[Sequence[Part]], None]]:
-        yield fails
-
     with compiled_beside(lambda: [fails, lambda: done.append(1)], unbuilt):
         pass
     with compiled_beside(lambda: fails(), unbuilt):  # type: ignore[arg-type,return-value,func-returns-value]
         done.append(2)
-    with compiled_beside(lambda: [lambda: done.append(3)], broken):
+    with compiled_beside(lambda: [lambda: done.append(3)], fails):
         pass
     with pytest.raises(KeyError), compiled_beside(lambda: [lambda: done.append(4)], unbuilt):
         raise KeyError("a tensor is missing")

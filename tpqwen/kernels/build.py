@@ -9,8 +9,6 @@ because much of compiling is Python, and because launchers may not be made in se
 
 from __future__ import annotations
 
-import ast
-import hashlib
 import json
 import logging
 import os
@@ -22,59 +20,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from triton import knobs
-from triton._C.libtriton import get_cache_invalidating_env_vars
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
 from triton.runtime import driver
-from triton.runtime.cache import get_cache_key, get_cache_manager
 
-MOST = 32  # processes at a time; each takes 0.1 to 0.2 GB while it runs
+from tpqwen.kernels.variant import Kernel, parse
+
+MOST = 32  # processes at a time; each has some 30 MB of its own, and a compiler at work
+TIMEOUT_S = 120.0  # for all of it; what is not there by then is compiled where it is launched
 NO_THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-NAME_LENGTH = 150  # of a kernel's files in the cache, as triton.compiler cuts it
 
 _log = logging.getLogger(__name__)
 Launch = Callable[[], object]
 Build = Callable[[Sequence[Launch]], None]
-
-
-class Kernel(NamedTuple):
-    """One variant of a kernel, all of it literals. Constants and attributes by their place among the arguments."""
-
-    module: str
-    name: str
-    signature: dict[str, Any]
-    constants: dict[tuple[int, ...], Any]
-    attributes: dict[tuple[int, ...], Any]
-    options: dict[str, Any]
-    target: tuple[str, int, int]  # kind of device, its architecture, threads of a warp
-
-    def source(self) -> ASTSource:
-        """What Triton compiles."""
-        function = getattr(import_module(self.module), self.name)
-        return ASTSource(function, self.signature, self.constants, self.attributes)
-
-    def is_cached(self) -> bool:
-        """Whether Triton would find it compiled."""
-        source, backend = self.source(), make_backend(GPUTarget(*self.target))
-        key = get_cache_key(source, backend, backend.parse_options(self.options), get_cache_invalidating_env_vars())
-        name = f"{source.name[:NAME_LENGTH]}.json"
-        manager = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
-        return name in (manager.get_group(name) or {})
-
-
-def parse(line: str) -> Kernel:
-    """From its repr as a tuple. Raises ValueError where that holds more than literals."""
-    try:
-        return Kernel(*ast.literal_eval(line))
-    except SyntaxError as error:  # an object's "<function ...>"
-        raise ValueError(str(error)) from None
 
 
 def _noted(call: dict[str, Any]) -> str:
@@ -129,17 +91,17 @@ def recorded(note: Callable[[Kernel], None]) -> Iterator[None]:
 @contextmanager
 def building(width: int) -> Iterator[Build]:
     """Start the process that will compile, at most `width` kernels at a time, and give what waits for it. At the end of
-    the body nothing is left of it; it also ends with this process."""
+    the body nothing is left of it; it also ends with this process. Where it cannot be started, nothing is built."""
     path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, **NO_THREADS, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tpqwen.kernels.build_worker", str(max(1, min(width, MOST)))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        env=environment,
-        process_group=0,
-        text=True,
-    )
+    command = [sys.executable, "-m", "tpqwen.kernels.build_worker", str(max(1, min(width, MOST)))]
+    inbox, nowhere = subprocess.PIPE, subprocess.DEVNULL
+    try:
+        process = subprocess.Popen(command, stdin=inbox, stdout=nowhere, env=environment, process_group=0, text=True)
+    except OSError as error:
+        _log.warning("no process to compile kernels: %s", error)
+        yield lambda launches: None
+        return
     try:
         yield partial(_build, process)
     finally:
@@ -174,5 +136,5 @@ def _build(process: subprocess.Popen[str], launches: Sequence[Launch]) -> None:
                 _log.debug("not recorded: %s: %s", type(error).__name__, error)
     if sent:
         send("")
-        failed = process.wait()
+        failed = process.wait(TIMEOUT_S)
         _log.info("kernels compiled=%d failed=%d seconds=%.2f", sent, failed, time.monotonic() - began)

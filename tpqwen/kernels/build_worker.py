@@ -16,22 +16,23 @@ import signal
 import sys
 import traceback
 from collections import deque
+from importlib import import_module
+from threading import Thread
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver
 from triton.runtime.cache import triton_key
 
-from tpqwen.kernels import cuda, invariant
-from tpqwen.kernels.build import Kernel, parse
+from tpqwen.kernels.variant import Kernel, parse
 
 MOST_TOLD = 100  # an exit status has 8 bits
-IMPORTED = (cuda, invariant)  # with all kernels, so that no child has to
+MODULES = ("tpqwen.kernels.cuda", "tpqwen.kernels.invariant")  # with all kernels, and PyTorch
 
 
 def main(arguments: list[str]) -> int:
     """Compile what stdin names."""
-    triton_key()  # of the compiler itself: half a second's work, which children inherit
+    _prepare()
     width, waiting, begun = int(arguments[0]), deque[str](), b""
     running: dict[int, int] = {}  # the pipe that ends with a child -> its process
     failed = 0
@@ -50,6 +51,15 @@ def main(arguments: list[str]) -> int:
             os.close(pipe)
             failed += os.waitpid(running.pop(pipe), 0)[1] != 0
     return min(failed, MOST_TOLD)
+
+
+def _prepare() -> None:
+    """What every child needs: the kernels, and the compiler's own key, a hash over its files. No thread stays."""
+    key = Thread(target=triton_key)
+    key.start()
+    for module in MODULES:
+        import_module(module)
+    key.join()
 
 
 def _start(kernel: Kernel) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -32,7 +32,7 @@ NUM_BLOCKS = 2  # of the runner's cache; what is written goes to the null block
 
 _log = logging.getLogger(__name__)
 Part = Callable[[], object]
-Building = AbstractContextManager[Callable[[Sequence[Part]], None]]
+Build = Callable[[Sequence[Part]], None]
 
 
 class Alone(TPGroup):
@@ -49,12 +49,13 @@ class Alone(TPGroup):
 
 
 @contextmanager
-def compiled_beside(make: Callable[[], list[Part]], building: Callable[[], Building]) -> Iterator[None]:
-    """While the body runs, make the parts, build what they need and run them in a thread; leaves when all is done.
+def compiled_beside(make: Callable[[], list[Part]], build: Build) -> Iterator[None]:
+    """While the body runs, make the parts, build what they will launch and run them in a thread; leaves when all of
+    that is done.
 
-    building: as ops.building. What fails is no error: whoever needs the kernel compiles it again, and there it is one.
+    build: as ops.building gives. What fails is no error: whoever needs the kernel compiles it again, and there it is.
     """
-    thread = threading.Thread(target=_run, args=(make, building), name="early", daemon=True)
+    thread = threading.Thread(target=_run, args=(make, build), name="early", daemon=True)
     thread.start()
     try:
         yield
@@ -62,15 +63,10 @@ def compiled_beside(make: Callable[[], list[Part]], building: Callable[[], Build
         thread.join()
 
 
-def _run(make: Callable[[], list[Part]], building: Callable[[], Building]) -> None:
+def _run(make: Callable[[], list[Part]], build: Build) -> None:
     parts: list[Part] = []
-
-    def prepare() -> None:
-        with building() as build:
-            parts.extend(make())
-            build(parts)
-
-    _quietly(prepare)
+    _quietly(lambda: parts.extend(make()))
+    _quietly(lambda: build(parts))
     for part in parts:
         _quietly(part)
 
@@ -99,12 +95,12 @@ def first_parts(runner: Runner) -> list[Part]:
     whole = blank_prompt(0, min(WHOLE, state.tensors.tables_SM.shape[1] * size), state, size)
     for chunks in (_padded_chunks(runner), whole):
         contexts.append((len(chunks.ids), runner.mixed_context(none, chunks)[1]))
-    for count, context in contexts:
-        parts.append(partial(runner.model.attention[0], runner.blank_hidden(count), context))
-        parts.append(partial(runner.model.mlp[0], runner.blank_hidden(count)))
     for kind in USUAL_KINDS:
         parts.append(partial(runner.finish, runner.blank_hidden(1), first, kind))
         parts.append(partial(_sample, runner, few, kind))
+    for count, context in contexts:
+        parts.append(partial(runner.model.attention[0], runner.blank_hidden(count), context))
+        parts.append(partial(runner.model.mlp[0], runner.blank_hidden(count)))
     parts.append(partial(_edit, runner))
     return parts
 

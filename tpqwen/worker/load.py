@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,20 +42,7 @@ class Loaded:
 def load(config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, group: TPGroup) -> Loaded:
     """Build the model, read this rank's slices, make the cache as large as memory allows. Raises ConfigError."""
     clock = _Stages()
-    device, dtype = torch.device("cuda:0" if sizes.device == "cuda" else "cpu"), getattr(torch, sizes.dtype)
-    num_ids = count_token_ids(folder, model_config.vocab_size)
-    with torch.device("meta"):
-        scheme = SCHEMES[config.model.quantization]
-        model = Qwen3(model_config, group, num_ids, invariant=config.model.deterministic, scheme=scheme)
-    build = _Build(model, num_ids, model_config, sizes, group, device, dtype)
-    processes = partial(ops.building, (os.cpu_count() or 1) // group.size)
-    with compiled_beside(build.early_parts, processes) if sizes.device == "cuda" else nullcontext():
-        if config.model.random_weights:
-            random_weights(model, device=device, dtype=dtype, seed=0)
-        else:
-            load_weights(model, folder, device=device, dtype=dtype)
-        clock.mark("weights")
-    _log.info("weights dtype=%s quantization=%s bytes=%d", sizes.dtype, scheme.name, weight_bytes(model, dtype))
+    build = _with_weights(config, model_config, sizes, folder, group, clock)
     if sizes.device == "cuda":
         torch.cuda.empty_cache()  # of the early layer's memory
         clock.mark("kernels")
@@ -96,6 +82,30 @@ def load(config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, 
         load_seconds=clock.seconds,
     )
     return Loaded(runner, ahead, capacity)
+
+
+def _with_weights(
+    config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, group: TPGroup, clock: _Stages
+) -> _Build:
+    """A model with its weights; on a GPU the first kernels are compiled meanwhile."""
+    device, dtype = torch.device("cuda:0" if sizes.device == "cuda" else "cpu"), getattr(torch, sizes.dtype)
+    with ExitStack() as beside:
+        building = ops.building((os.cpu_count() or 1) // group.size) if sizes.device == "cuda" else None
+        compile_all = beside.enter_context(building) if building else None
+        num_ids = count_token_ids(folder, model_config.vocab_size)
+        scheme = SCHEMES[config.model.quantization]
+        with torch.device("meta"):
+            model = Qwen3(model_config, group, num_ids, invariant=config.model.deterministic, scheme=scheme)
+        build = _Build(model, num_ids, model_config, sizes, group, device, dtype)
+        if compile_all:
+            beside.enter_context(compiled_beside(build.early_parts, compile_all))
+        if config.model.random_weights:
+            random_weights(model, device=device, dtype=dtype, seed=0)
+        else:
+            load_weights(model, folder, device=device, dtype=dtype)
+        clock.mark("weights")
+    _log.info("weights dtype=%s quantization=%s bytes=%d", sizes.dtype, scheme.name, weight_bytes(model, dtype))
+    return build
 
 
 def _context_cost(c: ModelConfig) -> float:

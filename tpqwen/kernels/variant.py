@@ -1,0 +1,50 @@
+"""One variant of a kernel as literals: what is sent to the process that compiles it. Without PyTorch."""
+
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from triton._C.libtriton import get_cache_invalidating_env_vars
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.cache import get_cache_key, get_cache_manager
+
+NAME_LENGTH = 150  # of a kernel's files in the cache, as triton.compiler cuts it
+
+
+class Kernel(NamedTuple):
+    """One variant of a kernel, all of it literals. Constants and attributes by their place among the arguments."""
+
+    module: str
+    name: str
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+    target: tuple[str, int, int]  # kind of device, its architecture, threads of a warp
+
+    def source(self) -> ASTSource:
+        """What Triton compiles."""
+        function = getattr(import_module(self.module), self.name)
+        return ASTSource(function, self.signature, self.constants, self.attributes)
+
+    def is_cached(self) -> bool:
+        """Whether Triton would find it compiled."""
+        source, backend = self.source(), make_backend(GPUTarget(*self.target))
+        key = get_cache_key(source, backend, backend.parse_options(self.options), get_cache_invalidating_env_vars())
+        name = f"{source.name[:NAME_LENGTH]}.json"
+        manager = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
+        return name in (manager.get_group(name) or {})
+
+
+def parse(line: str) -> Kernel:
+    """From its repr as a tuple. Raises ValueError where that holds more than literals."""
+    try:
+        return Kernel(*ast.literal_eval(line))
+    except SyntaxError as error:  # an object's "<function ...>"
+        raise ValueError(str(error)) from None
