@@ -2,7 +2,7 @@
 
 Only Triton's cache on disk is filled. Whoever launches a kernel afterwards finds it there by a key over its source,
 types, constants, options and compiler, or compiles it: nothing that goes wrong here makes a kernel wrong. Processes,
-because much of compiling is Python, and because launchers may not be made in several threads (docs/design.md).
+because threads that compile starve each other of the interpreter, and must not make launchers (docs/design.md).
 """
 
 # mypy: disable-error-code="no-untyped-call"
