@@ -6,6 +6,7 @@ captured in a CUDA graph.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _abort_process_group
 
-LOOK_S = 100e-6
+LOOK_S = 20e-6
 
 # torch 2.13 renames the operation and warns about the old name, which is the only one that 2.11 has.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -33,6 +34,7 @@ class TPGroup:
         self.in_collective = False  # as of now: this rank waits for the others
         self.called_off = False  # set by another thread: this rank is about to leave, whatever its pass waits for
         self._group = process_group
+        self._aborting = threading.Lock()
 
     @staticmethod
     def single() -> TPGroup:
@@ -75,10 +77,12 @@ class TPGroup:
             raise ConnectionError(f"rank {self.rank} of {self.size} leaves its group")
 
     def wait_until(self, passed: Callable[[], bool]) -> None:
-        """Wait for the device, which may be waiting for another rank that is gone: raises as `check` does."""
+        """Wait for the device, which may be waiting for another rank that is gone: raises as `check` does, also when
+        it has passed because the group was aborted, for then nothing that was computed means anything."""
         while not passed():
             self.check()
             time.sleep(LOOK_S)
+        self.check()
 
     def join(self, store: Store, epoch: int, device_type: str, timeout_s: float) -> None:
         """Meet the other ranks of this epoch through the owner's store. Raises torch.distributed's errors on time-out.
@@ -106,17 +110,26 @@ class TPGroup:
 
     def abort(self) -> None:
         """End this process's membership whatever the others do: NCCL's kernels are released, gloo's peers see the
-        connection close. No thread of this process may be in a gloo collective. Idempotent."""
-        if self._group is not None and dist.get_backend(self._group) == "nccl":
-            _abort_process_group()
-            self._group = None
-        self.leave()
+        connection close. Idempotent; a second thread waits for the first.
+
+        No thread of this process may be in a gloo collective. With NCCL one may be anywhere in a pass, once called_off
+        is set: what it waits for on the device is released at once. It must not begin another collective, which would
+        wait for the end of the abort, as the abort does for the end of all graphs that hold the communicator.
+        """
+        with self._aborting:
+            if self._group is not None and dist.get_backend(self._group) == "nccl":
+                _abort_process_group()
+                self._group = None
+            self.leave()
 
     def _together(self, collective: Callable[..., Any], *tensors: torch.Tensor) -> None:
         group = self._joined()
         self.in_collective = True
         try:
             collective(*tensors, group=group)
+        except RuntimeError:
+            self.check()  # an aborted communicator says so in words of its own
+            raise
         finally:
             self.in_collective = False
 

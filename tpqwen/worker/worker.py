@@ -107,7 +107,8 @@ class Worker:
         loaded: Loaded = load(self._config, model, self.sizes, folder, self._group)
         self.runner, self._ahead = loaded.runner, loaded.ahead
         head = self.runner.model.lm_head
-        self._guides = GuideRows(folder, model.vocab_size, head.first_id, head.num_local, self._device)
+        shard = head.first_id, head.num_local
+        self._guides = GuideRows(folder, model.vocab_size, *shard, self._device, self._group)
         self.runner.edits.guides = self._guides
         self._stager = Stager(self._device, COPIES * (self._config.schedule.depth + 2))
         self.rejoined()
@@ -150,7 +151,7 @@ class Worker:
         return done is None or bool(done.query())  # type: ignore[no-untyped-call]
 
     def collect(self) -> StepOutput:
-        """The oldest launched step's output; waits for the device."""
+        """The oldest launched step's output; waits for the device. Raises ConnectionError when called off meanwhile."""
         p = self._pending.popleft()
         busy = p.busy_s
         if p.done is not None:
@@ -163,7 +164,7 @@ class Worker:
         logprobs: tuple[tuple[int, TokenLogprob], ...] = ()
         if p.run.logprobs is not None:
             logprobs = tuple(p.run.logprobs.rows([r.logprobs for r in p.run.params]))
-        return StepOutput(
+        output = StepOutput(
             p.step.epoch,
             p.step.step,
             tokens.tobytes(),
@@ -176,6 +177,8 @@ class Worker:
             captured=self.graphs.num_captured > p.graphs,  # for it, or for the next one, whose launch it waited for
             graphs_left=p.run.graphs_left,
         )
+        self._group.check()  # last of all: the device goes on when a group is aborted, with numbers that mean nothing
+        return output
 
     def stats(self) -> RankStats:
         """Slow numbers: memory and NVML."""
@@ -195,14 +198,17 @@ class Worker:
         )
 
     def call_off(self) -> None:
-        """From another thread, before `leave`: a GPU's rank that captures a graph, or launches a pass, ends with a
-        ConnectionError at its next collective or look at the device. On a CPU a rank that leaves finishes its step."""
+        """From another thread, before `leave`: a GPU's rank that captures a graph, launches a pass or collects one ends
+        with a ConnectionError at its next collective or look at the device, and answers nothing any more. On a CPU a
+        rank that leaves finishes its step."""
         self._group.called_off = self._device.type == "cuda"
 
     def leave(self) -> None:
         """Forget all sequences and leave the group, whatever its other members do; the weights stay. No step may be
-        submitted or collected meanwhile, and the next comes after `rejoined`."""
+        submitted or collected meanwhile, and the next comes after `rejoined`. The group may be in the middle of an
+        abort, which then ends here: it waits for the graphs."""
         self._pending.clear()
+        self._guides.forget()
         self._drop_graphs()
         self._group.abort()
         if self._device.type == "cuda":
