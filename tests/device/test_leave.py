@@ -225,3 +225,41 @@ def test_what_an_abort_lets_through_ends_when_called_off(monkeypatch: pytest.Mon
     with pytest.raises(ConnectionError, match="rank 0 of 2 leaves its group"):
         group.all_reduce(torch.ones(1))
     assert not group.in_collective
+
+
+GPU_KINDS = (
+    SamplingParams(temperature=0.8, top_p=0.9, seed=1, max_tokens=12, ignore_eos=True),
+    SamplingParams(
+        temperature=0.9, seed=2, frequency_penalty=0.5, repetition_penalty=1.2, max_tokens=12, ignore_eos=True
+    ),
+    SamplingParams(temperature=0.0, logprobs=3, prompt_logprobs=2, max_tokens=12, ignore_eos=True),
+    SamplingParams(temperature=0.7, seed=3, min_tokens=6, logit_bias={5: 2.0, 70: -9.0}, max_tokens=12),
+    SamplingParams(temperature=0.7, top_k=20, seed=4, max_tokens=12, ignore_eos=True),
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_no_launch_of_a_step_waits_for_the_device(deterministic: bool) -> None:
+    """torch raises where a copy from or to memory that is not pinned, or a look at a value, makes the host wait."""
+    options = {"device": "cuda", "max_num_seqs": 8, "max_batched_tokens": 64, "prefix_cache": False}
+    engine = OfflineEngine(Config.load({**options, "deterministic": deterministic}, {}))
+    worker: Worker = engine.executor._worker  # type: ignore[attr-defined]
+
+    def answer() -> None:
+        requests = [engine.request(list(range(3, 23 + i)), p) for i, p in enumerate(GPU_KINDS * 2)]
+        assert all(d.error is None for deltas in engine.run(requests) for d in deltas)
+
+    answer()  # compiles, captures and makes buffers, which may wait
+    submit = worker.submit
+
+    def strictly(step: StepInput) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            submit(step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    worker.submit = strictly  # type: ignore[method-assign]
+    answer()
+    engine.close()

@@ -32,13 +32,15 @@ from tpqwen.worker.mixed import MixedGraphs
 from tpqwen.worker.prompt import Pooled, PromptScores
 from tpqwen.worker.sampler import LogprobTensors, SampleKind, kind_of
 
-COPIES = 3  # buffers that one step may take from the stager: edits and rows, admissions, chunks
+COPIES = 4  # buffers that one step may take from the stager: edits and rows, admissions, histories, chunks
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is known of a pass when it has been launched. chunks_at: where its chunks' tokens begin in the ring, if not
-    right behind the decode rows'. graphs_left: as StepOutput has it."""
+    """What is known of a pass when it has been launched; its numbers are on the host when it has ended.
+
+    chunks_at: where its chunks' tokens begin in the ring, if not right behind the decode rows'. graphs_left: as
+    StepOutput has it."""
 
     params: tuple[RowParams, ...] = ()
     logprobs: LogprobTensors | None = None
@@ -255,8 +257,10 @@ class Worker:
         for a in step.admits:
             self.runner.state.params[a.slot] = a.params
             self._guides.admit(a)
-            if a.history:
-                self.runner.edits.admit(a.slot, ints(a.history).tolist(), a.num_prompt)
+        with_history = [a for a in step.admits if a.history]
+        histories = self._stager.send([ints(a.history) for a in with_history]) if with_history else []
+        for a, history in zip(with_history, histories, strict=True):
+            self.runner.edits.admit(a.slot, history, a.num_prompt)
         if step.decode is not None and slots is not None:
             self._rows = tuple(ints(step.decode).tolist())
             self.graphs.set_rows(slots)
@@ -279,6 +283,7 @@ class Worker:
         sampled = runner.mixed(rows, chunks, kind, params, wide=step.wide)
         if sampled is None:
             return Run(params, chunks_at=len(rows))
+        sampled = sampled.to_host()
         return Run(params, sampled.logprobs, sampled.prompt_scores, sampled.pooled, len(rows))
 
     def _decode(self, slots: tuple[int, ...]) -> Run:
@@ -293,7 +298,7 @@ class Worker:
         """A pass whose sampling takes host decisions."""
         params = self._params(slots)
         sampled = self.runner.sample(self.graphs.decode_logits(), self.graphs.rows, self._kind, params)
-        return Run(params, sampled.logprobs)
+        return Run(params, sampled.to_host().logprobs)
 
     def _params(self, slots: tuple[int, ...]) -> tuple[RowParams, ...]:
         return tuple(self.runner.state.params[s] for s in slots)
