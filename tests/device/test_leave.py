@@ -137,7 +137,12 @@ def stuck_in_sampling(rank: Rank, nccl: Nccl, after: Callable[[], object]) -> No
 @pytest.mark.parametrize("hung", [False, True])
 @pytest.mark.parametrize("ends", ["at a collective", "at its answer"])
 def test_a_step_that_is_stuck_is_freed_and_the_weights_stay(
-    engine: OfflineEngine, nccl: Nccl, hung: bool, ends: str, monkeypatch: pytest.MonkeyPatch
+    engine: OfflineEngine,
+    nccl: Nccl,
+    hung: bool,
+    ends: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     expected = tokens_of(engine)
     rank = Rank(engine, nccl, monkeypatch)
@@ -149,6 +154,7 @@ def test_a_step_that_is_stuck_is_freed_and_the_weights_stay(
     assert nccl.stuck.wait(PATIENCE_S)
     assert rank.process.leave(PATIENCE_S, hung)
     assert nccl.order == ["abort begins", "graphs", "abort ends"], "graphs go while the abort waits for them"
+    assert "NCCL is aborted under this rank's step, which is in wait" in capfd.readouterr().err
     assert rank.answers() == [], "what comes after an abort means nothing"
     assert rank.group._group is None
     monkeypatch.undo()
@@ -178,7 +184,7 @@ def test_an_abort_that_does_not_come_back_costs_the_rank_in_time(
     begin = time.monotonic()
     assert not rank.process.leave(2.0, hung=False)
     assert time.monotonic() - begin < 10
-    assert "cannot leave its group, for it is in abort (group.py" in caplog.text
+    assert "cannot leave its group, for it is in release (group.py" in caplog.text
     assert rank.answers() == []
     monkeypatch.undo()
 

@@ -180,8 +180,8 @@ class RankProcess:
         """Wait for the end of the steps, which have been called off.
 
         On a GPU a step may be in a launch that the queue has no room for, or in a copy, behind a collective that waits
-        for a rank that is gone. Neither looks at anything, so the group is aborted under it: its kernels end, the step
-        goes on and ends at its next look at the group. The abort itself ends with the graphs, in Worker.leave.
+        for a rank that is gone. Neither looks at anything, so NCCL is aborted under it: its kernels end, the step goes
+        on and ends at its next look at the group. The abort itself ends with the graphs, in Worker.leave.
         """
 
         def wait(at_most_s: float = threading.TIMEOUT_MAX) -> None:
@@ -191,7 +191,8 @@ class RankProcess:
         if device == "cuda":
             wait(ABORT_AFTER_S)
             if steps.is_alive():
-                _aside("abort", self._group.abort)
+                _log.warning("NCCL is aborted under this rank's step, which is %s", _place(steps))
+                _aside("release", self._group.release)
         if hung:
             wait(SETTLE_S[device])
         if not hung or self._group.in_collective:
@@ -248,6 +249,7 @@ def _aside(name: str, work: Callable[[], None]) -> tuple[threading.Thread, Futur
             work()
             done.set_result(None)
         except BaseException as error:
+            _log.exception("%s failed", name)
             done.set_exception(error)
 
     thread = threading.Thread(target=run, name=name, daemon=True)

@@ -110,17 +110,21 @@ class TPGroup:
 
     def abort(self) -> None:
         """End this process's membership whatever the others do: NCCL's kernels are released, gloo's peers see the
-        connection close. Idempotent; a second thread waits for the first.
+        connection close. No thread of this process may be in a collective. Idempotent."""
+        self.release()
+        self.leave()
 
-        No thread of this process may be in a gloo collective. With NCCL one may be anywhere in a pass, once called_off
-        is set: what it waits for on the device is released at once. It must not begin another collective, which would
-        wait for the end of the abort, as the abort does for the end of all graphs that hold the communicator.
+    def release(self) -> None:
+        """Of `abort` what frees a thread that NCCL holds up, once called_off is set; with gloo nothing.
+
+        That thread may be anywhere in a pass: what it waits for on the device ends at once, with results that mean
+        nothing. It must not begin another collective, which would wait for the end of this call, as this call waits for
+        the end of all graphs that hold the communicator. A second caller waits for the first.
         """
         with self._aborting:
             if self._group is not None and dist.get_backend(self._group) == "nccl":
                 _abort_process_group()
                 self._group = None
-            self.leave()
 
     def _together(self, collective: Callable[..., Any], *tensors: torch.Tensor) -> None:
         group = self._joined()
