@@ -29,12 +29,12 @@ class TPGroup:
     """
 
     def __init__(self, rank: int, size: int, process_group: dist.ProcessGroup | None) -> None:
+        self._releasing = threading.Lock()
         self.rank = rank
         self.size = size
         self.in_collective = False  # as of now: this rank waits for the others
         self.called_off = False  # set by another thread: this rank is about to leave, whatever its pass waits for
         self._group = process_group
-        self._aborting = threading.Lock()
 
     @staticmethod
     def single() -> TPGroup:
@@ -77,8 +77,7 @@ class TPGroup:
             raise ConnectionError(f"rank {self.rank} of {self.size} leaves its group")
 
     def wait_until(self, passed: Callable[[], bool]) -> None:
-        """Wait for the device, which may be waiting for another rank that is gone: raises as `check` does, also when
-        it has passed because the group was aborted, for then nothing that was computed means anything."""
+        """Wait for the device, which may be waiting for another rank that is gone: raises as `check` does."""
         while not passed():
             self.check()
             time.sleep(LOOK_S)
@@ -108,12 +107,6 @@ class TPGroup:
             dist.destroy_process_group()
             self._group = None
 
-    def abort(self) -> None:
-        """End this process's membership whatever the others do: NCCL's kernels are released, gloo's peers see the
-        connection close. No thread of this process may be in a collective. Idempotent."""
-        self.release()
-        self.leave()
-
     def release(self) -> None:
         """Of `abort` what frees a thread that NCCL holds up, once called_off is set; with gloo nothing.
 
@@ -121,10 +114,16 @@ class TPGroup:
         nothing. It must not begin another collective, which would wait for the end of this call, as this call waits for
         the end of all graphs that hold the communicator. A second caller waits for the first.
         """
-        with self._aborting:
+        with self._releasing:
             if self._group is not None and dist.get_backend(self._group) == "nccl":
                 _abort_process_group()
                 self._group = None
+
+    def abort(self) -> None:
+        """End this process's membership whatever the others do: NCCL's kernels are released, gloo's peers see the
+        connection close. No thread of this process may be in a collective. Idempotent."""
+        self.release()
+        self.leave()
 
     def _together(self, collective: Callable[..., Any], *tensors: torch.Tensor) -> None:
         group = self._joined()
