@@ -78,7 +78,7 @@ def test_the_parts_launch_all_that_the_first_request_launches(
     launches.clear()
     options = {"model": str(folder), "device": "cpu", "prefix_cache": False, "quantization": scheme.name}
     engine = OfflineEngine(Config.load(options, {}))
-    for sampling in ({"temperature": 0.0}, {"temperature": 0.6, "top_k": 20}):
+    for sampling in ({"temperature": 0.0}, {"temperature": 0.6, "top_k": 20}, {"temperature": 0.6, "top_p": 0.9}):
         request = engine.request(list(range(20)), SamplingParams(**sampling, max_tokens=3, ignore_eos=True))
         assert sum(len(deltas) for deltas in engine.run([request])) == 3
     engine.close()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tpqwen.parallel.group import TPGroup
 from tpqwen.request import Guide
 from tpqwen.step import Admit, RowParams, packed
 from tpqwen.worker.guide import GuideState, Masks, Phase
@@ -123,8 +124,8 @@ def test_a_token_that_was_not_allowed_leaves_nothing() -> None:
 def test_the_last_steps_tokens_are_waited_for_only_when_masks_are_due(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until then the next forward pass can be launched, and a step without guided rows waits for nothing."""
     waits = []
-    done = type("Done", (), {"synchronize": lambda self: waits.append(1)})()
-    rows = GuideRows(None, SIZE, 0, SIZE, torch.device("cpu"))  # type: ignore[arg-type]
+    done = type("Done", (), {"query": lambda self: waits.append(1) or True})()
+    rows = GuideRows(None, SIZE, 0, SIZE, torch.device("cpu"), TPGroup.single())  # type: ignore[arg-type]
     monkeypatch.setattr(rows, "read", lambda: type("Read", (), {"result": staticmethod(FakeGrammars)}))
     plain, params = (RowParams(0.0, 0, 1.0, 0.0, 0, 0, guided=g) for g in (False, True))
     rows.admit(Admit(0, params, 0, 1, b"", Guide(answer=ANSWER, end_ids=(END,)), b""))
@@ -143,11 +144,33 @@ def test_the_last_steps_tokens_are_waited_for_only_when_masks_are_due(monkeypatc
     assert len(waits) == 2
 
 
+def test_tokens_of_a_step_that_was_aborted_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = TPGroup.single()
+    rows = GuideRows(None, SIZE, 0, SIZE, torch.device("cpu"), group)  # type: ignore[arg-type]
+    monkeypatch.setattr(rows, "read", lambda: type("Read", (), {"result": staticmethod(FakeGrammars)}))
+    guide, params = Guide(answer=ANSWER, end_ids=(END,)), RowParams(0.0, 0, 1.0, 0.0, 0, 0, guided=True)
+
+    def released(self: object) -> bool:
+        group.called_off = True
+        return True
+
+    rows.admit(Admit(0, params, 0, 1, b"", guide, b""))
+    rows.select([0])
+    rows.sampled(torch.tensor([9], dtype=torch.int32), type("Done", (), {"query": released})())
+    with pytest.raises(ConnectionError):
+        rows.apply(torch.zeros(1, SIZE))
+    assert rows._states[0].phase is not Phase.BROKEN
+    rows.forget()
+    logits = torch.zeros(1, SIZE)
+    rows.select([0])
+    assert rows.apply(logits).eq(0).all(), "the slot is free"
+
+
 @pytest.mark.parametrize(("first", "local"), [(0, 70), (0, 35), (35, 35), (30, 50)])
 def test_rows_mask_their_part_of_the_vocabulary_and_catch_up(
     monkeypatch: pytest.MonkeyPatch, first: int, local: int
 ) -> None:
-    rows = GuideRows(None, SIZE, first, local, torch.device("cpu"))  # type: ignore[arg-type]
+    rows = GuideRows(None, SIZE, first, local, torch.device("cpu"), TPGroup.single())  # type: ignore[arg-type]
     monkeypatch.setattr(rows, "read", lambda: type("Read", (), {"result": staticmethod(FakeGrammars)}))
     guide = Guide(answer=ANSWER, end_ids=(END,))
     params = RowParams(0.0, 0, 1.0, 0.0, 0, 0, guided=True)

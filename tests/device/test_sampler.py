@@ -168,7 +168,7 @@ def test_penalties_bias_and_min_tokens_edit_the_logits() -> None:
     state = state_of([p, plain])
     rows = state.gather(every_slot(state))
     edits = LogitEdits(2, 0, VOCAB, torch.device("cpu"))
-    edits.admit(0, [1, 2, 2, 3, 3, 3], num_prompt=3)  # prompt 1 2 2, output 3 3 3
+    edits.admit(0, torch.tensor([1, 2, 2, 3, 3, 3], dtype=torch.int32), num_prompt=3)  # prompt 1 2 2, output 3 3 3
     edits.count(torch.tensor([0, 1]), torch.tensor([5, 5]))
     logits = torch.linspace(-1, 1, VOCAB).repeat(2, 1)
     slots = torch.arange(2)

@@ -69,6 +69,33 @@ def test_words_and_noise_are_the_references(device: torch.device) -> None:
     torch.testing.assert_close(tile, expected[:2], rtol=1e-5, atol=1e-5)
 
 
+def test_noise_of_listed_ids_is_that_of_whole_rows(device: torch.device) -> None:
+    torch.manual_seed(2)
+    rows, groups, first_group = 3, 512, 25_000
+    seeds, choices, out_index = draws(rows, device)
+    words = torch.empty((rows, groups, 4), dtype=torch.int64, device=device)
+    whole = torch.full((rows, groups * 4), torch.nan, device=device)
+    words_kernel[(rows,)](seeds, out_index, choices, words, whole, first_group, groups)
+    places = torch.stack([torch.randperm(groups * 4)[:1500] for _ in range(rows)]).to(device)
+    listed = sampling.gumbel_noise(seeds, choices, out_index, places + 4 * first_group)
+    assert torch.equal(listed, whole.gather(1, places))
+    same = sampling.gumbel_noise(seeds, choices, out_index, places[0] + 4 * first_group)
+    assert torch.equal(same, whole[:, places[0]])
+    assert sampling.gumbel_noise(seeds, choices, out_index, places[:, :0]).shape == (rows, 0)
+
+
+@pytest.mark.parametrize("vocab", [96, 3000])
+def test_whole_rows_choose_what_the_reference_chooses(vocab: int, device: torch.device) -> None:
+    torch.manual_seed(vocab)
+    state, slots = slots_of([0.7, 1.3, 1.0, 0.9, 0.0, 1.1], device)
+    state.top_k[:3] = torch.tensor([80, 0, 0], dtype=torch.int32)
+    state.top_p[1:4] = torch.tensor([0.9, 0.5, 1.0])
+    state.min_p[3] = 0.05
+    values, ids = (torch.randn(6, vocab) * 2).to(device).sort(dim=-1, descending=True, stable=True)
+    ids += 1002
+    assert torch.equal(sampling.choose(values, ids, state, slots), reference.choose(values, ids, state, slots))
+
+
 def test_noise_is_precise_over_its_whole_range(device: torch.device) -> None:
     words = torch.cat(
         [torch.arange(32), 2 ** torch.arange(5, 32), 2**32 - 2 ** torch.arange(0, 32), torch.arange(37) * 2**26]

@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
+from pathlib import Path
 
+import msgspec
 import pytest
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -19,7 +21,11 @@ from tpqwen.budget import Budget
 from tpqwen.config import EMBEDDED_MODEL
 from tpqwen.executor import processes
 from tpqwen.executor.rank_group import RankGroup
-from tpqwen.request import FinishReason
+from tpqwen.grammar import Vocabulary
+from tpqwen.model.config import ModelConfig
+from tpqwen.request import FinishReason, Guide, SamplingParams, ThinkingBudget
+from tpqwen.structure import Schema
+from tpqwen.text.schema import checked_schema
 
 pytestmark = pytest.mark.ray
 
@@ -43,6 +49,7 @@ RANK_FAULTS = [
     ("decode", 12, "hang"),
 ]
 ENGINE_FAULTS = [(1, "kill"), (2, "kill"), (6, "kill"), (40, "kill"), (12, "stop"), (12, "raise"), (1, "raise")]
+NUMBERS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99999}, "minItems": 30}
 BEGIN = ("rank 1", "decode", 8, "kill")
 WHOLE = [
     *([(rank, *fault)] for rank in ("rank 0", "rank 1") for fault in RANK_FAULTS),
@@ -75,6 +82,40 @@ def test_a_hang_costs_the_rank_that_hangs_and_no_other(served):
     before = served.pids()
     served.survive(("rank 1", "decode", 12, "hang"))
     assert [a == b for a, b in zip(before, served.pids(), strict=True)] == [True, False]
+
+
+def rows_that_need_the_host(served):
+    """Guided, cut off over whole rows, penalized, with log-probabilities, with a thinking budget; among plain ones."""
+    vocabulary = Vocabulary(Path(EMBEDDED_MODEL), ModelConfig.from_folder(Path(EMBEDDED_MODEL)).vocab_size)
+    guide = Guide(answer=vocabulary.compile(Schema(checked_schema(NUMBERS, "schema"))), end_ids=(4089,))
+    marks = served.tokenizer.vocabulary.control
+    think, thought = marks["<think>"], marks["</think>"]
+    question = served.question("What is 17 + 25?")
+    budget = ThinkingBudget(tokens=8, inside=False, open_id=think, close_id=thought, closing=(thought,))
+    changes = [
+        {"guide": guide},
+        {"params": SamplingParams(temperature=0.8, top_p=0.9)},
+        {"guide": guide, "params": SamplingParams(temperature=1.0, logprobs=2)},
+        {"params": SamplingParams(temperature=0.9, min_p=0.02, frequency_penalty=0.5)},
+        {"thinking": budget},
+        {},
+    ]
+    requests = [msgspec.structs.replace(question, max_tokens=40, seed=i, **c) for i, c in enumerate(changes)]
+    return [msgspec.structs.replace(r, id=f"{r.id}-{i}") for i, r in enumerate(requests)]
+
+
+def test_rows_that_need_the_host_outlive_a_rank_which_alone_is_replaced(served):
+    served.faults.plan()
+    expected, before = served.streams(rows_that_need_the_host(served)), served.pids()
+    served.faults.plan(("rank 1", "decode", 15, "kill"))
+    found = served.streams(rows_that_need_the_host(served))
+    assert not served.faults.pending
+    served.faults.plan()
+    for mine, theirs in zip(found, expected, strict=True):
+        mine.assert_equals(theirs)
+    assert all(s.resumed for s in found) and [len(s.tokens) for s in found[:3]] == [40, 40, 40]
+    assert [a == b for a, b in zip(before, served.pids(), strict=True)] == [True, False]
+    served.run(served.until_idle())
 
 
 def test_an_answer_is_thought_out_to_its_right_end_over_a_kill(served):

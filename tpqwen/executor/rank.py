@@ -54,8 +54,8 @@ def serve_steps(worker: StepWorker, inbox: Receiver, outbox: Sender, *, epoch: i
                     outbox.send(encode(output), SEND_TIMEOUT_S)
             elif in_flight and data is None:
                 time.sleep(PAUSE_S)
-    except ConnectionError:
-        _log.info("the engine's channel is gone")
+    except ConnectionError as error:  # the engine's channel is gone, or this rank is called off
+        _log.info("no more steps: %s", error)
     except Exception as error:  # whatever it is, the engine must hear of it: nobody looks into this process
         _log.exception("step failed")
         _tell(outbox, epoch, f"{type(error).__name__}: {error}")

@@ -13,6 +13,8 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -39,6 +41,7 @@ from tpqwen.worker.worker import Worker
 
 GPU_FREE_TIMEOUT_S = 15.0
 SETTLE_S = {"cpu": 0.2, "cuda": 1.0}  # for a step to end in a group that hangs, unless it waits for another rank
+ABORT_AFTER_S = 0.25  # on a GPU, for a step to end once called off; then what it waits for is aborted under it
 PLACES = 8  # of a call stack, in a log line
 
 _log = logging.getLogger(__name__)
@@ -122,18 +125,21 @@ class RankProcess:
         False when that is not to be had within timeout_s: then this process is of no use any more. hung: some rank does
         not go on. It is this one if its step neither ends nor waits for another rank, which is known at once.
         """
+        until = time.monotonic() + timeout_s
         if self._inbox is not None:
             self._inbox.close()
         if self._worker is not None:
             self._worker.call_off()
-        if self._steps is not None and not self._steps_end(self._steps, timeout_s, hung):
+        if self._steps is not None and not self._steps_end(self._steps, until, hung):
             return False
-        if self._worker is None or not self._joining.acquire(timeout=timeout_s):
+        if self._worker is None:
             return False
-        try:
-            self._worker.leave()
-        finally:
-            self._joining.release()
+        parting, parted = _aside("parting", self._part)
+        parting.join(max(0.0, until - time.monotonic()))
+        if not parted.done():
+            _log.error("this rank cannot leave its group, for it is %s", _place(parting))
+            return False
+        parted.result()
         return True
 
     def join(self, meeting: Meeting) -> None:
@@ -170,14 +176,35 @@ class RankProcess:
         logs.configure(self._config.server.log, name)
         keep_title(f"tpqwen {name}")
 
-    def _steps_end(self, steps: threading.Thread, timeout_s: float, hung: bool) -> bool:
+    def _steps_end(self, steps: threading.Thread, until: float, hung: bool) -> bool:
+        """Wait for the end of the steps, which have been called off.
+
+        On a GPU a step may be in a launch that the queue has no room for, or in a copy, behind a collective that waits
+        for a rank that is gone. Neither looks at anything, so NCCL is aborted under it: its kernels end, the step goes
+        on and ends at its next look at the group. The abort itself ends with the graphs, in Worker.leave.
+        """
+
+        def wait(at_most_s: float = threading.TIMEOUT_MAX) -> None:
+            steps.join(max(0.0, min(at_most_s, until - time.monotonic())))
+
+        device = resolve_device(self._config.parallel.device)
+        if device == "cuda":
+            wait(ABORT_AFTER_S)
+            if steps.is_alive():
+                _log.warning("NCCL is aborted under this rank's step, which is %s", _place(steps))
+                _aside("release", self._group.release)
         if hung:
-            steps.join(SETTLE_S[resolve_device(self._config.parallel.device)])
+            wait(SETTLE_S[device])
         if not hung or self._group.in_collective:
-            steps.join(timeout_s)
+            wait()
         if steps.is_alive():
             _log.error("this rank cannot leave its group, for its step is %s", _place(steps))
         return not steps.is_alive()
+
+    def _part(self) -> None:
+        assert self._worker is not None
+        with self._joining:
+            self._worker.leave()
 
     def _meet(self, meeting: Meeting) -> None:
         interface = self._config.parallel.interface or _loopback()
@@ -211,6 +238,23 @@ def _await_memory(ended: tuple[int, ...]) -> None:
     gone = await_exit(ended, str(gpu.uuid), GPU_FREE_TIMEOUT_S)
     text = "replaced processes %s off the GPU=%s after seconds=%.2f"
     _log.log(logging.INFO if gone else logging.ERROR, text, ended, gone, time.monotonic() - begin)
+
+
+def _aside(name: str, work: Callable[[], None]) -> tuple[threading.Thread, Future[None]]:
+    """Do it in a thread that nobody has to wait for."""
+    done: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+            done.set_result(None)
+        except BaseException as error:
+            _log.exception("%s failed", name)
+            done.set_exception(error)
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    return thread, done
 
 
 def _place(thread: threading.Thread) -> str:

@@ -121,6 +121,7 @@ OPERATIONS = {
     "attend": attend,
     "noisy_slices": sampling.noisy_slices,
     "head_slices": sampling.head_slices,
+    "choose": sampling.choose,
     "top_candidates": sampling.top_candidates,
     "begin_step": stepping.begin_step,
     "finish_step": stepping.finish_step,

@@ -366,7 +366,7 @@ OPERATIONS = {
     "attend": attend,
     "head_slices": head_slices,
     # Two copies: PyTorch sums up a single row by a scan whose order changes from run to run.
-    "choose": reference.by_row(reference.choose, 0, 1, 3, copies=2),
+    "choose": reference.by_row(sampling.choose, 0, 1, 3, copies=2),
     "log_sum_exp": reference.by_row(reference.log_sum_exp, 0),
     "top_candidates": reference.ranked_candidates,
 }

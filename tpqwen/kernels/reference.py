@@ -9,6 +9,7 @@ Host reads (boolean masks, .tolist()) are allowed here and in cpu.py, nowhere on
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -391,7 +392,13 @@ def best_slice(value_RS: torch.Tensor, id_RS: torch.Tensor) -> tuple[torch.Tenso
     return best_R, ids.amin(-1)
 
 
-def choose(values_RC: torch.Tensor, ids_RC: torch.Tensor, state: SlotTensors, slots_R: torch.Tensor) -> torch.Tensor:
+def choose_by(
+    gumbel_noise: Op,
+    values_RC: torch.Tensor,
+    ids_RC: torch.Tensor,
+    state: SlotTensors,
+    slots_R: torch.Tensor,
+) -> torch.Tensor:
     """Top-k, top-p over what is left, min-p, then the arg-max of value / T + noise: ids int64 [R].
 
     Values are logits, best first. Temperatures are at least GREEDY_BELOW where the answer is used.
@@ -410,6 +417,9 @@ def choose(values_RC: torch.Tensor, ids_RC: torch.Tensor, state: SlotTensors, sl
     noise = gumbel_noise(state.seed[slots], state.choice[slots], state.out_index[slots], ids_RC)
     noisy = (scaled + noise).masked_fill(~keep, float("-inf"))
     return ids_RC.gather(1, noisy.argmax(-1, keepdim=True))[:, 0]
+
+
+choose = partial(choose_by, gumbel_noise)
 
 
 def finish_step(

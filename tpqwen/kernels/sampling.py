@@ -9,6 +9,7 @@ and sampling after FlashSampling (arXiv 2603.15854): the logits never reach memo
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,10 +21,11 @@ from tpqwen.kernels.context import SlotTensors
 from tpqwen.kernels.gemm import prefetch_weights
 from tpqwen.kernels.launch import launch_options, release_next, wait_previous
 from tpqwen.kernels.norm import rms_norm
-from tpqwen.kernels.reference import GREEDY_BELOW, MAX_CANDIDATES, head_of
+from tpqwen.kernels.reference import GREEDY_BELOW, MAX_CANDIDATES, choose_by, head_of
 
 NO_ID = tl.constexpr(0x7FFFFFFF)
 COLDEST = tl.constexpr(GREEDY_BELOW)
+LISTED = 1024  # ids that one program of gumbel_noise draws for
 SLICE = 4096  # logits that one program of noisy_slices looks at
 FEW = tl.constexpr(MAX_CANDIDATES)
 FAN = 16  # ids per group and groups per supergroup in top_candidates
@@ -70,6 +72,24 @@ def _tile_noise(seed, out_index, choice, first_group, IDS: tl.constexpr, ROWS: t
     w0, w1, w2, w3 = random_words(seed[None, :], out_index[None, :], choice[None, :], group)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [IDS / 4, ROWS, 2, 2]
     return gumbel(tl.reshape(tl.permute(words, (0, 2, 3, 1)), [IDS, ROWS]))
+
+
+@triton.jit
+def id_noise(seed, out_index, choice, ids):
+    """Noise of any ids int64 for one row, in their order."""
+    w0, w1, w2, w3 = random_words(seed, out_index, choice, (ids // 4).to(tl.int32))
+    lane = ids % 4
+    return gumbel(tl.where(lane == 0, w0, tl.where(lane == 1, w1, tl.where(lane == 2, w2, w3))))
+
+
+@triton.jit
+def _id_noise_kernel(ids, seeds, choices, out_index, noise, C, IDS: tl.constexpr):
+    row = tl.program_id(0)
+    c = tl.program_id(1) * IDS + tl.arange(0, IDS)
+    place = row.to(tl.int64) * C + c
+    token = tl.load(ids + place, mask=c < C, other=0)
+    drawn = id_noise(tl.load(seeds + row), tl.load(out_index + row), tl.load(choices + row), token)
+    tl.store(noise + place, drawn, mask=c < C)
 
 
 @triton.jit
@@ -343,6 +363,21 @@ def _slices(rows: int, count: int, device: torch.device) -> tuple[torch.Tensor, 
 
 def _draw(state: SlotTensors, slots_R: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return slots_R, state.temperature, state.top_k, state.seed, state.choice, state.out_index
+
+
+def gumbel_noise(
+    seeds_B: torch.Tensor, choices_B: torch.Tensor, out_index_B: torch.Tensor, ids_BV: torch.Tensor
+) -> torch.Tensor:
+    """reference.gumbel_noise in one launch, a plain one, where that takes 200."""
+    ids_BV = ids_BV.expand(len(seeds_B), -1).contiguous()
+    noise = torch.empty(ids_BV.shape, dtype=torch.float32, device=ids_BV.device)
+    if noise.numel():
+        grid = (len(noise), triton.cdiv(noise.shape[1], LISTED))
+        _id_noise_kernel[grid](ids_BV, seeds_B, choices_B, out_index_B, noise, noise.shape[1], LISTED, num_warps=4)
+    return noise
+
+
+choose = partial(choose_by, gumbel_noise)
 
 
 def noisy_slices(

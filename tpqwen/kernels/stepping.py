@@ -15,7 +15,7 @@ from triton.language.extra.cuda import globaltimer
 
 from tpqwen.kernels.context import DecodeInputs, SlotTensors
 from tpqwen.kernels.launch import launch_options, release_next, stamps_time, wait_previous
-from tpqwen.kernels.sampling import COLDEST, FEW, NO_ID, gumbel, random_words
+from tpqwen.kernels.sampling import COLDEST, FEW, NO_ID, id_noise
 
 BEGIN_ROWS = 128  # rows of one program
 EDITS = 256
@@ -130,10 +130,7 @@ def _chosen(values, ids, heat, top_k, top_p, min_p, seed, choice, index, C, WIDT
     before = tl.cumsum(probability, axis=0) - probability
     highest = tl.max(probability, axis=0)
     keep = ((before < top_p) & (probability >= min_p * highest)) | (c == 0)
-    w0, w1, w2, w3 = random_words(seed, index, choice, (token // 4).to(tl.int32))
-    lane = token % 4
-    word = tl.where(lane == 0, w0, tl.where(lane == 1, w1, tl.where(lane == 2, w2, w3)))
-    noisy = tl.where(keep & inside, scaled + gumbel(word), float("-inf"))
+    noisy = tl.where(keep & inside, scaled + id_noise(seed, index, choice, token), float("-inf"))
     place = tl.min(tl.where(noisy == tl.max(noisy, axis=0), c, WIDTH), axis=0)
     return tl.sum(tl.where(c == place, token, 0), axis=0)
 

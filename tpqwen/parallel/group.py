@@ -6,6 +6,7 @@ captured in a CUDA graph.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _abort_process_group
 
-LOOK_S = 100e-6
+LOOK_S = 20e-6
 
 # torch 2.13 renames the operation and warns about the old name, which is the only one that 2.11 has.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -28,6 +29,7 @@ class TPGroup:
     """
 
     def __init__(self, rank: int, size: int, process_group: dist.ProcessGroup | None) -> None:
+        self._releasing = threading.Lock()
         self.rank = rank
         self.size = size
         self.in_collective = False  # as of now: this rank waits for the others
@@ -79,6 +81,7 @@ class TPGroup:
         while not passed():
             self.check()
             time.sleep(LOOK_S)
+        self.check()
 
     def join(self, store: Store, epoch: int, device_type: str, timeout_s: float) -> None:
         """Meet the other ranks of this epoch through the owner's store. Raises torch.distributed's errors on time-out.
@@ -104,12 +107,22 @@ class TPGroup:
             dist.destroy_process_group()
             self._group = None
 
+    def release(self) -> None:
+        """Of `abort` what frees a thread that NCCL holds up, once called_off is set; with gloo nothing.
+
+        That thread may be anywhere in a pass: what it waits for on the device ends at once, with results that mean
+        nothing. It must not begin another collective, which would wait for the end of this call, as this call waits for
+        the end of all graphs that hold the communicator. A second caller waits for the first.
+        """
+        with self._releasing:
+            if self._group is not None and dist.get_backend(self._group) == "nccl":
+                _abort_process_group()
+                self._group = None
+
     def abort(self) -> None:
         """End this process's membership whatever the others do: NCCL's kernels are released, gloo's peers see the
-        connection close. No thread of this process may be in a gloo collective. Idempotent."""
-        if self._group is not None and dist.get_backend(self._group) == "nccl":
-            _abort_process_group()
-            self._group = None
+        connection close. No thread of this process may be in a collective. Idempotent."""
+        self.release()
         self.leave()
 
     def _together(self, collective: Callable[..., Any], *tensors: torch.Tensor) -> None:
@@ -117,6 +130,9 @@ class TPGroup:
         self.in_collective = True
         try:
             collective(*tensors, group=group)
+        except RuntimeError:
+            self.check()  # an aborted communicator says so in words of its own
+            raise
         finally:
             self.in_collective = False
 

@@ -120,7 +120,7 @@ class Ahead:
 
     def _agreed(self, decode: DecodeGraphs, mine: bool) -> bool:
         """Whether it is so on every rank; waits for all of them."""
-        answers = self._group.all_gather(torch.tensor([mine], dtype=torch.int32, device=decode.slots.device))
+        answers = self._group.all_gather(torch.full((1,), int(mine), dtype=torch.int32, device=decode.slots.device))
         decode.settle()
         return bool(answers.all())
 

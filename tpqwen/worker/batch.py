@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,6 +80,16 @@ class Stager:
             buffer = torch.empty(max(4096, 2 * total), dtype=torch.int32, pin_memory=True)
             self._pinned[self._turn] = buffer
         return buffer
+
+
+def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A few numbers that no Stager knows of. By way of pinned memory, so that the host waits for nothing."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def to_host(x: torch.Tensor) -> torch.Tensor:
+    """A copy in pinned memory, complete when the device has done all that was launched so far; on a CPU x itself."""
+    return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True) if x.is_cuda else x
 
 
 def stage(step: StepInput, state: SlotState, stager: Stager) -> torch.Tensor | None:

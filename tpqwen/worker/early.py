@@ -82,7 +82,8 @@ def _quietly(part: Part) -> None:
 @torch.inference_mode()
 def first_parts(runner: Runner) -> list[Part]:
     """Parts that together launch what the first passes of a server do: a prompt of up to 64 tokens as a graph's pass, a
-    long one, and decode steps of one row, with the kinds of sampling that need no host, and what comes between passes.
+    long one, and decode steps of one row, with the kinds of sampling that need no host; the choice among a whole row's
+    ids, and what comes between passes.
 
     runner: has one layer and nothing in its slots; it is of no use afterwards.
     """
@@ -98,6 +99,7 @@ def first_parts(runner: Runner) -> list[Part]:
     for kind in USUAL_KINDS:
         parts.append(partial(runner.finish, runner.blank_hidden(1), first, kind))
         parts.append(partial(_sample, runner, few, kind))
+    parts.append(partial(_sample, runner, first, SampleKind(full=True)))
     for count, context in contexts:
         parts.append(partial(runner.model.attention[0], runner.blank_hidden(count), context))
         parts.append(partial(runner.model.mlp[0], runner.blank_hidden(count)))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tpqwen.errors import EngineError
+from tpqwen.parallel.group import TPGroup
 from tpqwen.step import Admit, Ints, ints
 from tpqwen.worker.guide import GuideState
 
@@ -30,11 +31,14 @@ Rows = list[tuple[int, GuideState]]  # with the row's index in the step
 class GuideRows:
     """R rows in a step, V local ids from first_id on. The vocabulary is read when first needed, or before (`read`)."""
 
-    def __init__(self, folder: Path, vocab_size: int, first_id: int, num_local: int, device: torch.device) -> None:
+    def __init__(
+        self, folder: Path, vocab_size: int, first_id: int, num_local: int, device: torch.device, group: TPGroup
+    ) -> None:
         self._states: dict[int, GuideState] = {}  # by slot
         self._rows: Rows = []
         self._unread: deque[tuple[Rows, Ints, torch.cuda.Event | None]] = deque()
         self._device = device
+        self._group = group
         self._num_words = -(-vocab_size // 32)
         ids = torch.arange(first_id, first_id + num_local, dtype=torch.int64, device=device)
         self._word_V = (ids >> 5).clamp(max=self._num_words - 1)
@@ -56,13 +60,19 @@ class GuideRows:
         if admit.guide is not None:
             self._states[admit.slot] = GuideState(admit.guide, self.read().result(), ints(admit.output).tolist())
 
+    def forget(self) -> None:
+        """No slot is taken, and tokens that have not been read mean nothing."""
+        self._states.clear()
+        self._unread.clear()
+        self._rows = []
+
     def select(self, slots: Sequence[int]) -> None:
         """The rows that the step now being launched samples, in order."""
         self._rows = [(i, self._states[s]) for i, s in enumerate(slots) if s in self._states] if self._states else []
 
     def apply(self, logits_RV: torch.Tensor) -> torch.Tensor:
         """The same logits (changed in place) with -inf where a row's guide allows no token. Waits for the tokens of the
-        step before."""
+        step before; raises ConnectionError when the group is called off."""
         if not self._rows:
             return logits_RV
         self._catch_up()
@@ -87,7 +97,7 @@ class GuideRows:
         while self._unread:
             rows, tokens, done = self._unread.popleft()
             if done is not None:
-                done.synchronize()
+                self._group.wait_until(done.query)
             for row, state in rows:
                 state.take(int(tokens[row]))
 

@@ -13,7 +13,7 @@ from tpqwen.kernels import ops
 from tpqwen.model.qwen3 import Qwen3
 from tpqwen.request import TokenLogprob
 from tpqwen.step import RowParams
-from tpqwen.worker.batch import ChunkBatch
+from tpqwen.worker.batch import ChunkBatch, to_device, to_host
 from tpqwen.worker.sampler import LogprobTensors, Sampler
 
 ROWS_AT_ONCE = 64  # positions whose logits exist at one time: a long chunk's would not fit beside the cache
@@ -21,33 +21,40 @@ ROWS_AT_ONCE = 64  # positions whose logits exist at one time: a long chunk's wo
 
 @dataclass(frozen=True)
 class PromptScores:
-    """Of one chunk, still on the device, in slices."""
+    """Of one chunk, in slices."""
 
     chunk: int
     wanted: int
     slices: list[LogprobTensors]
 
+    def to_host(self) -> PromptScores:
+        """As worker/batch.py: to_host."""
+        return PromptScores(self.chunk, self.wanted, [s.to_host() for s in self.slices])
+
     def tokens(self) -> list[TokenLogprob]:
-        """On the host, one for each target."""
+        """One for each target; on the host."""
         return [t for s in self.slices for _, t in s.rows([self.wanted] * s.chosen.shape[0])]
 
 
 @dataclass(frozen=True)
 class Pooled:
-    """Numbers for the rows with params.pooling, fp32 on the device."""
+    """Numbers for the rows with params.pooling, fp32."""
 
     hidden: torch.Tensor | None  # [R, H], after the last norm
     logprobs: torch.Tensor | None  # [R, most ids]
 
+    def to_host(self) -> Pooled:
+        """As worker/batch.py: to_host."""
+        return Pooled(*(None if x is None else to_host(x) for x in (self.hidden, self.logprobs)))
+
     def rows(self, params: tuple[RowParams, ...]) -> tuple[tuple[int, bytes], ...]:
-        """(row, float32 bytes) on the host."""
-        hidden = self.hidden.cpu() if self.hidden is not None else None
-        logprobs = self.logprobs.cpu() if self.logprobs is not None else None
+        """(row, float32 bytes); on the host."""
         out = []
         for row, p in enumerate(params):
             if p.pooling is not None:
-                values = logprobs[row, : len(p.pooling.ids)] if p.pooling.ids and logprobs is not None else None
-                values = hidden[row] if values is None and hidden is not None else values
+                wanted = len(p.pooling.ids)
+                values = self.logprobs[row, :wanted] if wanted and self.logprobs is not None else None
+                values = self.hidden[row] if values is None and self.hidden is not None else values
                 assert values is not None
                 out.append((row, values.numpy().tobytes()))
         return tuple(out)
@@ -86,6 +93,6 @@ def pool(
     most = max(len(p.ids) for p in asked)
     if most:
         ids = [[*(p.ids if p else ()), *[0] * most][:most] for p in pooling]
-        columns = torch.tensor(ids, dtype=torch.int64, device=logits_RV.device).unbind(1)
+        columns = to_device(ids, torch.int64, logits_RV.device).unbind(1)
         logprobs = torch.stack([sampler.logprobs(logits_RV, column, 0).chosen for column in columns], 1)
     return Pooled(hidden, logprobs)

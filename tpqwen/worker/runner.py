@@ -30,6 +30,15 @@ class Sampled:
     prompt_scores: tuple[PromptScores, ...] = ()
     pooled: Pooled | None = None
 
+    def to_host(self) -> Sampled:
+        """The same with all numbers but the tokens on the host, once the device has come so far."""
+        return Sampled(
+            self.tokens,
+            self.logprobs.to_host() if self.logprobs is not None else None,
+            tuple(s.to_host() for s in self.prompt_scores),
+            self.pooled.to_host() if self.pooled is not None else None,
+        )
+
 
 class Runner:
     """Model, cache, slots and sampler of one rank."""

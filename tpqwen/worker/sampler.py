@@ -18,6 +18,7 @@ from tpqwen.kernels.reference import GREEDY_BELOW, MAX_CANDIDATES
 from tpqwen.parallel.group import TPGroup
 from tpqwen.request import TokenLogprob
 from tpqwen.step import RowParams
+from tpqwen.worker.batch import to_device, to_host
 from tpqwen.worker.guides import GuideRows
 from tpqwen.worker.slots import RowTensors
 
@@ -77,14 +78,18 @@ def _truncates(p: RowParams) -> bool:
 
 @dataclass(frozen=True)
 class LogprobTensors:
-    """Still on the device: chosen [R], top [R, n] with ids [R, n], best first."""
+    """chosen [R], top [R, n] with ids [R, n], best first."""
 
     chosen: torch.Tensor
     top: torch.Tensor
     top_ids: torch.Tensor
 
+    def to_host(self) -> LogprobTensors:
+        """As worker/batch.py: to_host."""
+        return LogprobTensors(to_host(self.chosen), to_host(self.top), to_host(self.top_ids))
+
     def rows(self, counts: list[int]) -> list[tuple[int, TokenLogprob]]:
-        """On the host, for the rows that asked (counts[r] >= 0)."""
+        """For the rows that asked (counts[r] >= 0); on the host."""
         chosen, top, ids = self.chosen.tolist(), self.top.tolist(), self.top_ids.tolist()
         return [(r, TokenLogprob(chosen[r], ids[r][:n], top[r][:n])) for r, n in enumerate(counts) if n >= 0]
 
@@ -180,27 +185,28 @@ class LogitEdits:
         self._output: torch.Tensor | None = None
         self.guides: GuideRows | None = None
 
-    def admit(self, slot: int, history: list[int], num_prompt: int) -> None:
-        """Set a slot's counts from all its tokens so far."""
+    def admit(self, slot: int, history: torch.Tensor, num_prompt: int) -> None:
+        """Set a slot's counts from all its tokens so far (int32, on the device)."""
         if self._prompt is None or self._output is None:
             self._prompt = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
             self._output = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
-        self._prompt[slot] = False
-        self._output[slot] = 0
-        ids = torch.tensor(history, dtype=torch.int64, device=self._device) - self._first_id
-        here = (ids >= 0) & (ids < self._shape[1])
-        prompt, output = ids[:num_prompt][here[:num_prompt]], ids[num_prompt:][here[num_prompt:]]
-        self._prompt[slot, prompt] = True
-        self._output[slot].index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
+        where, here = self._local(history)
+        self._prompt[slot] = self._output[slot].zero_().index_add_(0, where[:num_prompt], here[:num_prompt]) > 0
+        self._output[slot].zero_().index_add_(0, where[num_prompt:], here[num_prompt:])
 
     def count(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
         """One more output token of each slot (int64 [R], distinct)."""
         if self._output is None:
             return
-        local = tokens.long() - self._first_id
-        here = ((local >= 0) & (local < self._shape[1])).to(torch.int32)
-        where = local.clamp(0, self._shape[1] - 1)
+        where, here = self._local(tokens)
         self._output[slots, where] = self._output[slots, where] + here
+
+    def _local(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where tokens stand in this shard, and how often (int32): 1, or 0 if not at all. A mask would take fewer of
+        them, and the host would have to wait for how many."""
+        local = tokens.long() - self._first_id
+        here = (local >= 0) & (local < self._shape[1])
+        return local.clamp(0, self._shape[1] - 1), here.to(torch.int32)
 
     def apply(
         self,
@@ -230,8 +236,9 @@ class LogitEdits:
             if 0 <= token - self._first_id < self._shape[1]
         ]
         if biased:
-            row, column, bias = (torch.tensor(c, device=self._device) for c in zip(*biased, strict=True))
-            logits[row, column] += bias.to(logits.dtype)
+            row, column, bias = zip(*biased, strict=True)
+            where = to_device([row, column], torch.int64, self._device).unbind()
+            logits[where] += to_device(bias, logits.dtype, self._device)
 
     def _forbid_end(
         self, logits: torch.Tensor, rows: RowTensors, out_index: torch.Tensor, params: Sequence[RowParams]
@@ -244,6 +251,6 @@ class LogitEdits:
             if 0 <= token - self._first_id < self._shape[1]
         ]
         if ends:
-            row, column = (torch.tensor(c, device=self._device) for c in zip(*ends, strict=True))
+            row, column = to_device(list(zip(*ends, strict=True)), torch.int64, self._device).unbind()
             early = out_index[row] < rows.min_tokens[row]
             logits[row, column] = torch.where(early, NEVER, logits[row, column])

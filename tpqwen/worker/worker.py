@@ -32,13 +32,15 @@ from tpqwen.worker.mixed import MixedGraphs
 from tpqwen.worker.prompt import Pooled, PromptScores
 from tpqwen.worker.sampler import LogprobTensors, SampleKind, kind_of
 
-COPIES = 3  # buffers that one step may take from the stager: edits and rows, admissions, chunks
+COPIES = 4  # buffers that one step may take from the stager: edits and rows, admissions, histories, chunks
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is known of a pass when it has been launched. chunks_at: where its chunks' tokens begin in the ring, if not
-    right behind the decode rows'. graphs_left: as StepOutput has it."""
+    """What is known of a pass when it has been launched; its numbers are on the host when it has ended.
+
+    chunks_at: where its chunks' tokens begin in the ring, if not right behind the decode rows'. graphs_left: as
+    StepOutput has it."""
 
     params: tuple[RowParams, ...] = ()
     logprobs: LogprobTensors | None = None
@@ -107,7 +109,8 @@ class Worker:
         loaded: Loaded = load(self._config, model, self.sizes, folder, self._group)
         self.runner, self._ahead = loaded.runner, loaded.ahead
         head = self.runner.model.lm_head
-        self._guides = GuideRows(folder, model.vocab_size, head.first_id, head.num_local, self._device)
+        shard = head.first_id, head.num_local
+        self._guides = GuideRows(folder, model.vocab_size, *shard, self._device, self._group)
         self.runner.edits.guides = self._guides
         self._stager = Stager(self._device, COPIES * (self._config.schedule.depth + 2))
         self.rejoined()
@@ -150,7 +153,7 @@ class Worker:
         return done is None or bool(done.query())  # type: ignore[no-untyped-call]
 
     def collect(self) -> StepOutput:
-        """The oldest launched step's output; waits for the device."""
+        """The oldest launched step's output; waits for the device. Raises ConnectionError when called off meanwhile."""
         p = self._pending.popleft()
         busy = p.busy_s
         if p.done is not None:
@@ -163,7 +166,7 @@ class Worker:
         logprobs: tuple[tuple[int, TokenLogprob], ...] = ()
         if p.run.logprobs is not None:
             logprobs = tuple(p.run.logprobs.rows([r.logprobs for r in p.run.params]))
-        return StepOutput(
+        output = StepOutput(
             p.step.epoch,
             p.step.step,
             tokens.tobytes(),
@@ -176,6 +179,8 @@ class Worker:
             captured=self.graphs.num_captured > p.graphs,  # for it, or for the next one, whose launch it waited for
             graphs_left=p.run.graphs_left,
         )
+        self._group.check()  # last of all: the device goes on when a group is aborted, with numbers that mean nothing
+        return output
 
     def stats(self) -> RankStats:
         """Slow numbers: memory and NVML."""
@@ -195,14 +200,17 @@ class Worker:
         )
 
     def call_off(self) -> None:
-        """From another thread, before `leave`: a GPU's rank that captures a graph, or launches a pass, ends with a
-        ConnectionError at its next collective or look at the device. On a CPU a rank that leaves finishes its step."""
+        """From another thread, before `leave`: a GPU's rank that captures a graph, launches a pass or collects one ends
+        with a ConnectionError at its next collective or look at the device, and answers nothing any more. On a CPU a
+        rank that leaves finishes its step."""
         self._group.called_off = self._device.type == "cuda"
 
     def leave(self) -> None:
         """Forget all sequences and leave the group, whatever its other members do; the weights stay. No step may be
-        submitted or collected meanwhile, and the next comes after `rejoined`."""
+        submitted or collected meanwhile, and the next comes after `rejoined`. The group may be in the middle of an
+        abort, which then ends here: it waits for the graphs."""
         self._pending.clear()
+        self._guides.forget()
         self._drop_graphs()
         self._group.abort()
         if self._device.type == "cuda":
@@ -249,8 +257,10 @@ class Worker:
         for a in step.admits:
             self.runner.state.params[a.slot] = a.params
             self._guides.admit(a)
-            if a.history:
-                self.runner.edits.admit(a.slot, ints(a.history).tolist(), a.num_prompt)
+        with_history = [a for a in step.admits if a.history]
+        histories = self._stager.send([ints(a.history) for a in with_history]) if with_history else []
+        for a, history in zip(with_history, histories, strict=True):
+            self.runner.edits.admit(a.slot, history, a.num_prompt)
         if step.decode is not None and slots is not None:
             self._rows = tuple(ints(step.decode).tolist())
             self.graphs.set_rows(slots)
@@ -273,6 +283,7 @@ class Worker:
         sampled = runner.mixed(rows, chunks, kind, params, wide=step.wide)
         if sampled is None:
             return Run(params, chunks_at=len(rows))
+        sampled = sampled.to_host()
         return Run(params, sampled.logprobs, sampled.prompt_scores, sampled.pooled, len(rows))
 
     def _decode(self, slots: tuple[int, ...]) -> Run:
@@ -287,7 +298,7 @@ class Worker:
         """A pass whose sampling takes host decisions."""
         params = self._params(slots)
         sampled = self.runner.sample(self.graphs.decode_logits(), self.graphs.rows, self._kind, params)
-        return Run(params, sampled.logprobs)
+        return Run(params, sampled.to_host().logprobs)
 
     def _params(self, slots: tuple[int, ...]) -> tuple[RowParams, ...]:
         return tuple(self.runner.state.params[s] for s in slots)
