@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from tpqwen.kernels import attention, gemm, norm, paged_prefill, prefill, sampling, stepping
+from tpqwen.kernels import attention, exchange, gemm, norm, paged_prefill, prefill, sampling, stepping
 from tpqwen.kernels.attention_table import LONG, MAX_ROWS
 from tpqwen.kernels.context import StepContext
 
@@ -126,4 +126,7 @@ OPERATIONS = {
     "finish_step": stepping.finish_step,
     "edit_slots": stepping.edit_slots,
     "set_rows": stepping.set_rows,
+    "add_up_peers": exchange.add_up,
+    "gather_peers": exchange.gather,
+    "compile_exchange": exchange.compile_for,
 }

@@ -8,7 +8,7 @@ Host reads (boolean masks, .tolist()) are allowed here and in cpu.py, nowhere on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,15 @@ def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Te
     x32 = x_TH.float()
     normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     return normed.to(x_TH.dtype) * weight_H
+
+
+def add_up(parts: Sequence[torch.Tensor], residual: torch.Tensor | None = None) -> torch.Tensor:
+    """The parts' sum in their order, in fp32, rounded once; then the residual added to that."""
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part.float()
+    rounded = total.to(parts[0].dtype)
+    return rounded if residual is None else residual + rounded
 
 
 def dequantize(weight_OI: torch.Tensor, scale_O: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
