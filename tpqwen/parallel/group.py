@@ -123,7 +123,7 @@ class TPGroup:
         )
         self._group = dist.group.WORLD
         if device_type == "cuda":
-            self._peers = self._peers or Peers(self.rank, self.size)
+            self._peers = self._peers or Peers(self.rank, self.size, torch.device("cuda:0"))
             self._peers.join(store, self._agreed)
 
     def leave(self) -> None:

@@ -51,11 +51,12 @@ def hindrance(offers: Sequence[Offer]) -> str:
 class Peers:
     """One rank's side. Between `join` and `leave` it may have a mailbox; without one it `takes` nothing."""
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int, device: torch.device) -> None:
         self._rank = rank
         self._size = size
         self._inbox: SharedMemory | None = None
-        self._blank = blank(rank, size, LIMITS.get(size, 0), torch.device("cuda:0"))
+        self._blank = blank(rank, size, LIMITS.get(size, 0), device)
+        self._stop = self._blank.stop.numpy()  # to be written by any thread
         self._mapped: dict[int, int] = {}  # rank -> address
         self._mailbox: Mailbox | None = None
 
@@ -98,7 +99,7 @@ class Peers:
 
     def stop(self, stopped: bool) -> None:
         """From any thread: whether exchanges end without what they wait for."""
-        self._blank.stop.fill_(int(stopped))
+        self._stop[0] = stopped
 
     def takes(self, x: torch.Tensor, *, summed: bool) -> bool:
         """Whether this tensor goes this way; all ranks answer alike."""
@@ -116,7 +117,7 @@ class Peers:
 
     def _offer(self) -> Offer:
         """This rank's, with its inbox empty."""
-        host, gpu = _host(), str(torch.cuda.get_device_properties(0).uuid)
+        host, gpu = _host(), _gpu()
         if self._size not in LIMITS:
             return Offer(host, gpu)
         try:
@@ -137,6 +138,18 @@ class Peers:
         except DriverError as error:
             return str(error)
         return ""
+
+
+def compile_exchange(size: int, x: torch.Tensor, residual: torch.Tensor | None = None, *, summed: bool = True) -> None:
+    """Compile what peers launch for such tensors, where they are so many and take them; nothing runs."""
+    limit = LIMITS.get(size, 0)
+    if x.is_cuda and fits(x, limit, summed=summed):
+        ops.compile_exchange(blank(0, size, limit, x.device), x, residual, summed=summed)
+
+
+def _gpu() -> str:
+    """The GPU's uuid."""
+    return str(torch.cuda.get_device_properties(0).uuid)
 
 
 def _host() -> str:

@@ -150,11 +150,12 @@ class Worker:
         return done is None or bool(done.query())  # type: ignore[no-untyped-call]
 
     def collect(self) -> StepOutput:
-        """The oldest launched step's output; waits for the device."""
+        """The oldest launched step's output; waits for the device. Raises ConnectionError once it is called off."""
         p = self._pending.popleft()
         busy = p.busy_s
         if p.done is not None:
             p.done.synchronize()
+            self._group.check()  # sums that were called off end as well, and mean nothing
             busy = p.before.elapsed_time(p.done) / 1e3 if p.before is not None else 0.0
         self._busy_s += busy
         tokens = p.where.take(p.tokens)
