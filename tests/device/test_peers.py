@@ -133,6 +133,7 @@ def test_an_epoch_begins_with_an_empty_inbox_and_the_same_memory(driver: Driver)
         rank._blank.counts.fill_(7)
         rank.leave()
         assert rank._blank.stop.item() == 1, "what waits for others ends"
+    ranks[0].stop(False)
     ranks[1] = Peers(1, 2, CPU)  # in a process of its own
     assert join(ranks, 2, here) == [True, True]
     assert len(driver.memory) == 3, "rank 0 keeps its memory"

@@ -63,10 +63,10 @@ class Peers:
     def join(self, store: Store, agree: Callable[[bool], bool]) -> None:
         """Map the inboxes of the others of this epoch, whose store it is; no rank of another one may still be running.
 
-        agree: whether it is so on all ranks; it waits for them.
+        agree: whether it is so on all ranks; it waits for them. `stop` is as it was: False, after `leave`, is the
+        caller's to say.
         """
-        self.leave()
-        self.stop(False)
+        assert not self._mapped, "one epoch is left before the next is joined"
         self._blank.counts.zero_()
         store.set(f"peer-{self._rank}", msgspec.msgpack.encode(self._offer()))  # type: ignore[arg-type]
         answers = [store.get(f"peer-{rank}") for rank in range(self._size)]
