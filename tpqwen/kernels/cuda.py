@@ -10,9 +10,10 @@ from functools import cache
 
 import torch
 
-from tpqwen.kernels import attention, exchange, gemm, norm, paged_prefill, prefill, sampling, stepping
+from tpqwen.kernels import attention, gemm, norm, paged_prefill, prefill, sampling, stepping
 from tpqwen.kernels.attention_table import LONG, MAX_ROWS
 from tpqwen.kernels.context import StepContext
+from tpqwen.kernels.exchange import add_up, compile_for, gather
 
 
 def attend(
@@ -113,6 +114,9 @@ def _prefill_scratch(num_heads: int, head_dim: int, device: torch.device) -> pag
 
 
 OPERATIONS = {
+    "add_up_peers": add_up,
+    "gather_peers": gather,
+    "compile_exchange": compile_for,
     "rms_norm": norm.rms_norm,
     "linear": gemm.linear,
     "norm_linear": gemm.norm_linear,
@@ -126,7 +130,4 @@ OPERATIONS = {
     "finish_step": stepping.finish_step,
     "edit_slots": stepping.edit_slots,
     "set_rows": stepping.set_rows,
-    "add_up_peers": exchange.add_up,
-    "gather_peers": exchange.gather,
-    "compile_exchange": exchange.compile_for,
 }

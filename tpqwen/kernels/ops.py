@@ -177,14 +177,6 @@ def set_rows(rows: torch.Tensor, slots_B: torch.Tensor, padding: int) -> None:
     _pick("set_rows", rows)(rows, slots_B, padding)
 
 
-def top_candidates(
-    logits_RV: torch.Tensor, count: int, *, invariant: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `count` largest logits of each row, best first, with their local ids (int64)."""
-    values, ids = _pick("top_candidates", logits_RV, invariant)(logits_RV, count)
-    return values, ids
-
-
 def add_up_peers(mailbox: Mailbox, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
     """reference.add_up of all ranks' x, written over x. GPUs only, like the two below."""
     result: torch.Tensor = _cuda("cuda")["add_up_peers"](mailbox, x, residual)
@@ -202,3 +194,11 @@ def compile_exchange(
 ) -> None:
     """Compile what the two above launch for such tensors, and run nothing."""
     _cuda("cuda")["compile_exchange"](mailbox, x, residual, summed=summed)
+
+
+def top_candidates(
+    logits_RV: torch.Tensor, count: int, *, invariant: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` largest logits of each row, best first, with their local ids (int64)."""
+    values, ids = _pick("top_candidates", logits_RV, invariant)(logits_RV, count)
+    return values, ids

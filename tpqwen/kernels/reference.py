@@ -8,7 +8,7 @@ Host reads (boolean masks, .tolist()) are allowed here and in cpu.py, nowhere on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Te
     return normed.to(x_TH.dtype) * weight_H
 
 
-def add_up(parts: Sequence[torch.Tensor], residual: torch.Tensor | None = None) -> torch.Tensor:
+def add_up(parts: list[torch.Tensor] | tuple[torch.Tensor, ...], residual: torch.Tensor | None = None) -> torch.Tensor:
     """The parts' sum in their order, in fp32, rounded once; then the residual added to that."""
     total = parts[0].float()
     for part in parts[1:]:

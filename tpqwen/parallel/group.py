@@ -97,11 +97,12 @@ class TPGroup:
             raise ConnectionError(f"rank {self.rank} of {self.size} leaves its group")
 
     def wait_until(self, passed: Callable[[], bool]) -> None:
-        """Wait for the device, which may be waiting for another rank that is gone: raises as `check` does."""
+        """Wait for the device, which may be waiting for another rank that is gone: raises as `check` does, also when
+        it has passed because the group was aborted, for then nothing that was computed means anything."""
         while not passed():
             self.check()
             time.sleep(LOOK_S)
-        self.check()  # it may have passed only because of that
+        self.check()
 
     def join(self, store: Store, epoch: int, device_type: str, timeout_s: float) -> None:
         """Meet the other ranks of this epoch through the owner's store. Raises torch.distributed's errors on time-out.

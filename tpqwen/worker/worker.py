@@ -150,12 +150,11 @@ class Worker:
         return done is None or bool(done.query())  # type: ignore[no-untyped-call]
 
     def collect(self) -> StepOutput:
-        """The oldest launched step's output; waits for the device. Raises ConnectionError once it is called off."""
+        """The oldest launched step's output; waits for the device. Raises ConnectionError when called off meanwhile."""
         p = self._pending.popleft()
         busy = p.busy_s
         if p.done is not None:
             p.done.synchronize()
-            self._group.check()  # sums that were called off end as well, and mean nothing
             busy = p.before.elapsed_time(p.done) / 1e3 if p.before is not None else 0.0
         self._busy_s += busy
         tokens = p.where.take(p.tokens)
@@ -164,7 +163,7 @@ class Worker:
         logprobs: tuple[tuple[int, TokenLogprob], ...] = ()
         if p.run.logprobs is not None:
             logprobs = tuple(p.run.logprobs.rows([r.logprobs for r in p.run.params]))
-        return StepOutput(
+        output = StepOutput(
             p.step.epoch,
             p.step.step,
             tokens.tobytes(),
@@ -177,6 +176,8 @@ class Worker:
             captured=self.graphs.num_captured > p.graphs,  # for it, or for the next one, whose launch it waited for
             graphs_left=p.run.graphs_left,
         )
+        self._group.check()  # last of all: the device goes on when a group is aborted, with numbers that mean nothing
+        return output
 
     def stats(self) -> RankStats:
         """Slow numbers: memory and NVML."""
