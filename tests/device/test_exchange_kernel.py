@@ -89,18 +89,18 @@ def test_counts_of_exchanges_wrap_around(counted: int, device: torch.device) -> 
             assert torch.equal(out, torch.full((2, 192), 2.0 * turn + 1, device=device))
 
 
-def test_a_rank_may_be_one_exchange_ahead_and_what_it_sent_stays(device: torch.device) -> None:
-    boxes = mailboxes(2, device)
-    a, b = ([torch.full((2, 192), 10.0 * turn + rank, device=device) for turn in range(4)] for rank in range(2))
-    outs: list[torch.Tensor] = []
-    exchange.launch(boxes[1], b[0], b[0], phases=(True, False))
-    for turn in range(3):
-        out = torch.empty_like(a[turn])
-        exchange.launch(boxes[0], a[turn], out)  # what it needs is there
-        outs.append(out)
-        exchange.launch(boxes[1], b[turn], torch.empty_like(out), phases=(False, True))
-        exchange.launch(boxes[1], b[turn + 1], b[turn + 1], phases=(True, False))
-    for turn, out in enumerate(outs):
+def test_what_a_rank_that_is_ahead_sends_does_not_hide_what_another_has_yet_to_read(device: torch.device) -> None:
+    ahead, behind = mailboxes(2, device)
+    a, b = ([torch.full((2, 192), 10.0 * turn + rank, device=device) for turn in range(6)] for rank in range(2))
+    out = torch.empty_like(a[0])
+    exchange.launch(ahead, a[0], out, phases=(True, False))
+    for turn in range(5):
+        exchange.launch(behind, b[turn], out, phases=(True, False))
+        exchange.launch(ahead, a[turn], out, phases=(False, True))
+        assert torch.equal(out, a[turn] + b[turn])
+        exchange.launch(ahead, a[turn + 1], out, phases=(True, False))
+        behind.stop.fill_(1)  # what is not there now never will be
+        exchange.launch(behind, b[turn], out, phases=(False, True))
         assert torch.equal(out, a[turn] + b[turn])
 
 
