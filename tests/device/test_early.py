@@ -20,6 +20,7 @@ from tpqwen.offline import OfflineEngine
 from tpqwen.parallel.group import TPGroup
 from tpqwen.quant.schemes import NONE, SCHEMES, Scheme
 from tpqwen.request import SamplingParams
+from tpqwen.worker import early
 from tpqwen.worker.early import Alone, Part, compiled_beside
 from tpqwen.worker.load import _Build
 
@@ -92,6 +93,23 @@ def test_a_rank_of_several_runs_its_parts_without_the_others(tmp_path: Path, ran
     run(build(folder, TPGroup(rank, 2, None)).early_parts())
 
 
+def test_a_rank_of_several_compiles_what_it_would_exchange_with_peers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+
+    def compiled(size: int, x: torch.Tensor, residual: torch.Tensor | None = None, *, summed: bool = True) -> None:
+        seen.add((size, x.dtype, residual is not None, summed))
+
+    monkeypatch.setattr(early, "compile_exchange", compiled)
+    run(build(tiny_checkpoint(tmp_path), TPGroup(0, 2, None)).early_parts())
+    assert {
+        (2, torch.float32, True, True),  # layers
+        (2, torch.float32, False, True),  # the embedding
+        (2, torch.float64, False, False),  # the sampler
+    } <= seen
+
+
 def test_nothing_is_made_where_the_weights_leave_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_checkpoint(tmp_path)
     made, quantized = (build(folder, TPGroup.single(), scheme) for scheme in SCHEMES.values())
@@ -153,4 +171,5 @@ def test_alone_keeps_shapes() -> None:
     alone = Alone(TPGroup(1, 4, None))
     x = torch.arange(6.0).view(2, 3)
     assert alone.all_reduce(x) is x
+    assert torch.equal(alone.add_reduced(x, x), 2 * x)
     assert alone.all_gather(x).shape == (4, 2, 3)

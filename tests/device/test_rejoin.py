@@ -96,3 +96,17 @@ def test_every_kind_of_row_goes_on_as_if_nothing_had_happened(folder: Path, at: 
     scores = [[s.logprob for d in out["r4"] for s in d.prompt_logprobs or ()] for out in (expected, got)]
     assert scores[1] == pytest.approx(scores[0], abs=1e-4)
     assert sum(d.pooled is not None for d in got["pooled"]) == 1
+
+
+def test_what_a_rank_has_computed_when_it_is_called_off_is_no_answer(folder: Path) -> None:
+    engine = Engine(folder)
+    worker = engine.executor.workers[0]
+    submit = worker.submit
+
+    def submit_and_be_called_off(step: Any) -> None:
+        submit(step)
+        worker._group.called_off = True
+
+    worker.submit = submit_and_be_called_off  # type: ignore[method-assign]
+    with pytest.raises(ConnectionError):
+        engine.generate([requests()[1]])

@@ -13,6 +13,7 @@ import torch
 from tpqwen.kernels import attention, dequantize, gemm, launch, norm, paged_prefill, prefill, sampling, stepping
 from tpqwen.kernels.attention_table import LONG, MAX_ROWS
 from tpqwen.kernels.context import StepContext
+from tpqwen.kernels.exchange import add_up, compile_for, gather
 
 
 def attend(
@@ -113,6 +114,9 @@ def _prefill_scratch(num_heads: int, head_dim: int, device: torch.device) -> pag
 
 
 OPERATIONS = {
+    "add_up_peers": add_up,
+    "gather_peers": gather,
+    "compile_exchange": compile_for,
     "rms_norm": norm.rms_norm,
     "linear": gemm.linear,
     "norm_linear": gemm.norm_linear,

@@ -16,6 +16,7 @@ import torch
 
 from tpqwen.kernels import cpu, reference
 from tpqwen.kernels.context import DecodeInputs, SlotTensors, StepContext
+from tpqwen.kernels.mailbox import Mailbox
 from tpqwen.kernels.reference import Op
 
 
@@ -183,6 +184,25 @@ def edit_slots(tables_SM: torch.Tensor, edits_E3: torch.Tensor) -> None:
 def set_rows(rows: torch.Tensor, slots_B: torch.Tensor, padding: int) -> None:
     """Make these the slots that decode."""
     _pick("set_rows", rows)(rows, slots_B, padding)
+
+
+def add_up_peers(mailbox: Mailbox, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """reference.add_up of all ranks' x, written over x. GPUs only, like the two below."""
+    result: torch.Tensor = _cuda("cuda")["add_up_peers"](mailbox, x, residual)
+    return result
+
+
+def gather_peers(mailbox: Mailbox, x: torch.Tensor) -> torch.Tensor:
+    """All ranks' x, one above the other."""
+    result: torch.Tensor = _cuda("cuda")["gather_peers"](mailbox, x)
+    return result
+
+
+def compile_exchange(
+    mailbox: Mailbox, x: torch.Tensor, residual: torch.Tensor | None = None, *, summed: bool = True
+) -> None:
+    """Compile what the two above launch for such tensors, and run nothing."""
+    _cuda("cuda")["compile_exchange"](mailbox, x, residual, summed=summed)
 
 
 def top_candidates(

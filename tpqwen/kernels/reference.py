@@ -54,6 +54,15 @@ def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Te
     return normed.to(x_TH.dtype) * weight_H
 
 
+def add_up(parts: list[torch.Tensor] | tuple[torch.Tensor, ...], residual: torch.Tensor | None = None) -> torch.Tensor:
+    """The parts' sum in their order, in fp32, rounded once; then the residual added to that."""
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part.float()
+    rounded = total.to(parts[0].dtype)
+    return rounded if residual is None else residual + rounded
+
+
 def dequantize(weight_OI: torch.Tensor, scale_O: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """int8 times its row's fp32 scale, rounded once to dtype."""
     return (weight_OI.float() * scale_O[:, None]).to(dtype)

@@ -1,7 +1,7 @@
-"""The tensor-parallel group: rendezvous and the three collectives. A group of one is the same class and does nothing.
+"""The tensor-parallel group: rendezvous and the collectives. A group of one is the same class and does nothing.
 
 Every collective is a visible line in the layer that needs it. None of them reads a value on the host, so they can be
-captured in a CUDA graph.
+captured in a CUDA graph. Between GPUs of one host small tensors go another way than large ones (parallel/peers.py).
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _abort_process_group
+
+from tpqwen.kernels import reference
+from tpqwen.parallel.peers import Peers
 
 LOOK_S = 20e-6
 
@@ -33,17 +36,38 @@ class TPGroup:
         self.rank = rank
         self.size = size
         self.in_collective = False  # as of now: this rank waits for the others
-        self.called_off = False  # set by another thread: this rank is about to leave, whatever its pass waits for
+        self._called_off = False
         self._group = process_group
+        self._peers: Peers | None = None
 
     @staticmethod
     def single() -> TPGroup:
         """The group of one."""
         return TPGroup(0, 1, None)
 
+    @property
+    def called_off(self) -> bool:
+        """Set by another thread: this rank is about to leave, whatever its pass waits for."""
+        return self._called_off
+
+    @called_off.setter
+    def called_off(self, called_off: bool) -> None:
+        self._called_off = called_off  # first: who sees an exchange end without its peers must see this
+        if self._peers is not None:
+            self._peers.stop(called_off)
+
+    def add_reduced(self, partial: torch.Tensor, residual: torch.Tensor, *, ordered: bool = False) -> torch.Tensor:
+        """residual + the sum of the ranks' partials, which may be overwritten. ordered: added up as by ordered_sum."""
+        if self._peers is not None and self._peers.takes(partial, summed=True):
+            self.check()
+            return self._peers.add_up(partial, residual)
+        return residual + (self.ordered_sum(partial) if ordered else self.all_reduce(partial))
+
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, in place; returns x."""
         self.check()
+        if self._peers is not None and self._peers.takes(x, summed=True):
+            return self._peers.add_up(x)
         if self.size > 1:
             self._together(dist.all_reduce, x)
         return x
@@ -51,17 +75,15 @@ class TPGroup:
     def ordered_sum(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks in rank order, in fp32, rounded once. all_reduce may add in an order of its own for each
         element, by the message's size and the element's place in it."""
-        parts = self.all_gather(x)
-        total = parts[0].float()
-        for part in parts[1:]:
-            total = total + part
-        return total.to(x.dtype)
+        return reference.add_up(self.all_gather(x).unbind())
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's x stacked in rank order: [size, *x.shape]."""
         self.check()
         if self.size == 1:
             return x[None]
+        if self._peers is not None and self._peers.takes(x, summed=False):
+            return self._peers.gather(x.contiguous())
         out = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
         self._together(_gather, out.view(-1), x.contiguous().view(-1))
         return out
@@ -77,7 +99,8 @@ class TPGroup:
             raise ConnectionError(f"rank {self.rank} of {self.size} leaves its group")
 
     def wait_until(self, passed: Callable[[], bool]) -> None:
-        """Wait for the device, which may be waiting for another rank that is gone: raises as `check` does."""
+        """Wait for the device, which may be waiting for another rank that is gone: raises as `check` does, also when
+        it has passed because the group was aborted, for then nothing that was computed means anything."""
         while not passed():
             self.check()
             time.sleep(LOOK_S)
@@ -91,18 +114,25 @@ class TPGroup:
         """
         if self.size == 1:
             return
+        self.called_off = False
+        store = PrefixStore(f"epoch-{epoch}", store)
         dist.init_process_group(
             "nccl" if device_type == "cuda" else "gloo",
-            store=PrefixStore(f"epoch-{epoch}", store),
+            store=store,
             rank=self.rank,
             world_size=self.size,
             timeout=timedelta(seconds=timeout_s),
             device_id=torch.device("cuda:0") if device_type == "cuda" else None,
         )
         self._group = dist.group.WORLD
+        if device_type == "cuda":
+            self._peers = self._peers or Peers(self.rank, self.size, torch.device("cuda:0"))
+            self._peers.join(store, self._agreed)
 
     def leave(self) -> None:
         """End this process's membership, in agreement with the others. Idempotent."""
+        if self._peers is not None:
+            self._peers.leave()
         if self._group is not None:
             dist.destroy_process_group()
             self._group = None
@@ -124,6 +154,14 @@ class TPGroup:
         connection close. No thread of this process may be in a collective. Idempotent."""
         self.release()
         self.leave()
+
+    def _agreed(self, mine: bool) -> bool:
+        """Whether it is so on every rank; waits for all of them."""
+        answers = self.all_gather(torch.tensor([mine], dtype=torch.int32, device="cuda"))
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()  # type: ignore[no-untyped-call]
+        self.wait_until(done.query)
+        return bool(answers.all())
 
     def _together(self, collective: Callable[..., Any], *tensors: torch.Tensor) -> None:
         group = self._joined()

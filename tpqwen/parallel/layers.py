@@ -90,7 +90,7 @@ class RowParallel(ShardedWeight):
         if self.group.size == 1:
             return ops.linear_add(x_TI, self.weight, residual_TH, self.scale, invariant=self.invariant)
         partial = ops.linear(x_TI, *self.matrix, invariant=self.invariant)
-        return residual_TH + (self.group.ordered_sum(partial) if self.invariant else self.group.all_reduce(partial))
+        return self.group.add_reduced(partial, residual_TH, ordered=self.invariant)
 
 
 class VocabParallel(ShardedWeight):

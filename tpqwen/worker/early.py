@@ -20,6 +20,7 @@ import torch
 
 from tpqwen.kernels import ops
 from tpqwen.parallel.group import TPGroup
+from tpqwen.parallel.peers import compile_exchange
 from tpqwen.step import Chunk, packed
 from tpqwen.worker.batch import ChunkBatch, Stager, blank_prompt, chunk_batch, chunk_parts
 from tpqwen.worker.mixed import TOKENS, pad
@@ -36,15 +37,25 @@ Build = Callable[[Sequence[Part]], None]
 
 
 class Alone(TPGroup):
-    """A rank that talks to nobody: shards as in the group, collectives that give back what they are given."""
+    """A rank that talks to nobody: shards as in the group, collectives that give back what they are given.
+
+    The kernels that peers would use are compiled, whether or not the ranks will be peers: a rank that replaces another
+    one loads before it knows.
+    """
 
     def __init__(self, group: TPGroup) -> None:
         super().__init__(group.rank, group.size, None)
 
+    def add_reduced(self, partial: torch.Tensor, residual: torch.Tensor, *, ordered: bool = False) -> torch.Tensor:
+        compile_exchange(self.size, partial, residual)
+        return residual + partial
+
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        compile_exchange(self.size, x)
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        compile_exchange(self.size, x, summed=False)
         return torch.stack([x] * self.size)
 
 
@@ -91,6 +102,7 @@ def first_parts(runner: Runner) -> list[Part]:
     none, first = (torch.arange(n, dtype=torch.int32, device=device) for n in (0, 1))
     few = torch.full((MIXED_CHUNKS,), runner.state.tensors.padding_slot, dtype=torch.int32, device=device)
     parts: list[Part] = []
+    parts.append(partial(runner.model.embed.embed, first))
     contexts = [(1, runner.decode_context(first)[1])]
     state, size = runner.state, runner.cache.block_size
     whole = blank_prompt(0, min(WHOLE, state.tensors.tables_SM.shape[1] * size), state, size)
