@@ -20,9 +20,8 @@ them up in rank order.
 - Every LOOK looks a program reads `stop`, a word in the host's memory. Set, it ends without what is missing: the
   results mean nothing then, and the caller throws the pass away.
 
-The stores are plain and the loads volatile, as in other engines' kernels of this kind (TensorRT-LLM's one-shot
-all-reduce): a plain store to another GPU's memory leaves at once, and vectors of two words stay two words that are
-whole. SIZE ranks, N words of the message.
+Stores and loads are volatile, as NCCL's are: a plain store to another GPU's memory may stay behind for a while, and with
+both ranks waiting for each other nothing else would push it out. SIZE ranks, N words of the message.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -67,6 +66,25 @@ def _rounded(low, high, ELEMENT: tl.constexpr):
     return bits
 
 
+@triton.jit
+def _send(to, words, WORDS: tl.constexpr, STRONG: tl.constexpr):
+    """Store the words [WORDS], two at a time, so that they leave now; plainly in the interpreter, without assembly."""
+    even, odd = tl.split(tl.reshape(words, [WORDS // 2, 2]))
+    pointers = to + 2 * tl.arange(0, WORDS // 2)
+    if STRONG:
+        tl.inline_asm_elementwise(
+            "{ st.volatile.global.v2.u64 [$1], {$2, $3}; mov.u32 $0, 0; }",
+            "=r,l,l,l",
+            [pointers.to(tl.int64), even, odd],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.store(pointers, even)
+        tl.store(pointers + 1, odd)
+
+
 @triton.jit(do_not_specialize=["N", "rank"], do_not_specialize_on_alignment=["stop"])
 def _exchange_kernel(
     mine,
@@ -87,6 +105,7 @@ def _exchange_kernel(
     SEND: tl.constexpr,
     RECEIVE: tl.constexpr,
     LOOK: tl.constexpr,
+    STRONG: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One exchange of N words; ELEMENT None gathers them. RANKS: SIZE, rounded up to a power of two."""
@@ -103,7 +122,7 @@ def _exchange_kernel(
     if SEND:
         for step in tl.static_range(1, SIZE):  # each rank begins with the next one, so that no inbox gets all at once
             to = tl.multiple_of(tl.load(inboxes + (rank + step) % SIZE).to(tl.pointer_type(tl.int64)), 16)
-            tl.store(to + ((half + rank) * PROGRAMS + program) * WORDS + w, sent)
+            _send(to + ((half + rank) * PROGRAMS + program) * WORDS, sent, WORDS, STRONG)
     if RECEIVE:
         if ADD:
             base_low, base_high = _widened(tl.load(residual + at, mask=inside, other=0), ELEMENT)
@@ -197,6 +216,7 @@ def _arguments(
         "SEND": phases[0],
         "RECEIVE": phases[1],
         "LOOK": LOOK,
+        "STRONG": x.is_cuda,
         "num_warps": WARPS,
         **launch_options(x.device),
     }

@@ -22,7 +22,7 @@ from tpqwen.parallel.device_memory import DriverError, SharedMemory, close_handl
 
 # Bytes of the largest message by number of ranks: above them the library's ring or tree is quicker, for every rank
 # sends its whole message, and twice as large, to every other one.
-LIMITS = {2: 1024 * 1024, 4: 512 * 1024, 8: 256 * 1024}
+LIMITS = {2: 2048 * 1024, 4: 512 * 1024, 8: 256 * 1024}
 
 _log = logging.getLogger(__name__)
 
