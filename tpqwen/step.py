@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tpqwen.request import Guide, Pooling, TokenLogprob
 
 Ints = NDArray[np.int32]
+TOKEN_BUCKETS = (64, 128, 256, 512, 768, 1024, 1536, 2048)  # prompt tokens of the passes that ranks have as graphs
 LONG_ROW = 4096  # tokens of context beyond which a row that decodes counts as long
 GIVEN_UP = -1  # as StepOutput.graphs_left: there is no memory for more graphs
 
@@ -38,6 +39,11 @@ def row_bucket(rows: int) -> int:
         return 1 << (rows - 1).bit_length() if rows else 0
     step = 8 if rows <= 64 else 16 if rows <= 256 else 64
     return -(-rows // step) * step
+
+
+def token_bucket(tokens: int) -> int:
+    """The size that so many prompt tokens run as, where that is a graph; 0 where it is none."""
+    return next((size for size in TOKEN_BUCKETS if size >= tokens), 0)
 
 
 class RowParams(msgspec.Struct, frozen=True, array_like=True):

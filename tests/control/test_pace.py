@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.control.test_scheduler import Pair, request
 from tests.fakes import FakeExecutor, tiny_capacity
 from tpqwen.engine.core import EngineCore
 from tpqwen.request import GenerateRequest, SamplingParams
-from tpqwen.scheduler.pace import FRESH, LEAST, STALL, Pace, tokens_within, work_of
-from tpqwen.step import Chunk, StepInput, StepStats, ints, packed
+from tpqwen.scheduler.pace import FRESH, LEAST, STALL, Pace, Room, tokens_within, work_of
+from tpqwen.step import Chunk, StepInput, StepStats, ints, packed, token_bucket
 
 
 def stats(phase: str, duration_s: float, prompt_tokens: int = 0, rows: int = 8) -> StepStats:
@@ -145,3 +148,61 @@ def test_beside_streams_a_gentle_step_is_one_that_has_a_graph() -> None:
     pair.add(request("long", 300))
     assert pair.step(gentle=200.0).num_chunk_tokens == 64
     assert pair.step().num_chunk_tokens == 236, "it is not to be gentle"
+
+
+def test_a_graph_is_filled_while_that_adds_little_attention() -> None:
+    cost = 0.001
+    capacity = msgspec.structs.replace(tiny_capacity(graph_tokens=2048, graph_chunks=8), context_cost=cost)
+    for start, tokens in ((0, 512), (200, 256), (20_000, LEAST)):
+        assert Room(4000, 300.0, capacity).tokens(start) == tokens
+    within = tokens_within(300, 1000, cost)  # where a token's attention is as much as its matrices
+    assert 128 < within < 256
+    assert Room(4000, 300.0, capacity).tokens(1000) == within
+    assert Room(4000, None, capacity).tokens(1000) == 4000
+
+
+@pytest.mark.parametrize(
+    ("gentle", "chunks"),
+    [
+        (0.01, [128]),
+        (LEAST - 30, [128]),
+        (257, [512]),  # padded up to 512 tokens anyway
+        (600, [600]),
+        (600 + LEAST - 1, [600]),  # what is left is not worth another chunk
+        (800, [600, 424]),
+        (1100, [600, 600]),
+    ],
+)
+def test_a_gentle_step_fills_its_graph(gentle: float, chunks: list[int]) -> None:
+    sizes = {"graph_tokens": 2048, "graph_chunks": 8}
+    pair = Pair(tiny_capacity(num_blocks=1900, max_batched_tokens=4096, max_model_len=900, max_num_seqs=24, **sizes))
+    pair.add(*(request(f"stream {i}", max_tokens=50) for i in range(16)))
+    pair.step()
+    pair.add(*(request(f"prompt {i}", 600) for i in range(3)))
+    assert [c.num_tokens for c in pair.step(gentle=gentle).chunks] == chunks
+
+
+@settings(max_examples=300, derandomize=True, deadline=None, database=None)
+@given(gentle=st.floats(0.0, 3000.0), budget=st.integers(1, 4000), prompts=st.lists(st.integers(1, 1500), max_size=12))
+def test_filling_never_takes_a_larger_graph_than_the_limit_would(
+    gentle: float, budget: int, prompts: list[int]
+) -> None:
+    room = Room(budget, gentle, tiny_capacity(max_batched_tokens=4096, graph_tokens=2048, graph_chunks=8))
+    chunks: list[int] = []
+    for length in prompts:
+        if room.is_full:
+            break
+        chunks.append(min(length, room.tokens(0)))
+        room.take(0, chunks[-1])
+    assert len(chunks) <= 8 and sum(chunks) <= min(budget, 2048)
+    assert min(chunks, default=1) > 0
+    assert token_bucket(sum(chunks)) <= (token_bucket(max(int(gentle), LEAST)) or 2048)
+    assert bool(chunks) == bool(prompts and gentle > 0), "however little is allowed, the first prompt gets on"
+
+
+def test_without_graphs_a_gentle_step_takes_what_it_may() -> None:
+    pair = Pair(tiny_capacity(num_blocks=900, max_batched_tokens=4096, max_model_len=900, max_num_seqs=24))
+    pair.add(*(request(f"stream {i}", max_tokens=50) for i in range(16)))
+    pair.step()
+    pair.add(*(request(f"prompt {i}", 600) for i in range(3)))
+    assert [c.num_tokens for c in pair.step(gentle=1100.0).chunks] == [600, 500]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from tpqwen.step import StepInput, StepStats
+from tpqwen.step import Capacity, StepInput, StepStats, token_bucket
 
 STALL = 1.2  # what prompts may add to a step, in decode steps; with the decode rows' own part 2.2 in all
 LEAST = 128  # tokens: below it a step is mostly overhead, and the prompt would never get done
@@ -15,6 +15,7 @@ OUTNUMBER = 4  # streams per waiting prompt from which their pace comes first
 NEWEST = 0.2  # weight of the newest measurement
 FRESH = 32  # steps with prompts for which the time of a decode step holds, while about as many rows decode
 OUTLIER = 4.0  # a measurement counts for at most so many times what was known: a step may have compiled a kernel
+FILLING = 0.25  # of a gentle step's work: what tokens that fill a graph up may add by looking at their context
 SCRAP = 1 / 16  # of a step's tokens
 
 
@@ -29,9 +30,51 @@ def tokens_within(work: float, start: int, context_cost: float) -> int:
     return max(LEAST, int(2 * work / (first + math.sqrt(first * first + 2 * context_cost * work))))
 
 
-def is_scrap(budget: int, num_tokens: int, whole_budget: int) -> bool:
-    """Whether what is left of a step's budget is too little to begin a prompt with: computed at once it is cheaper."""
-    return budget < num_tokens and budget < SCRAP * whole_budget
+class Room:
+    """How much prompt one step may still take on.
+
+    budget: tokens. gentle: work beside running streams, as Pace.limit; None: the budget alone counts. A gentle step is
+    one that has a graph (a larger one is launched kernel by kernel, for which the streams would wait), and the
+    matrices of what fills the graph up are computed anyway.
+    """
+
+    def __init__(self, budget: int, gentle: float | None, capacity: Capacity) -> None:
+        self._graphed = gentle is not None and capacity.graph_tokens > 0
+        self._left = min(budget, capacity.graph_tokens) if self._graphed else budget
+        self._gentle = gentle
+        self._capacity = capacity
+        self._tokens = 0  # taken
+        self._chunks = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no chunk is to be added. Behind others none is begun for less than LEAST work; the first one may."""
+        if self._left <= 0 or self._gentle is None:
+            return self._left <= 0
+        too_many = 0 < self._capacity.graph_chunks <= self._chunks
+        return too_many or (self._gentle < LEAST if self._chunks else self._gentle <= 0)
+
+    def is_scrap(self, num_tokens: int) -> bool:
+        """Whether what is left is too little to begin a prompt with: computed at once it is cheaper."""
+        return self._chunks > 0 and self._left < min(num_tokens, SCRAP * self._capacity.max_batched_tokens)
+
+    def tokens(self, start: int) -> int:
+        """Of the next chunk at most, which begins at position `start` of its sequence."""
+        if self._gentle is None:
+            return self._left
+        cost = self._capacity.context_cost
+        most = tokens_within(self._gentle, start, cost)
+        spare = token_bucket(self._tokens + most) - self._tokens - most if self._graphed else 0
+        fills = spare > 0 and spare * cost * start <= FILLING * self._gentle
+        return min(self._left, most + spare if fills else most)
+
+    def take(self, start: int, num_tokens: int) -> None:
+        """A chunk has been added."""
+        self._left -= num_tokens
+        self._tokens += num_tokens
+        self._chunks += 1
+        if self._gentle is not None:
+            self._gentle -= work_of(start, num_tokens, self._capacity.context_cost)
 
 
 class Pace:

@@ -19,7 +19,7 @@ from tpqwen.request import Delta, Deltas, FinishReason, GenerateRequest
 from tpqwen.scheduler.admission import Admission, Verdict
 from tpqwen.scheduler.flight import Draft, Flight, Part, Tally
 from tpqwen.scheduler.outcome import as_deltas, by_live_row
-from tpqwen.scheduler.pace import OUTNUMBER, is_scrap, tokens_within, work_of
+from tpqwen.scheduler.pace import OUTNUMBER, Room
 from tpqwen.scheduler.patience import Patience
 from tpqwen.scheduler.rows import NO_ROWS, Longs, Rows, RowSet
 from tpqwen.scheduler.sequence import CRASH_BUDGET, Sequence, State, admission, by_order, row_params
@@ -174,8 +174,7 @@ class Scheduler:
         """The next step, or None when there is nothing to run before an earlier step's result is in.
 
         Decode rows come first, one token each; prefill chunks share what is left of the budget in order. While streams
-        outnumber the prompts still to compute, those get at most `gentle` work (scheduler/pace.py), and no more than a
-        graph holds: a larger pass is launched kernel by kernel, for which the streams would wait.
+        outnumber the prompts still to compute, those get about `gentle` work (scheduler/pace.py).
         """
         draft = Draft()
         preempted = self._grow(draft)
@@ -184,9 +183,7 @@ class Scheduler:
             budget = self.capacity.max_batched_tokens - len(decode)
             if gentle is not None and len(decode) < OUTNUMBER * prompts:
                 gentle = None
-            if gentle is not None and self.capacity.graph_tokens:
-                budget = min(budget, self.capacity.graph_tokens)
-            self._prefill(draft, budget, now, gentle, admit=not preempted)
+            self._prefill(draft, Room(budget, gentle, self.capacity), now, admit=not preempted)
         if not len(decode) and not draft.chunks:
             return None
         return self._commit(draft, decode)
@@ -310,16 +307,15 @@ class Scheduler:
         self._tally.preemptions += 1
         self._admission.push(sequence)
 
-    def _prefill(self, draft: Draft, budget: int, now: float, gentle: float | None, *, admit: bool) -> None:
+    def _prefill(self, draft: Draft, room: Room, now: float, *, admit: bool) -> None:
         """Chunks in order, (priority, arrival): having begun earlier gives no right of way."""
-        cost, few = self.capacity.context_cost, self.capacity.graph_chunks
         waiting = self._admission.candidates() if admit else []
         full = False
         for sequence in heapq.merge(self._prefilling[:], waiting, key=by_order):
-            if budget <= 0 or (gentle is not None and (gentle <= 0 or 0 < few <= len(draft.chunks))):
+            if room.is_full:
                 break
             if sequence.slot < 0:
-                if draft.chunks and is_scrap(budget, sequence.num_tokens, self.capacity.max_batched_tokens):
+                if room.is_scrap(sequence.num_tokens):
                     break
                 verdict = Verdict.FULL if full else self._admission.enter(sequence)
                 full = verdict is Verdict.FULL
@@ -327,10 +323,7 @@ class Scheduler:
                     continue
                 self._announce(sequence, draft, now)
             start = int(self._rows.computed[sequence.slot])
-            most = budget if gentle is None else min(budget, tokens_within(gentle, start, cost))
-            taken = self._chunk(sequence, most, draft)
-            budget -= taken
-            gentle = None if gentle is None else gentle - work_of(start, taken, cost)
+            room.take(start, self._chunk(sequence, room.tokens(start), draft))
 
     def _announce(self, sequence: Sequence, draft: Draft, now: float) -> None:
         """Tell the ranks of a sequence that has just entered."""

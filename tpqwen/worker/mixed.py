@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from tpqwen.step import Ints
+from tpqwen.step import TOKEN_BUCKETS, Ints, token_bucket
 from tpqwen.worker.batch import Stager, blank_prompt, chunk_batch
 from tpqwen.worker.graphs import DecodeGraphs, capture
 from tpqwen.worker.runner import Runner, Sampled
@@ -20,7 +20,7 @@ from tpqwen.worker.sampler import SampleKind
 from tpqwen.worker.slots import MIXED_CHUNKS
 
 ROWS = (0, 8, 32, 64, 128, 256, 512)
-TOKENS = (64, 128, 256, 512, 1024, 2048)
+TOKENS = TOKEN_BUCKETS
 Key = tuple[int, int, SampleKind, bool]  # buckets of rows and tokens, sampling, wide
 
 
@@ -56,7 +56,7 @@ class MixedGraphs:
 
     def run(self, parts: Sequence[Ints], kind: SampleKind, stager: Stager) -> int:
         """One pass over the decode rows and these chunks. Returns the row from which on the chunks' tokens stand."""
-        tokens = next(t for t in TOKENS if t >= parts[0].size)
+        tokens = token_bucket(parts[0].size)
         width = next(r for r in self._rows if r >= self._decode.num_rows)
         padding = self._runner.state.tensors.padding_slot
         padded = pad(parts, tokens, padding)
