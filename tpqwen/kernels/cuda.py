@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from tpqwen.kernels import attention, gemm, norm, paged_prefill, prefill, sampling, stepping
+from tpqwen.kernels import attention, drafting, gemm, norm, paged_prefill, prefill, sampling, stepping
 from tpqwen.kernels.attention_table import LONG, MAX_ROWS
 from tpqwen.kernels.context import StepContext
 
@@ -124,6 +124,8 @@ OPERATIONS = {
     "top_candidates": sampling.top_candidates,
     "begin_step": stepping.begin_step,
     "finish_step": stepping.finish_step,
+    "begin_drafts": drafting.begin_drafts,
+    "accept_drafts": drafting.accept_drafts,
     "edit_slots": stepping.edit_slots,
     "set_rows": stepping.set_rows,
 }

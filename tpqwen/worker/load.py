@@ -18,7 +18,7 @@ from tpqwen.model.weights import allocate, load_weights, random_weights, weight_
 from tpqwen.parallel.group import TPGroup
 from tpqwen.quant.schemes import SCHEMES
 from tpqwen.step import Admit, Capacity, Chunk, RowParams, StepInput, packed
-from tpqwen.worker.ahead import Ahead, Pass, Prompt, least_free, planned, prompts, wide_variants
+from tpqwen.worker.ahead import Ahead, Pass, Prompt, least_free, planned, prompts, wide_variants, with_drafts
 from tpqwen.worker.batch import Stager, chunk_parts, eager_chunks, stage
 from tpqwen.worker.early import NUM_BLOCKS, Alone, Part, compiled_beside, first_parts
 from tpqwen.worker.kv_cache import KVCache, block_bytes, blocks_on_cpu, blocks_on_gpu
@@ -45,7 +45,8 @@ def load(config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, 
     with torch.device("meta"):
         scheme = SCHEMES[config.model.quantization]
         model = Qwen3(model_config, group, num_ids, invariant=config.model.deterministic, scheme=scheme)
-    build = _Build(model, num_ids, model_config, sizes, group, device, dtype)
+    drafts = config.schedule.num_drafts
+    build = _Build(model, num_ids, model_config, sizes, group, device, dtype, drafts)
     with compiled_beside(build.early_parts) if sizes.device == "cuda" else nullcontext():
         if config.model.random_weights:
             random_weights(model, device=device, dtype=dtype, seed=0)
@@ -73,7 +74,7 @@ def load(config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, 
     ahead = Ahead(group)
     if sizes.device == "cuda":
         usual = planned(sizes.max_num_seqs, sizes.max_batched_tokens, sizes.max_model_len)
-        passes: list[Pass | Prompt] = [*usual]
+        passes: list[Pass | Prompt] = [*with_drafts(usual, sizes.max_batched_tokens, drafts)]
         if DTYPE_BYTES[sizes.dtype] == 2 and not config.model.deterministic:
             passes += prompts(sizes.max_batched_tokens, sizes.max_model_len)
         passes += wide_variants(usual, sizes.max_model_len, runner.has_wide)
@@ -129,6 +130,7 @@ class _Build:
     group: TPGroup
     device: torch.device
     dtype: torch.dtype
+    drafts: int  # as SlotState takes it
 
     def runner(self, num_blocks: int) -> Runner:
         c, s = self.config, self.sizes
@@ -140,7 +142,8 @@ class _Build:
             head_dim=c.head_dim,
             like=torch.empty(0, dtype=self.dtype, device=self.device),
         )
-        state = SlotState(s.max_num_seqs, s.blocks_per_sequence, self.device)
+        positions = s.blocks_per_sequence * s.block_size
+        state = SlotState(s.max_num_seqs, s.blocks_per_sequence, self.device, positions=positions, drafts=self.drafts)
         head = self.model.lm_head
         sampler = Sampler(self.group, state.tensors, head.first_id, invariant=self.model.invariant)
         edits = LogitEdits(s.max_num_seqs, head.first_id, head.num_local, self.device)
