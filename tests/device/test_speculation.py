@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.device.test_generation import Engine, prompts, request
 from tests.tiny import tiny_checkpoint
+from tpqwen.kernels.draft_reference import SKIPPED
+from tpqwen.kernels.reference import MAX_CANDIDATES
 from tpqwen.request import GenerateRequest, SamplingParams
+from tpqwen.scheduler.sequence import row_params
 from tpqwen.scheduler.speculation import Speculation
-from tpqwen.step import DRAFT_ROWS, StepInput
+from tpqwen.step import DRAFT_ROWS, StepInput, ints
+from tpqwen.worker import drafts
+from tpqwen.worker.drafts import DraftGraphs, accepted
+from tpqwen.worker.sampler import SampleKind, kind_of
 
 KINDS = [
     SamplingParams(temperature=0.0),
@@ -148,3 +157,74 @@ def test_deterministic_bits_are_the_same(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "model")
     options = {"block_size": 8, "max_batched_tokens": 128, "max_model_len": 128, "dtype": "bfloat16"}
     both(folder, load_of(6, KINDS, output=24), deterministic=True, **options)
+
+
+@pytest.mark.parametrize("at", [{12}, {9, 30}])
+def test_who_rejoins_in_the_middle_of_drafts_goes_on_with_the_same_tokens(tmp_path: Path, at: set[int]) -> None:
+    folder = tiny_checkpoint(tmp_path / "model")
+    load = load_of(10, KINDS)
+    options = {"block_size": 8, "max_batched_tokens": 128, "max_num_seqs": 6, "prefix_cache": True}
+    plain, drafting = Engine(folder, **options), Watched(folder, **options)
+    expected, worker, number = plain.generate(load()), drafting.executor.workers[0], 0
+    tokens: dict[str, list[int]] = {name: [] for name in expected}
+    for r in load():
+        drafting.core.add(r)
+    while drafting.core.has_work:
+        number += 1
+        for delta in drafting.core.step().deltas:
+            assert delta.index == len(tokens[delta.id])
+            tokens[delta.id] += delta.token_ids
+        if number in at:
+            assert any(step.speculate for step in drafting.steps[-2:]), "drafts are in flight"
+            drafting.executor._pending.clear()
+            drafting.executor._threads[0].submit(lambda: None).result(60)  # what was submitted has run
+            worker.leave()
+            worker.rejoined()
+            drafting.core.restart(drafting.core.scheduler.epoch + 1, drafting.core.capacity)
+    assert tokens == expected
+    plain.close()
+    drafting.close()
+
+
+@pytest.mark.parametrize("edits", [{}, {"min_p": 0.1}, {"top_p": 0.5}, {"logprobs": 0}, {"min_tokens": 3}])
+@pytest.mark.parametrize("top_k", [0, 1, MAX_CANDIDATES, MAX_CANDIDATES + 1])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_scheduler_and_ranks_agree_on_who_needs_the_host(edits: dict, top_k: int, temperature: float) -> None:  # type: ignore[type-arg]
+    for more in ({}, {"presence_penalty": 1.0}, {"repetition_penalty": 1.1}, {"logit_bias": {1: 1.0}}):
+        params = SamplingParams(temperature=temperature, top_k=top_k, **edits, **more)
+        row = row_params(request("a", [1], 5, params))
+        assert row.can_speculate == kind_of([row]).in_graph, row
+
+
+def test_what_the_ring_holds_of_a_speculative_pass() -> None:
+    ring = np.array([5, 6, SKIPPED, 7, -1, SKIPPED, 8, 9, 10, 99], np.int32)
+    tokens, counts, bad = accepted(ring, 3, 2)
+    assert (tokens.tolist(), counts.tolist(), bad) == ([5, 6, 7, -1, 8, 9, 10], [2, 2, 3], (1,))
+    assert ints(counts.tobytes()).tolist() == [2, 2, 3]
+
+
+class Graph:
+    """Stands for a CUDAGraph, and knows what it is of."""
+
+    def __init__(self, key: object, replayed: list[object]) -> None:
+        self.replay = lambda: replayed.append(key)
+
+
+def test_a_pass_of_each_bucket_kind_and_length_is_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured: list[int] = []
+    replayed: list[object] = []
+
+    def capture(graphs: object, width: int, run: object) -> tuple[Graph, None]:
+        captured.append(width)
+        return Graph(len(captured), replayed), None
+
+    monkeypatch.setattr(drafts, "capture", capture)
+    decode: Any = SimpleNamespace(width=4)
+    passes = DraftGraphs(SimpleNamespace(), decode, enabled=True)  # type: ignore[arg-type]
+    sampled = SampleKind(candidates=True)
+    for decode.width, kind, count in ((4, sampled, 7), (4, sampled, 7), (8, sampled, 7), (4, SampleKind(), 7)):
+        passes.run(kind, count)
+    assert captured == [4, 8, 4] and replayed == [1, 1, 2, 3]
+    assert not passes.prepare(8, sampled, 7) and passes.prepare(8, sampled, 5)
+    passes.forget()
+    assert passes.prepare(8, sampled, 7)
