@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
+from tests.device.local_app import with_app
+from tests.device.test_embedded_replies import WEATHER
+from tests.http.driver import events
 from tpqwen import LLM, SamplingParams
+from tpqwen.config import EMBEDDED_MODEL
 from tpqwen.scheduler.speculation import Speculation
 from tpqwen.step import StepInput, StepStats
 
@@ -129,3 +136,60 @@ def test_it_turns_itself_on_and_off_by_what_steps_cost(
 
 def _fields(stats: StepStats) -> list[object]:
     return [getattr(stats, name) for name in StepStats.__struct_fields__]
+
+
+BODIES: list[dict[str, Any]] = [
+    {"content": COPYING[0], "stop": ["old man"]},
+    {"content": COPYING[0], "max_tokens": 17},
+    {"content": COPYING[0], "n": 3, "temperature": 0.7, "seed": 5},
+    {"content": COPYING[0], "logprobs": True, "max_tokens": 9},
+    {"content": "What is 17 + 25?", "thinking": True},
+    {"content": "What is 17 + 25?", "thinking": True, "thinking_token_budget": 11},
+    {"content": "What is the weather in Paris?", "tools": [WEATHER], "thinking": True},
+]
+
+
+def test_clients_see_the_same_answers_and_counts_whole_and_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tokens of a sequence come at once: stop strings, limits, marks and usage must not notice."""
+    monkeypatch.setattr(Speculation, "_pays", lambda self, bucket: True)
+
+    async def work(client: httpx.AsyncClient) -> list[Any]:
+        told: list[Any] = []
+        for given in BODIES:
+            body = {"temperature": 0, "max_tokens": 60, **given}
+            messages = [{"role": "user", "content": body.pop("content")}]
+            body |= {"messages": messages, "chat_template_kwargs": {"enable_thinking": body.pop("thinking", False)}}
+            answer = await client.post("/v1/chat/completions", json=body)
+            assert answer.status_code == 200, answer.text
+            whole = answer.json()
+            told.append(([_choice(c) for c in whole["choices"]], whole["usage"]))
+            more = {"stream": True, "stream_options": {"include_usage": True}}
+            streamed = events((await client.post("/v1/chat/completions", json=body | more)).text)
+            told.append((_texts(streamed), streamed[-2]["usage"]))
+        return told
+
+    folder = Path(EMBEDDED_MODEL)
+    off, on = (with_app(folder, work, speculation=how, max_model_len=1024) for how in ("off", "ngram"))
+    assert on == off
+    (choice,), usage = on[0]
+    assert choice["message"]["content"].endswith("and an ") and choice["finish_reason"] == "stop"
+    assert on[2][1]["completion_tokens"] == 17 and usage["completion_tokens"] < 60
+
+
+def _choice(choice: dict[str, Any]) -> dict[str, Any]:
+    for call in choice["message"].get("tool_calls") or ():
+        del call["id"]
+    return choice
+
+
+def _texts(streamed: list[Any]) -> dict[tuple[int, str], str]:
+    """What each choice said in pieces, put together."""
+    found: dict[tuple[int, str], str] = {}
+    for choice in (c for e in streamed[:-1] for c in e["choices"]):
+        for name in ("reasoning", "content"):
+            key = (choice["index"], name)
+            found[key] = found.get(key, "") + (choice["delta"].get(name) or "")
+        for call in choice["delta"].get("tool_calls") or ():
+            key = (choice["index"], "arguments")
+            found[key] = found.get(key, "") + (call["function"].get("arguments") or "")
+    return found
