@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
 from tests.control.test_scheduler import ROOMY, Pair, request
 from tests.control.test_thinking_budget import budget, expected, thinks
 from tests.fakes import FakeExecutor, expected_tokens, hashed_token, tiny_capacity
-from tpqwen.config import ScheduleOptions
+from tpqwen.config import Config, ScheduleOptions
 from tpqwen.engine.core import EngineCore
+from tpqwen.engine.deadlines import FLOOR_S, NEW_SHAPE_S, Deadlines
+from tpqwen.errors import ConfigError
 from tpqwen.request import FinishReason, SamplingParams
 from tpqwen.scheduler.scheduler import Scheduler
 from tpqwen.scheduler.speculation import LEAST_PAUSE, REFRESH, Speculation
@@ -126,6 +130,37 @@ def test_steps_with_prompts_and_one_slow_step_say_little() -> None:
 def test_only_few_rows_and_within_a_steps_tokens(rows: int, max_tokens: int, fits: bool) -> None:
     assert Speculation(COUNT).fits(rows, max_tokens) == fits
     assert Speculation(COUNT).fits(DRAFT_ROWS, 10_000) and not Speculation(COUNT).fits(DRAFT_ROWS + 1, 10_000)
+
+
+def test_the_first_of_its_kind_has_time_to_be_compiled() -> None:
+    deadlines = Deadlines(compiles=True)
+    plain = step_of()
+    for number in range(3):
+        deadlines.of(msgspec.structs.replace(plain, step=number, decode=packed([1, 2])))
+        deadlines.observe(msgspec.structs.replace(plain, step=number), 0.01)
+    later = [msgspec.structs.replace(step_of(COUNT), step=number) for number in (3, 4)]
+    assert [deadlines.of(step) for step in later] == [NEW_SHAPE_S, FLOOR_S]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"speculation": "eagle"}, "speculation must be one of off, ngram, not 'eagle'"),
+        ({"speculation": "ngram", "draft_tokens": 16}, "draft_tokens must lie in 1..15, not 16"),
+        ({"speculation": "ngram", "draft_tokens": 0}, "draft_tokens must lie in 1..15, not 0"),
+        ({"speculation": "ngram", "task": "embed"}, "speculation=ngram drafts output tokens, and task=embed has none"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        Config.load(options, {})
+
+
+def test_options_reach_the_schedule() -> None:
+    assert Config.load({}, {}).schedule.num_drafts == 0
+    assert Config.load({"speculation": "ngram"}, {}).schedule.num_drafts == 7
+    assert Config.load({}, {"TPQWEN_SPECULATION": "ngram", "TPQWEN_DRAFT_TOKENS": "3"}).schedule.num_drafts == 3
+    assert Config.load({"draft_tokens": 3, "task": "embed"}, {}).schedule.num_drafts == 0
 
 
 class Always(Speculation):

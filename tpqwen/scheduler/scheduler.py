@@ -54,7 +54,6 @@ class Scheduler:
         self._watched: set[str] = set()  # ids of those with a thinking budget
         self._arrivals = 0
         self._tally = Tally()
-        self._collected = Flight(-1, NO_ROWS, 0, 0, [], 0)
         self._begin(epoch, capacity)
 
     def _begin(self, epoch: int, capacity: Capacity) -> None:
@@ -207,7 +206,8 @@ class Scheduler:
         if flight is None or flight.step != output.step or len(flight.rows) != num_rows:
             wanted = f"step {flight.step} with {len(flight.rows)} rows" if flight else "no step"
             raise EngineError(f"got step {output.step} with {num_rows} rows, expected {wanted}")
-        self._collected = self._flights.popleft()
+        self._flights.popleft()
+        self._tally.flight = flight
         scores = dict(output.prompt_logprobs)  # chunks come in order, so theirs follow those known
         for index, part in enumerate(flight.parts):
             if self._rows.generation[part.slot] == part.generation:
@@ -223,7 +223,7 @@ class Scheduler:
         """Of the step updated last. Counts of events are since the last call."""
         tally, self._tally = self._tally, Tally()
         times = (duration_s, busy_s, idle_s, host_s)
-        return self._collected.stats(tally, self.pool, (self.num_running, self.num_waiting), times)
+        return tally.stats(self.pool, (self.num_running, self.num_waiting), times)
 
     def check(self) -> None:
         """Raise EngineError unless every invariant holds. For tests, and for the engine when it is idle."""

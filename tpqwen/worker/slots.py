@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from tpqwen.kernels.context import SlotTensors
-from tpqwen.step import DRAFT_ROWS, Admit, RowParams
+from tpqwen.step import DRAFT_ROWS, Admit, Ints, RowParams
 
 INT_FIELDS = ("top_k", "choice", "min_tokens")
 FLOAT_FIELDS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
@@ -87,6 +87,11 @@ class SlotState:
         self.tensors.out_index[slots] = rows[:, 1]
         self.tensors.seed[slots] = (rows[:, 3].long() << 32) | (rows[:, 2].long() & 0xFFFFFFFF)
         self.fields[:, slots] = rows[:, 4:].t()
+
+    def ring_row(self, turn: int) -> Ints:
+        """What the turn-th pass leaves in the ring, or has left."""
+        row: Ints = self.tensors.ring.numpy()[turn % RING]
+        return row
 
     def gather(self, slots: torch.Tensor) -> RowTensors:
         """Parameters of the given slots (int32 [R]) in that order."""

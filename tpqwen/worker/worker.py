@@ -129,7 +129,7 @@ class Worker:
         if step.chunks:
             sampled_slots = (*self._rows, *(c.slot for c in step.chunks if c.sample))
         turn = self._turn
-        tokens = self._ring[turn % len(self._ring)]
+        tokens = self.runner.state.ring_row(turn)
         self._guides.select(sampled_slots)
         graphs = self.graphs.num_captured
         idle = not step.chunks and not sampled_slots
@@ -224,7 +224,7 @@ class Worker:
         self._kind = SampleKind()
         state = self.runner.state.tensors
         self._turn = int(state.turn)  # passes begun, as on the device
-        self._ring, self._idle = state.ring.numpy(), Idle(state.stamps.numpy())
+        self._idle = Idle(state.stamps.numpy())
         self._marks = Marks(self._device, 2 * (self._config.schedule.depth + 2))
         sizes, cuda = self.sizes, self._device.type == "cuda"
         self.graphs = DecodeGraphs(self.runner, self._group, sizes.max_num_seqs, enabled=cuda)
