@@ -13,12 +13,13 @@ import pytest
 
 from tests.device.test_generation import Engine, prompts, request
 from tests.tiny import tiny_checkpoint
+from tpqwen import LLM
 from tpqwen.kernels.draft_reference import SKIPPED
 from tpqwen.kernels.reference import MAX_CANDIDATES
 from tpqwen.request import GenerateRequest, SamplingParams
 from tpqwen.scheduler.sequence import row_params
 from tpqwen.scheduler.speculation import Speculation
-from tpqwen.step import DRAFT_ROWS, StepInput, ints
+from tpqwen.step import DRAFT_ROWS, StepInput, StepStats, ints
 from tpqwen.worker import drafts
 from tpqwen.worker.drafts import DraftGraphs, accepted
 from tpqwen.worker.sampler import SampleKind, kind_of
@@ -228,3 +229,33 @@ def test_a_pass_of_each_bucket_kind_and_length_is_captured_once(monkeypatch: pyt
     assert not passes.prepare(8, sampled, 7) and passes.prepare(8, sampled, 5)
     passes.forget()
     assert passes.prepare(8, sampled, 7)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", [{"dtype": "float32"}, {"dtype": "bfloat16", "deterministic": True}])
+def test_graphs_give_the_same_tokens_on_a_gpu(mode: dict[str, Any]) -> None:
+    """As many rows as may speculate and some more, coming and going, greedy and sampled."""
+    asked = [
+        "Copy this text: the small brown dog ran over the hill.",
+        "Count to twenty.",
+        "Tell me a story about a boat.",
+    ]
+    found: list[list[list[int]]] = []
+    accepted_tokens = 0
+
+    def note(stats: StepStats) -> None:
+        nonlocal accepted_tokens
+        accepted_tokens += stats.accepted_tokens
+
+    for speculation in ("off", "ngram"):
+        with LLM(device="cuda", speculation=speculation, max_num_seqs=24, **mode) as llm:
+            llm._engine.on_stats = note
+            answers: list[list[int]] = []
+            for count in (1, 3, 8, 20):
+                for params in (
+                    SamplingParams(temperature=0.0, max_tokens=60),
+                    SamplingParams(top_k=20, seed=4, max_tokens=60),
+                ):
+                    answers += [o.token_ids for o in llm.generate([asked[i % 3] for i in range(count)], params)]
+            found.append(answers)
+    assert found[0] == found[1] and accepted_tokens > 0
