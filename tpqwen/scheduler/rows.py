@@ -186,7 +186,7 @@ class Rows:
         self.left[rows.slots] += rejected
         self.drafted[rows.slots] -= 1
 
-    def room_for(self, rows: RowSet, count: int) -> Longs | None:
+    def missing_blocks(self, rows: RowSet, count: int) -> Longs | None:
         """How many blocks each row lacks for `count` positions more; None when one may not have so many, or must not
         be in a speculative step."""
         after = self.computed[rows.slots] + count

@@ -336,7 +336,7 @@ class Scheduler:
         speculation, rows = self._speculation, self._rows
         if speculation is None or not speculation.fits(len(decode), self.capacity.max_batched_tokens):
             return 0
-        missing = rows.room_for(decode, 1 + speculation.count)
+        missing = rows.missing_blocks(decode, 1 + speculation.count)
         if missing is None or missing.sum() > self.pool.num_available or not speculation.wanted(len(decode)):
             return 0
         for i in np.flatnonzero(missing).tolist():

@@ -17,7 +17,7 @@ from tpqwen.model.sizing import DTYPE_BYTES, Sizes
 from tpqwen.model.weights import allocate, load_weights, random_weights, weight_bytes
 from tpqwen.parallel.group import TPGroup
 from tpqwen.quant.schemes import SCHEMES
-from tpqwen.step import Admit, Capacity, Chunk, RowParams, StepInput, packed
+from tpqwen.step import DRAFT_ROWS, Admit, Capacity, Chunk, RowParams, StepInput, packed
 from tpqwen.worker.ahead import Ahead, Pass, Prompt, least_free, planned, prompts, wide_variants, with_drafts
 from tpqwen.worker.batch import Stager, chunk_parts, eager_chunks, stage
 from tpqwen.worker.early import NUM_BLOCKS, Alone, Part, compiled_beside, first_parts
@@ -188,7 +188,8 @@ class _Build:
         chunks = eager_chunks(step.chunks, stager.send(chunk_parts(step.chunks)), runner.state, s.block_size)
         none = torch.empty(0, dtype=torch.int32, device=self.device)
         runner.mixed(none, chunks, SampleKind(candidates=True), (params,) * count)
-        rows = self.model.lm_head.num_local * s.max_num_seqs * 12  # logits of all slots at once: value, copy, index
+        sampled = max(s.max_num_seqs, min(s.max_num_seqs, DRAFT_ROWS) * (1 + self.drafts))
+        rows = self.model.lm_head.num_local * sampled * 12  # all logits of a step at once: value, copy, index
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - runner.cache.data.nbytes + rows
         del runner, chunks
