@@ -130,7 +130,7 @@ class _Build:
     group: TPGroup
     device: torch.device
     dtype: torch.dtype
-    drafts: int  # as SlotState takes it
+    drafts: int = 0  # as SlotState takes it
 
     def runner(self, num_blocks: int) -> Runner:
         c, s = self.config, self.sizes
