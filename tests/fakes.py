@@ -20,6 +20,7 @@ from tpqwen.errors import RankDied
 from tpqwen.request import GenerateRequest, TokenLogprob
 from tpqwen.scheduler.sequence import row_params
 from tpqwen.step import (
+    DRAFT_ROWS,
     LONG_ROW,
     Admit,
     Capacity,
@@ -85,6 +86,7 @@ class Slot:
     table: dict[int, int] = field(default_factory=dict)
     length: int = 0
     history: list[int] = field(default_factory=list)
+    adopted: int = 0  # positions that others had filled
     pending: bool = False  # the last token of history was sampled, its KV is still to be written
     seen: list[tuple[int, int]] = field(default_factory=list)  # (block, version) of the table, checked at each use
 
@@ -171,12 +173,18 @@ class FakeExecutor:
         assert used or self.graphs_left, "an empty step, and no graph to be captured in it"
         self.graphs_left -= not used
         assert len(set(used)) == len(used), "a slot is twice in a step"
-        assert len(self.decode) + step.num_chunk_tokens <= self.capacity.max_batched_tokens, "over the budget"
+        size = len(self.decode) * (1 + step.speculate) + step.num_chunk_tokens
+        assert size <= self.capacity.max_batched_tokens, "over the budget"
+        if step.speculate:
+            assert not step.chunks and len(self.decode) <= DRAFT_ROWS, "a speculative step has a few decode rows alone"
+            return self._speculate(step)
         # as on a device, all of a step's KV is written before anything is read back
         for slot in self.decode:
             self._decode(self.slots[slot])
-        long = any(self.slots[slot].length > LONG_ROW for slot in self.decode)
-        assert step.wide == long, "a row that decodes is long, and the step does not say so, or the other way round"
+        longest = max((self.slots[slot].length for slot in self.decode), default=0)
+        hoped = sum(s.speculate for s in self.steps[-1 - self.depth :])  # drafts in flight may all have been right
+        said = "a row that decodes is long, and the step does not say so, or the other way round"
+        assert step.wide >= (longest > LONG_ROW) and step.wide <= (longest + hoped > LONG_ROW), said
         for chunk in step.chunks:
             self._chunk(self.slots[chunk.slot], chunk)
         for slot in used:
@@ -192,6 +200,46 @@ class FakeExecutor:
         assert slot.pending, "decodes without a sampled token"
         self._write(slot, slot.length, slot.history[-1])
         slot.pending = False
+
+    def _speculate(self, step: StepInput) -> StepOutput:
+        """Each row gets some number of its next tokens, the KV of those before the last, and rubbish behind it."""
+        tokens: list[int] = []
+        counts, bad = [], []
+        for row, slot in enumerate(self.slots[s] for s in self.decode):
+            params, start = slot.admit.params, slot.length
+            assert params.can_speculate, "the host has a say in this row's tokens"
+            known = ints(slot.admit.cached).tolist()
+            assert len(known) == slot.adopted and known == slot.history[: slot.adopted], "unknown tokens of a prefix"
+            count = 1 + crc32(array("q", slot.history).tobytes()) % (1 + step.speculate)
+            for i in range(count):
+                self._decode(slot)
+                tokens.append(self._pick(slot))
+                if self.is_bad(slot.history[:-1], params):
+                    bad.append(row)
+                    count = i + 1
+                    break
+            counts.append(count)
+            for position in range(start + count, start + 1 + step.speculate):
+                self._spoil(slot, position)
+        for row in self.decode:
+            self._verify(self.slots[row])
+        return StepOutput(step.epoch, step.step, packed(tokens), bad_rows=tuple(bad), counts=packed(counts))
+
+    def _pick(self, slot: Slot) -> int:
+        """Sample the row's next token."""
+        slot.history.append(self.next_token(slot.history, slot.admit.params, slot.out_index))
+        slot.out_index += 1
+        slot.pending = True
+        return slot.history[-1]
+
+    def _spoil(self, slot: Slot, position: int) -> None:
+        """Write the KV of a token that was not right; whose block that is, shows where it does harm."""
+        index, offset = divmod(position, self.capacity.block_size)
+        assert index in slot.table, "no block for a drafted position"
+        block = self.blocks[slot.table[index]]
+        if offset == 0:
+            block.owner, block.entries, block.version = slot.residency, [], block.version + 1
+        assert block.owner == slot.residency and len(block.entries) <= offset, "a draft spoils what is in use"
 
     def _chunk(self, slot: Slot, chunk: Chunk) -> None:
         tokens = ints(chunk.token_ids).tolist()
@@ -221,7 +269,7 @@ class FakeExecutor:
                 assert value == chain, "a shared block follows other tokens than these"
                 slot.history.append(token)
             slot.seen.append((slot.table[index], block.version))
-        slot.length = length
+        slot.length = slot.adopted = length
 
     def _write(self, slot: Slot, position: int, token: int) -> None:
         index, offset = divmod(position, self.capacity.block_size)
@@ -246,20 +294,17 @@ class FakeExecutor:
         """Every block in use is still the one that was filled or adopted."""
         table = [slot.table[i] for i in range(-(-slot.length // self.capacity.block_size))]
         assert [(b, self.blocks[b].version) for b in table] == slot.seen, "a block in use was given to another sequence"
-        assert len(slot.history) == slot.length
+        assert len(slot.history) == slot.length + slot.pending
 
     def _sample(self, step: StepInput, rows: list[int]) -> StepOutput:
         tokens, bad, logprobs = [], [], []
         for i, slot in enumerate(self.slots[r] for r in rows):
             params = slot.admit.params
-            tokens.append(self.next_token(slot.history, params, slot.out_index))
             if self.is_bad(slot.history, params):
                 bad.append(i)
+            tokens.append(self._pick(slot))
             if params.logprobs >= 0:
                 logprobs.append((i, TokenLogprob(-0.5, [tokens[i]], [-0.5])))
-            slot.history.append(tokens[i])
-            slot.out_index += 1
-            slot.pending = True
         return StepOutput(
             epoch=step.epoch,
             step=step.step,

@@ -21,6 +21,8 @@ from tpqwen.errors import ConfigError
 EMBEDDED_MODEL = str(Path(__file__).with_name("embedded") / "model")
 TP_DEGREES = (1, 2, 4, 8)
 QUANTIZATIONS = ("none", "int8")
+SPECULATIONS = ("off", "ngram")
+MAX_DRAFTS = 15  # with the row's own token they fill a tile of attention
 INGRESSES = ("serve", "haproxy")
 
 
@@ -76,6 +78,13 @@ class ScheduleOptions:
     depth: int = 2
     max_waiting: int = 512
     max_waiting_tokens: int = 256 * 1024  # beyond what the free pages hold
+    speculation: str = "off"  # off | ngram: draft tokens from what a sequence repeats of itself, where that pays
+    draft_tokens: int = 7  # for each row of such a step; with the row's own token 8
+
+    @property
+    def num_drafts(self) -> int:
+        """draft_tokens, or 0 without speculation."""
+        return self.draft_tokens if self.speculation != "off" else 0
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,12 @@ class Config:
         _one_of("log", self.server.log, ("debug", "info", "warning", "error"))
         _one_of("ingress", self.server.ingress, INGRESSES)
         _one_of("depth", self.schedule.depth, (1, 2, 3, 4))
+        _one_of("speculation", self.schedule.speculation, SPECULATIONS)
+        if not 1 <= self.schedule.draft_tokens <= MAX_DRAFTS:
+            raise ConfigError(f"draft_tokens must lie in 1..{MAX_DRAFTS}, not {self.schedule.draft_tokens}")
+        if self.schedule.num_drafts and self.model.task in ("embed", "rerank"):
+            text = f"speculation={self.schedule.speculation} drafts output tokens, and task={self.model.task} has none"
+            raise ConfigError(text)
         for name in (
             "max_model_len",
             "block_size",

@@ -71,6 +71,9 @@ FAMILIES = (
     Family("generation_tokens_total", "counter", "Tokens generated."),
     Family("prefix_cache_queried_tokens_total", "counter", "Prompt tokens looked up in the prefix cache."),
     Family("prefix_cache_hit_tokens_total", "counter", "Prompt tokens found in the prefix cache."),
+    Family("spec_decode_num_drafts_total", "counter", "Rows of speculative steps: each had tokens drafted for it."),
+    Family("spec_decode_num_draft_tokens_total", "counter", "Tokens drafted for them."),
+    Family("spec_decode_num_accepted_tokens_total", "counter", "Drafted tokens that were the sequence's own."),
     Family("requests_finished_total", "counter", "Ended sequences.", ("finish_reason",), values=FINISH_REASONS),
     Family("requests_rejected_total", "counter", "HTTP requests refused.", ("reason",), values=REJECT_REASONS),
     Family("preemptions_total", "counter", "Sequences put back in the queue for want of KV blocks."),
@@ -152,6 +155,9 @@ ALIASES: dict[str, tuple[str, dict[str, str]]] = {
     "prompt_tokens_cached_total": ("prefix_cache_hit_tokens_total", {}),
     "prefix_cache_hits_total": ("prefix_cache_hit_tokens_total", {}),
     "prefix_cache_queries_total": ("prefix_cache_queried_tokens_total", {}),
+    "spec_decode_num_drafts_total": ("spec_decode_num_drafts_total", {}),
+    "spec_decode_num_draft_tokens_total": ("spec_decode_num_draft_tokens_total", {}),
+    "spec_decode_num_accepted_tokens_total": ("spec_decode_num_accepted_tokens_total", {}),
     "request_success_total": ("requests_finished_total", {"finish_reason": "finished_reason"}),
     "num_preemptions_total": ("preemptions_total", {}),
     "time_to_first_token_seconds": ("time_to_first_token_seconds", {}),
@@ -209,6 +215,9 @@ class ServerMetrics:
         self._child("generation_tokens_total").inc(stats.output_tokens)
         self._child("prefix_cache_queried_tokens_total").inc(stats.prefix_queried_tokens)
         self._child("prefix_cache_hit_tokens_total").inc(stats.prefix_hit_tokens)
+        self._child("spec_decode_num_drafts_total").inc(stats.num_drafts)
+        self._child("spec_decode_num_draft_tokens_total").inc(stats.draft_tokens)
+        self._child("spec_decode_num_accepted_tokens_total").inc(stats.accepted_tokens)
         self._child("preemptions_total").inc(stats.preemptions)
         self._child("step_duration_seconds", stats.phase).observe(stats.duration_s)
         self._child("step_tokens", stats.phase).observe(stats.num_tokens)

@@ -16,6 +16,8 @@ from tpqwen.request import Guide, Pooling, TokenLogprob
 Ints = NDArray[np.int32]
 TOKEN_BUCKETS = (64, 128, 256, 512, 768, 1024, 1536, 2048)  # prompt tokens of the passes that ranks have as graphs
 LONG_ROW = 4096  # tokens of context beyond which a row that decodes counts as long
+DRAFT_ROWS = 16  # rows of a speculative step at most: the weights dominate a pass of up to 128 tokens
+FEW_CANDIDATES = 64  # the largest top_k that ranks answer from a row's best candidates alone
 GIVEN_UP = -1  # as StepOutput.graphs_left: there is no memory for more graphs
 
 
@@ -75,6 +77,15 @@ class RowParams(msgspec.Struct, frozen=True, array_like=True):
         """Whether earlier tokens of the row change its logits."""
         return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
 
+    @property
+    def can_speculate(self) -> bool:
+        """Whether ranks sample the row without a decision of the host's, so that several of its tokens may be sampled
+        in one step: worker/sampler.py says in_graph."""
+        edited = self.needs_history or self.logit_bias or self.min_tokens or self.guided or self.logprobs >= 0
+        small = 0 < self.top_k <= FEW_CANDIDATES
+        cut = self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+        return not edited and (self.temperature == 0.0 or small or not cut)
+
 
 class Admit(msgspec.Struct, frozen=True, array_like=True):
     """A sequence takes a slot; whatever the slot held before is forgotten.
@@ -83,6 +94,8 @@ class Admit(msgspec.Struct, frozen=True, array_like=True):
     history: int32 bytes of all its tokens so far and num_prompt of them are prompt; only sent when
     params.needs_history, empty otherwise.
     guide: the form of its output, if it has one; output: int32 bytes of the output so far, for the guide only.
+    cached: int32 bytes of its first tokens, those whose KV is in the cache already, so that no chunk brings them; only
+    sent where drafts are made of a sequence's own tokens.
     """
 
     slot: int
@@ -92,6 +105,7 @@ class Admit(msgspec.Struct, frozen=True, array_like=True):
     history: bytes = b""
     guide: Guide | None = None
     output: bytes = b""
+    cached: bytes = b""
 
 
 class Chunk(msgspec.Struct, frozen=True, array_like=True):
@@ -123,6 +137,8 @@ class StepInput(msgspec.Struct, frozen=True, array_like=True):
     variant of the pass that is made for it.
     Row order of the pass and of StepOutput.tokens: the decode rows, then the chunks that sample, in the order given.
     With neither it is an idle step: nothing runs, and each rank captures the next of its CUDA graphs ahead.
+    speculate: of a step of decode rows alone, how many tokens each rank drafts for every row and has the pass check: a
+    row yields between one token and speculate + 1, and its blocks hold as many positions.
     """
 
     epoch: int
@@ -132,6 +148,7 @@ class StepInput(msgspec.Struct, frozen=True, array_like=True):
     chunks: tuple[Chunk, ...]
     decode: bytes | None
     wide: bool = False
+    speculate: int = 0
 
     @property
     def num_chunk_tokens(self) -> int:
@@ -146,7 +163,8 @@ class StepInput(msgspec.Struct, frozen=True, array_like=True):
 class StepOutput(msgspec.Struct, frozen=True, array_like=True):
     """What rank 0 answers. tokens: int32 bytes, one per sampled row in StepInput's row order.
 
-    bad_rows: indexes into tokens whose logits held NaN or Inf (their token is meaningless).
+    counts: of a speculative step, int32 bytes, how many tokens each row has; empty: one.
+    bad_rows: indexes of rows whose logits held NaN or Inf (their last token is meaningless).
     logprobs: (index into tokens, TokenLogprob) for the rows that asked. busy_s: device time of the step, seconds,
     0.0 where it is not measured. error: the rank's own failure in words; then nothing else is valid.
     prompt_logprobs: (index into StepInput.chunks, one for each of its targets). pooled: (index into tokens, float32
@@ -168,6 +186,7 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True):
     idle_s: float | None = None
     captured: bool = False
     graphs_left: int = 0
+    counts: bytes = b""
 
 
 class Capacity(msgspec.Struct, frozen=True, kw_only=True):
@@ -221,6 +240,9 @@ class StepStats(msgspec.Struct, frozen=True, array_like=True):
     busy_s: float = 0.0
     idle_s: float | None = None  # device time between the step before and this one, where both only decode
     host_s: float = 0.0  # what the engine's thread worked for it, without waiting for its result
+    num_drafts: int = 0  # rows of a speculative step
+    draft_tokens: int = 0  # that were drafted for them
+    accepted_tokens: int = 0  # drafted tokens that turned out to be the row's
 
 
 class SlotView(msgspec.Struct, frozen=True, array_like=True):

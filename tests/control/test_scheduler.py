@@ -419,11 +419,11 @@ def test_a_reset_to_a_smaller_cache_ends_only_what_no_longer_fits() -> None:
 
 def test_an_unexpected_result_is_an_engine_error() -> None:
     pair = Pair()
-    with pytest.raises(EngineError, match="got step 0 with 0 tokens, expected no step"):
+    with pytest.raises(EngineError, match="got step 0 with 0 rows, expected no step"):
         pair.scheduler.update(StepOutput(0, 0, b""))
     pair.add(request("a"))
     pair.submit()
-    with pytest.raises(EngineError, match="got step 0 with 2 tokens, expected step 0 with 1 tokens"):
+    with pytest.raises(EngineError, match="got step 0 with 2 rows, expected step 0 with 1 rows"):
         pair.scheduler.update(StepOutput(0, 0, packed([1, 2])))
 
 

@@ -16,6 +16,7 @@ from tpqwen.request import Delta, FinishReason, GenerateRequest, SamplingParams
 from tpqwen.scheduler import rows
 from tpqwen.scheduler.scheduler import Scheduler
 from tpqwen.scheduler.sequence import ALONE_AFTER, CRASH_BUDGET
+from tpqwen.scheduler.speculation import Speculation
 from tpqwen.step import Capacity, StepInput
 
 FIXED = settings(
@@ -30,13 +31,22 @@ def long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "LONG_ROW", 50)
 
 
+class Sometimes(Speculation):
+    """Wants to in two of three steps, whatever they cost."""
+
+    def wanted(self, num_rows: int) -> bool:
+        self._since_trial += 1
+        return self._since_trial % 3 > 0
+
+
 class Run:
     """A scheduler over a FakeExecutor, with a record of all that was said about each request."""
 
-    def __init__(self, capacity: Capacity, *, depth: int = 2, prefix_cache: bool = True) -> None:
+    def __init__(self, capacity: Capacity, *, depth: int = 2, prefix_cache: bool = True, drafts: int = 0) -> None:
         self.capacity = capacity
         self.executor = FakeExecutor(capacity, depth=depth)
-        self.scheduler = Scheduler(capacity, prefix_cache=prefix_cache)
+        speculation = Sometimes(drafts) if drafts else None
+        self.scheduler = Scheduler(capacity, prefix_cache=prefix_cache, speculation=speculation)
         self.depth = depth
         self.now = 0.0
         self.requests: dict[str, GenerateRequest] = {}
@@ -81,6 +91,7 @@ class Run:
     def collect(self) -> None:
         self._take(list(self.scheduler.update(self.executor.collect(1.0))))
         self.preemptions += self.scheduler.step_stats(0.0, 0.0, None, 0.0).preemptions
+        assert (self.scheduler.rows.drafted <= self.scheduler.num_in_flight).all()
         self.scheduler.check()
 
     def restart(self) -> None:
@@ -206,6 +217,18 @@ def test_random_workloads_change_nothing_in_the_outputs(seed: int, depth: int) -
     run.check_ended()
 
 
+@pytest.mark.parametrize("drafts", [1, 3, 7])
+@pytest.mark.parametrize("depth", [1, 2, 4])
+@pytest.mark.parametrize("seed", range(8))
+def test_random_workloads_with_speculation_change_nothing_either(seed: int, depth: int, drafts: int) -> None:
+    random = Random(1000 * depth + 10 * drafts + seed)
+    run = Run(random_capacity(random), depth=depth, prefix_cache=random.random() < 0.8, drafts=drafts)
+    for _ in range(200):
+        random_event(run, random)
+    run.finish()
+    run.check_ended()
+
+
 def test_steps_with_and_without_long_rows_alternate() -> None:
     random = Random(7)
     run = Run(random_capacity(random))
@@ -223,7 +246,8 @@ def test_any_order_of_events_keeps_the_invariants(data: st.DataObject) -> None:
     sizes = st.fixed_dictionaries(
         {"num_blocks": st.integers(3, 40), "max_num_seqs": st.integers(1, 6), "max_batched_tokens": st.integers(1, 24)}
     )
-    run = Run(tiny_capacity(**data.draw(sizes)), depth=data.draw(st.integers(1, 4)))
+    capacity = tiny_capacity(**data.draw(sizes))
+    run = Run(capacity, depth=data.draw(st.integers(1, 4)), drafts=data.draw(st.integers(0, 7)))
     limit = run.scheduler.context_limit
     for event in data.draw(st.lists(st.sampled_from("aaasssscccxr"), max_size=60)):
         if event == "a":

@@ -21,7 +21,7 @@ from tpqwen.offline import OfflineEngine
 from tpqwen.parallel.group import TPGroup
 from tpqwen.request import SamplingParams
 from tpqwen.step import GIVEN_UP, LONG_ROW, Chunk, packed
-from tpqwen.worker.ahead import Ahead, Pass, Prompt, least_free, planned, prompts, wide_variants
+from tpqwen.worker.ahead import Ahead, Pass, Prompt, least_free, planned, prompts, wide_variants, with_drafts
 from tpqwen.worker.batch import Stager, chunk_parts, eager_chunks
 from tpqwen.worker.graphs import DecodeGraphs, buckets
 from tpqwen.worker.mixed import TOKENS, MixedGraphs, row_buckets
@@ -75,6 +75,29 @@ def test_wide_variants_are_planned_where_rows_may_be_long(max_length: int) -> No
     assert {p.tokens for p in expected} == {0, *TOKENS} and {p.kind for p in expected} == set(USUAL_KINDS)
 
 
+@pytest.mark.parametrize(
+    ("max_rows", "max_tokens", "widest"), [(256, 8192, 16), (12, 8192, 12), (256, 40, 8), (8, 7, 0)]
+)
+def test_speculative_passes_stand_behind_the_usual_ones_of_so_many_rows(
+    max_rows: int, max_tokens: int, widest: int
+) -> None:
+    usual = planned(max_rows, max_tokens, 1000)
+    passes = with_drafts(usual, max_tokens, 7)
+    assert [p for p in passes if not p.drafts] == usual == with_drafts(usual, max_tokens, 0)
+    found = {p._replace(drafts=0): p for p in passes if p.drafts}
+    assert set(found) == {p for p in usual if not p.tokens and p.rows <= widest}
+    assert all(passes[passes.index(p) + 1] == found[p] for p in found)
+
+
+def test_a_speculative_pass_is_captured_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    device_with(monkeypatch, lambda: 50)
+    graphs, drafts = Captures(), Captures()
+    ahead = Ahead(TPGroup.single(), with_drafts([Pass(1, 0, GREEDY), Pass(0, 64, GREEDY)], 512, 5), 50)
+    given: Any = (graphs, graphs, drafts)
+    assert [ahead.capture(*given) for _ in range(3)] == [2, 1, 0]
+    assert graphs.made == [(1, GREEDY, False), (0, 64, GREEDY, False)] and drafts.made == [(1, GREEDY, 5)]
+
+
 class Captures:
     """What captures would be made, of one rank."""
 
@@ -104,7 +127,7 @@ def test_one_graph_a_step_but_none_twice(monkeypatch: pytest.MonkeyPatch) -> Non
     graphs: Any = Captures({(0, 64, GREEDY, False), (4, GREEDY, False)})
     ahead = Ahead(TPGroup.single(), passes, 50)
     assert len(ahead) == 4
-    assert [ahead.capture(graphs, graphs) for _ in range(4)] == [3, 1, 0, 0]
+    assert [ahead.capture(graphs, graphs, graphs) for _ in range(4)] == [3, 1, 0, 0]
     assert graphs.made == [(1, GREEDY, False), (2, GREEDY, False)]
     ahead.renew()
     assert len(ahead) == 4
@@ -121,7 +144,7 @@ def test_the_first_rank_without_room_stops_all_of_them(monkeypatch: pytest.Monke
         left = []
         for free in (70, 60, 40 if number else 60):
             here.free = free
-            left.append(ahead.capture(graphs, graphs))
+            left.append(ahead.capture(graphs, graphs, graphs))
         return left, [*graphs.made, len(ahead)]
 
     with ThreadPoolExecutor(2) as threads:
@@ -193,7 +216,7 @@ def test_a_prompt_is_one_idle_steps_work(monkeypatch: pytest.MonkeyPatch) -> Non
     graphs: Any = Captures({(1, GREEDY, False)})
     monkeypatch.setattr(Captures, "try_prompt", lambda self, tokens: self.made.append(tokens), raising=False)
     ahead = Ahead(TPGroup.single(), [Pass(1, 0, GREEDY), Prompt(2048), Prompt(2560)])
-    assert [ahead.capture(graphs, graphs), ahead.capture(graphs, graphs)] == [1, 0]
+    assert [ahead.capture(graphs, graphs, graphs) for _ in range(2)] == [1, 0]
     assert graphs.made == [2048, 2560]
 
 

@@ -131,6 +131,7 @@ def slots_of(temperature: list[float], device: torch.device) -> tuple[SlotTensor
         turn=torch.ones(1, dtype=torch.int32, device=device),
         ring=torch.full((4, size), -7, dtype=torch.int32, pin_memory=device.type == "cuda"),
         stamps=torch.zeros(4, 2, dtype=torch.int64, pin_memory=device.type == "cuda"),
+        history=torch.zeros(0, 0, dtype=torch.int32, device=device),
     )
     return state, torch.randperm(len(temperature)).int().to(device)
 

@@ -13,8 +13,8 @@ from tpqwen.kernels.context import SlotTensors
 BLOCK = 4
 
 
-def random_state(size: int, device: torch.device) -> SlotTensors:
-    """Slots in mid sequence, the last of them the padding slot."""
+def random_state(size: int, device: torch.device, positions: int = 0) -> SlotTensors:
+    """Slots in mid sequence, the last of them the padding slot. positions: of the tokens that are kept of each."""
     torch.manual_seed(size)
 
     def ints(high: int, *shape: int) -> torch.Tensor:
@@ -36,6 +36,7 @@ def random_state(size: int, device: torch.device) -> SlotTensors:
         turn=torch.tensor([5], dtype=torch.int32, device=device),
         ring=torch.full((3, size), -7, dtype=torch.int32, pin_memory=device.type == "cuda"),
         stamps=torch.zeros(3, 2, dtype=torch.int64, pin_memory=device.type == "cuda"),
+        history=torch.zeros(size, positions, dtype=torch.int32, device=device),
     )
 
 
@@ -50,7 +51,7 @@ def assert_equal(ours: SlotTensors, theirs: SlotTensors) -> None:
         if f.name == "stamps":
             continue
         a, b = getattr(ours, f.name).cpu(), getattr(theirs, f.name)
-        if f.name in ("last_token", "out_index"):
+        if f.name in ("last_token", "out_index", "history"):
             a, b = a[:-1], b[:-1]
         assert torch.equal(a, b), f.name
 
@@ -72,8 +73,9 @@ def test_begin_step_is_the_references(device: torch.device) -> None:
 
 @pytest.mark.parametrize("slices", [1, 40, 1100])
 @pytest.mark.parametrize("count", [0, 9, 64])
-def test_finish_step_is_the_references(slices: int, count: int, device: torch.device) -> None:
-    state = random_state(24, device)
+@pytest.mark.parametrize("positions", [0, 24])
+def test_finish_step_is_the_references(slices: int, count: int, positions: int, device: torch.device) -> None:
+    state = random_state(24, device, positions)
     theirs = on_cpu(state)
     slots = torch.randperm(23)[:20].int()
     slots[7] = state.padding_slot

@@ -21,6 +21,7 @@ OPERATIONS_PAGE = """
     engine_restarts_total recovery_seconds time_to_first_token_seconds inter_token_latency_seconds
     request_time_per_output_token_seconds e2e_request_latency_seconds request_decode_time_seconds
     request_queue_time_seconds request_prefill_time_seconds request_prompt_tokens request_generation_tokens
+    spec_decode_num_drafts_total spec_decode_num_draft_tokens_total spec_decode_num_accepted_tokens_total
     step_duration_seconds step_tokens step_host_seconds_total decode_idle_seconds_total
     tp_step_skew_seconds tp_rank_up tp_rank_busy_seconds_total tp_rank_graphs_pending http_requests_total
     http_request_duration_seconds gpu_utilization_ratio gpu_memory_used_bytes gpu_memory_total_bytes gpu_power_watts
@@ -108,6 +109,17 @@ def test_steps_set_gauges_and_add_to_counters():
     assert value(metrics, "preemptions_total") == 2
     assert value(metrics, "step_duration_seconds_count", phase="decode") == 1
     assert value(metrics, "step_tokens_sum", phase="prefill") == 3
+
+
+def test_drafts_are_counted_under_vllms_names_too():
+    metrics = ServerMetrics("qwen")
+    for accepted in (9, 0):
+        metrics.observe(step(num_tokens=24, num_drafts=3, draft_tokens=21, accepted_tokens=accepted))
+    metrics.observe(step())
+    found = samples(metrics.metrics_text())
+    for name, number in (("drafts", 6), ("draft_tokens", 42), ("accepted_tokens", 9)):
+        assert value(metrics, f"spec_decode_num_{name}_total") == number
+        assert found[f"vllm:spec_decode_num_{name}_total", (("engine", "0"),)] == number
 
 
 def test_a_server_without_blocks_has_usage_zero():

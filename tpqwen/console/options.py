@@ -35,6 +35,8 @@ HELP = {
     "depth": f"steps in flight (default {ScheduleOptions.depth})",
     "max_waiting": f"waiting sequences before 429 (default {ScheduleOptions.max_waiting})",
     "max_waiting_tokens": f"tokens beyond the free pages before 429 (default {ScheduleOptions.max_waiting_tokens})",
+    "speculation": "off, or ngram: draft tokens from what a sequence repeats of itself, where that pays (default off)",
+    "draft_tokens": f"tokens drafted for a row in one step (default {ScheduleOptions.draft_tokens})",
     "host": f"address to listen on (default {ServerOptions.host})",
     "port": f"port to listen on (default {ServerOptions.port})",
     "ingress": "serve (Serve's own proxy) or haproxy: cheaper per token, but listens on more ports (default serve)",

@@ -15,6 +15,7 @@ from tpqwen.executor.protocol import Executor
 from tpqwen.request import Delta, Deltas, GenerateRequest
 from tpqwen.scheduler.pace import Pace
 from tpqwen.scheduler.scheduler import Scheduler
+from tpqwen.scheduler.speculation import Speculation
 from tpqwen.step import GIVEN_UP, Capacity, StepInput, StepStats
 
 _log = logging.getLogger(__name__)
@@ -49,11 +50,13 @@ class EngineCore:
     ) -> None:
         options = schedule or ScheduleOptions()
         self.executor = executor
+        self._speculation = Speculation(options.num_drafts) if options.num_drafts else None
         self.scheduler = Scheduler(
             capacity,
             prefix_cache=prefix_cache,
             epoch=epoch,
             queue_timeout_s=queue_timeout_s,
+            speculation=self._speculation,
         )
         self.draining = False
         self.paced = True  # prompts are computed gently beside running streams; not where nobody watches
@@ -205,5 +208,12 @@ class EngineCore:
         stats = self.scheduler.step_stats(duration_s, output.busy_s, output.idle_s, host_s)
         self._deadlines.observe(step, duration_s, captured=output.captured)
         if not output.captured:
-            self._pace.observe(step, stats)
+            self._learn(step, stats)
         return deltas, stats
+
+    def _learn(self, step: StepInput, stats: StepStats) -> None:
+        """What the step says about the next ones. A speculative one is no measure of what a decode step takes."""
+        if self._speculation is not None:
+            self._speculation.observe(step, stats)
+        if not step.speculate:
+            self._pace.observe(step, stats)

@@ -29,7 +29,7 @@ class Deadlines:
         self._s_per_token: float | None = None
         self._decode_s = 0.0  # moving average
         self._rows = 0  # that decode, as of the last step asked about
-        self._shapes: set[tuple[int, int, int, bool]] = set()  # that have been seen with these kinds
+        self._shapes: set[tuple[int, int, int, bool, int]] = set()  # that have been seen with these kinds
         self._kinds: set[tuple[bool, ...]] = set()
 
     def of(self, step: StepInput) -> float:
@@ -76,7 +76,8 @@ class Deadlines:
         if kinds:
             self._kinds |= kinds
             self._shapes.clear()
-        shape = (row_bucket(self._rows), len(step.chunks).bit_length(), step.num_chunk_tokens.bit_length(), step.wide)
+        chunks = (len(step.chunks).bit_length(), step.num_chunk_tokens.bit_length())
+        shape = (row_bucket(self._rows), *chunks, step.wide, step.speculate)
         if shape in self._shapes:
             return False
         self._shapes.add(shape)

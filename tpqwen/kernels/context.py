@@ -19,6 +19,7 @@ class SlotTensors:
 
     turn counts passes begun. A pass leaves its tokens in ring[(turn - 1) % len(ring)], in row order; on a GPU the ring
     is pinned host memory that kernels write into, so no copy brings the tokens back.
+    history holds each slot's tokens by position, that of last_token included; with no columns it is not kept.
     """
 
     tables_SM: torch.Tensor  # int32, block ids
@@ -34,6 +35,7 @@ class SlotTensors:
     turn: torch.Tensor  # int32 [1]
     ring: torch.Tensor  # int32 [passes, S]
     stamps: torch.Tensor  # int64 [passes, 2]: a GPU's clock in ns at the pass's begin and end, pinned like the ring
+    history: torch.Tensor  # int32 [S + 1, positions]
 
     @property
     def padding_slot(self) -> int:
@@ -48,6 +50,18 @@ class DecodeInputs(NamedTuple):
     positions_B: torch.Tensor  # int32
     cache_slots_B: torch.Tensor  # int64
     lengths_B: torch.Tensor  # int32
+
+
+class DraftInputs(NamedTuple):
+    """What a speculative pass starts from. T tokens for each of B rows, one row after another: its last one and those
+    drafted for it. rows: what each of the B * T tokens is sampled with, as slots of their own; slots names them."""
+
+    ids: torch.Tensor  # int32 [B * T]
+    positions: torch.Tensor  # int32 [B * T]
+    cache_slots: torch.Tensor  # int64 [B * T]
+    lengths_B: torch.Tensor  # int32, tokens in the cache with all of them
+    slots: torch.Tensor  # int32 [B * T]
+    rows: SlotTensors
 
 
 @dataclass(frozen=True)

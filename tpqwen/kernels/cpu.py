@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 
-from tpqwen.kernels import reference
+from tpqwen.kernels import draft_reference, reference
 from tpqwen.kernels.context import PrefillRows, StepContext
 from tpqwen.kernels.reference import Op, by_row
 
@@ -271,6 +271,8 @@ OPERATIONS: dict[str, Op] = {
     "linear_add": linear_add,
     "attend": attend,
     "head_slices": head_slices,
+    "begin_drafts": draft_reference.begin_drafts,
+    "accept_drafts": draft_reference.accept_drafts,
 }
 # Each row, and each token's attention, by calls of its own. Products of one row and of several differ in the last bits.
 INVARIANT: dict[str, Op] = {

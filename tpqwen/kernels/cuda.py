@@ -10,7 +10,19 @@ from functools import cache
 
 import torch
 
-from tpqwen.kernels import attention, dequantize, gemm, launch, norm, paged_prefill, prefill, sampling, stepping
+from tpqwen.kernels import (
+    attention,
+    dequantize,
+    drafting,
+    exchange,
+    gemm,
+    launch,
+    norm,
+    paged_prefill,
+    prefill,
+    sampling,
+    stepping,
+)
 from tpqwen.kernels.attention_table import LONG, MAX_ROWS
 from tpqwen.kernels.context import StepContext
 from tpqwen.kernels.exchange import add_up, compile_for, gather
@@ -129,8 +141,12 @@ OPERATIONS = {
     "top_candidates": sampling.top_candidates,
     "begin_step": stepping.begin_step,
     "finish_step": stepping.finish_step,
+    "begin_drafts": drafting.begin_drafts,
+    "accept_drafts": drafting.accept_drafts,
     "edit_slots": stepping.edit_slots,
     "set_rows": stepping.set_rows,
 }
 
-launch.settle_keys(launch, norm, dequantize, gemm, attention, prefill, paged_prefill, sampling, stepping)
+launch.settle_keys(
+    launch, norm, dequantize, gemm, attention, prefill, paged_prefill, sampling, stepping, drafting, exchange
+)

@@ -20,8 +20,8 @@ them up in rank order.
 - Every LOOK looks a program reads `stop`, a word in the host's memory. Set, it ends without what is missing: the
   results mean nothing then, and the caller throws the pass away.
 
-Stores and loads are volatile, as NCCL's are: a plain store to another GPU's memory may stay behind for a while, and with
-both ranks waiting for each other nothing else would push it out. SIZE ranks, N words of the message.
+Stores and loads are volatile, as NCCL's are: a plain store to another GPU's memory may stay behind for a while, and
+with both ranks waiting for each other nothing else would push it out. SIZE ranks, N words of the message.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"

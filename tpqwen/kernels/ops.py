@@ -1,6 +1,7 @@
 """One public function per operation, the only import site of the kernels: Triton on CUDA, cpu.py on CPUs.
 
-Shapes and meaning of each are in kernels/reference.py, which is the specification, and does what neither has.
+Shapes and meaning of each are in kernels/reference.py, which is the specification, and does what neither has; those of
+speculation in kernels/draft_reference.py.
 invariant: bits of a row that depend on its own sequence alone (kernels/invariant.py, cpu.py's INVARIANT), at a price.
 A weight is of the activations' dtype, or int8 and comes with a scale, fp32, one number for each of its rows.
 """
@@ -15,7 +16,7 @@ from importlib import import_module
 import torch
 
 from tpqwen.kernels import cpu, reference
-from tpqwen.kernels.context import DecodeInputs, SlotTensors, StepContext
+from tpqwen.kernels.context import DecodeInputs, DraftInputs, SlotTensors, StepContext
 from tpqwen.kernels.mailbox import Mailbox
 from tpqwen.kernels.reference import Op
 
@@ -174,6 +175,17 @@ def finish_step(
     """Settle the rows' tokens, int32 [R], in their slots and in the ring; every pass that samples ends with it."""
     result: torch.Tensor = _pick("finish_step", slots_R)(state, slots_R, value_RS, id_RS, candidates)
     return result
+
+
+def begin_drafts(state: SlotTensors, slots_B: torch.Tensor, block_size: int, count: int) -> DraftInputs:
+    """Count a pass and draft tokens for its rows; every speculative pass begins with it."""
+    result: DraftInputs = _pick("begin_drafts", slots_B)(state, slots_B, block_size, count)
+    return result
+
+
+def accept_drafts(state: SlotTensors, slots_B: torch.Tensor, ids: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Advance the rows by the drafted tokens that were right and one more; every speculative pass ends with it."""
+    _pick("accept_drafts", slots_B)(state, slots_B, ids, tokens)
 
 
 def edit_slots(tables_SM: torch.Tensor, edits_E3: torch.Tensor) -> None:

@@ -443,6 +443,7 @@ def finish_step(
     The token is the best slice's; where the slot draws with a small top_k, the one chosen of its candidates (values
     and ids [R, C], best first, at least MAX_CANDIDATES or all ids). -1, and 0 as the slot's last token, where the best
     value is not finite: NaN or infinity in the logits, or nothing allowed. Slots are distinct but for the padding slot.
+    Where history is kept, it stands behind what is in the cache.
     """
     value_R, token_R = best_slice(value_RS, id_RS)
     slots = slots_R.long()
@@ -451,6 +452,8 @@ def finish_step(
     tokens = torch.where(torch.isfinite(value_R), token_R, -1).to(torch.int32)
     state.last_token[slots] = tokens.clamp(min=0)
     state.out_index[slots] += 1
+    if state.history.shape[1]:
+        state.history[slots, state.length[slots].long()] = state.last_token[slots]
     state.ring[(state.turn - 1) % len(state.ring), : len(tokens)] = tokens
     return tokens
 

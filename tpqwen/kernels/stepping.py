@@ -23,9 +23,16 @@ MAX_WIDTH = 1024  # slices that finish_step looks at in one go
 
 
 @triton.jit
-def _place(turn, RING: tl.constexpr):
+def place_in_ring(turn, RING: tl.constexpr):
     """Of the turn-th pass in the ring; the count of passes may have wrapped, and below 0 % is C's."""
     return (turn % RING + RING) % RING
+
+
+@triton.jit
+def stamp(where, STAMP: tl.constexpr):
+    """The device's time into a place of `stamps`, where kernels can read it."""
+    if STAMP:
+        tl.store(where, globaltimer())
 
 
 @triton.jit(do_not_specialize=["B", "padding"])
@@ -65,8 +72,7 @@ def _begin_kernel(
     tl.store(length + slot, after, mask=active)
     if tl.program_id(0) == 0:
         count = tl.load(turn)
-        if STAMP:
-            tl.store(stamps + _place(count, RING) * 2, globaltimer())
+        stamp(stamps + place_in_ring(count, RING) * 2, STAMP)
         tl.store(turn, count + 1)
 
 
@@ -150,6 +156,8 @@ def _finish_kernel(
     choices,
     out_index,
     last_token,
+    length,
+    history,
     turn,
     ring,
     stamps,
@@ -162,6 +170,7 @@ def _finish_kernel(
     STAMP: tl.constexpr,
     WIDTH: tl.constexpr,
     KEPT: tl.constexpr,
+    HISTORY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     release_next(PDL)
@@ -190,13 +199,16 @@ def _finish_kernel(
     good = (best > float("-inf")) & (best < float("inf"))
     token = tl.where(good, token, -1).to(tl.int32)
     tl.store(tokens + row, token)
-    at = _place(tl.load(turn) - 1, RING)
+    at = place_in_ring(tl.load(turn) - 1, RING)
     tl.store(ring + at * RING_WIDTH + row, token)
     if slot != padding:
         tl.store(last_token + slot, tl.maximum(token, 0))
         tl.store(out_index + slot, index + 1)
-    if STAMP:
-        tl.store(stamps + at * 2 + 1, globaltimer(), mask=row == tl.num_programs(0) - 1)
+        if HISTORY > 0:
+            place = tl.load(length + slot)
+            tl.store(history + slot.to(tl.int64) * HISTORY + place, tl.maximum(token, 0), mask=place < HISTORY)
+    if row == tl.num_programs(0) - 1:
+        stamp(stamps + at * 2 + 1, STAMP)
 
 
 def finish_step(
@@ -227,6 +239,8 @@ def finish_step(
         state.choice,
         state.out_index,
         state.last_token,
+        state.length,
+        state.history,
         state.turn,
         state.ring,
         state.stamps,
@@ -239,6 +253,7 @@ def finish_step(
         STAMP=stamps_time(slots_R.device),
         WIDTH=width,
         KEPT=0 if candidates is None else triton.next_power_of_2(values.shape[1]),
+        HISTORY=state.history.shape[1],
         num_warps=max(1, width // 256),
         **launch_options(slots_R.device),
     )

@@ -89,6 +89,24 @@ class Admission:
             self._computing.setdefault(digest, sequence)
         return Verdict.ENTERED
 
+    def give(self, sequence: Sequence, count: int) -> list[int]:
+        """More blocks for one that runs; as (slot, index in its table, block) flat."""
+        edits = []
+        for block in self._pool.allocate(count):
+            edits += [sequence.slot, len(sequence.blocks), block]
+            sequence.blocks.append(block)
+        self._rows.resize(sequence)
+        return edits
+
+    def take_back(self, sequences: list[Sequence]) -> None:
+        """Blocks given ahead, which no scheduled step touches."""
+        for s in sequences:
+            keep = int(self._rows.computed[s.slot]) // self._rows.block_size + 1 if s.slot >= 0 else 0
+            if s.slot >= 0 and len(s.blocks) > keep:
+                self._pool.free(s.blocks[keep:])
+                del s.blocks[keep:]
+                self._rows.resize(s)
+
     def settle(self, sequence: Sequence, num_chunked: int) -> None:
         """A chunk has been collected: its full blocks may be shared from now on."""
         sequence.num_chunked = num_chunked

@@ -71,6 +71,9 @@ NO_ROWS = RowSet(_NONE, _NONE, [], [], np.empty((END_ROWS, 0), np.int32), _NONE,
 class Rows:
     """Counters and output of each slot. "Scheduled" includes steps in flight; an empty slot has 0 in all counters.
 
+    A speculative step in flight counts as if all its drafts were right: until then `computed` is what it may become at
+    most and `left` at least, which may be below 0.
+
     longest: tokens that a sequence may have at most.
     """
 
@@ -82,6 +85,9 @@ class Rows:
         self.capacity = np.zeros(num_slots, np.int64)  # positions that its blocks hold
         self.left = np.zeros(num_slots, np.int64)  # output tokens that may still be scheduled
         self.produced = np.zeros(num_slots, np.int64)  # output tokens known here
+        self.drafted = np.zeros(num_slots, np.int64)  # speculative steps in flight
+        self._plain = np.zeros(num_slots, np.bool_)  # whether it may be in such a step
+        self._longest = longest
         self.generation = np.zeros(num_slots, np.int64)  # how often the slot changed hands
         self.releases = 0  # how often any did
         self.long = False  # whether one of those last looked at has more than LONG_ROW positions in the cache
@@ -117,6 +123,7 @@ class Rows:
         self.resize(sequence)
         self.produced[slot] = sequence.num_output
         self.left[slot] = sequence.max_output - sequence.num_output
+        self._plain[slot] = sequence.row_params.can_speculate
         self._last[slot] = sequence.max_output - 1
         self._first_end[slot] = sequence.request.min_tokens
         ends = sequence.request.end_ids
@@ -148,7 +155,7 @@ class Rows:
         slot = sequence.slot
         self.generation[slot] += 1
         self.releases += 1
-        for counter in (self.computed, self.capacity, self.left, self.produced):
+        for counter in (self.computed, self.capacity, self.left, self.produced, self.drafted):
             counter[slot] = 0
         self._many_ends.pop(slot, None)
         self.sequences[slot] = None
@@ -161,6 +168,33 @@ class Rows:
         self._output[rows.slots, index] = tokens
         self.produced[rows.slots] = index + 1
         return index
+
+    def extend(self, sequence: Sequence, tokens: Ints) -> None:
+        """More output tokens of one row."""
+        slot, index = sequence.slot, int(self.produced[sequence.slot])
+        self._output[slot, index : index + len(tokens)] = tokens
+        self.produced[slot] = index + len(tokens)
+
+    def schedule(self, rows: RowSet, speculate: int = 0) -> None:
+        """A step in which these rows decode."""
+        self.computed[rows.slots] += 1 + speculate
+        self.left[rows.slots] -= 1 + speculate
+        self.drafted[rows.slots] += speculate > 0
+
+    def settle(self, rows: RowSet, rejected: Longs) -> None:
+        """A speculative step of these rows, which are live, has ended: so many of their drafts were wrong."""
+        self.computed[rows.slots] -= rejected
+        self.left[rows.slots] += rejected
+        self.drafted[rows.slots] -= 1
+
+    def missing_blocks(self, rows: RowSet, count: int) -> Longs | None:
+        """How many blocks each row lacks for `count` positions more; None when one may not have so many, or must not
+        be in a speculative step."""
+        after = self.computed[rows.slots] + count
+        if not self._plain[rows.slots].all() or after.max() > self._longest:
+            return None
+        missing: Longs = np.maximum(-((self.capacity[rows.slots] - after) // self.block_size), 0)
+        return missing
 
     def write_back(self, sequence: Sequence) -> None:
         """Bring the sequence's own tokens up to date, which its slot's output runs ahead of."""
@@ -180,7 +214,8 @@ class Rows:
         if state != (State.RUNNING, self.capacity[slot], s) or s.num_output > produced:
             raise EngineError(f"request {s.request.id} in slot {slot} does not match its row")
         settled = s.num_chunked if s.num_chunked < s.num_prefill else s.num_prompt + produced - 1
-        if not settled <= self.computed[slot] <= self.capacity[slot] or self.left[slot] < 0:
+        owed = self.left[slot] < 0 and not self.drafted[slot]
+        if not settled <= self.computed[slot] <= self.capacity[slot] or owed:
             raise EngineError(f"request {s.request.id} has settled {settled}, computed {self.computed[slot]}")
 
     def live(self, rows: RowSet) -> Mask:
@@ -225,5 +260,5 @@ class Rows:
 
     def growth(self, horizon: int) -> int:
         """Blocks that all running sequences together still take if each makes `horizon` more tokens or ends before."""
-        reach = np.maximum(self.computed, self.capacity - self.block_size) + np.minimum(self.left, horizon)
+        reach = np.maximum(self.computed, self.capacity - self.block_size) + np.clip(self.left, 0, horizon)
         return int(np.maximum(-((self.capacity - reach) // self.block_size), 0).sum())

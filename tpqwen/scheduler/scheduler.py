@@ -1,7 +1,8 @@
 """Which rows run in the next step. Pure: no torch, no clock, no I/O; time is an argument.
 
 Up to `depth` steps may be scheduled ahead of their results: every decode row and every sampling chunk in flight is
-taken to yield one token. Results of rows that ended, were preempted or moved meanwhile are dropped.
+taken to yield one token, a row of a speculative step all that were drafted for it and one more. Results of rows that
+ended, were preempted or moved meanwhile are dropped.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from tpqwen.scheduler.outcome import as_deltas, by_live_row
 from tpqwen.scheduler.pace import OUTNUMBER, Room
 from tpqwen.scheduler.patience import Patience
 from tpqwen.scheduler.rows import NO_ROWS, Longs, Rows, RowSet
-from tpqwen.scheduler.sequence import CRASH_BUDGET, Sequence, State, admission, by_order, row_params
+from tpqwen.scheduler.sequence import CRASH_BUDGET, Sequence, State, admission, arriving, by_order, check_fits
 from tpqwen.scheduler.shares import Shares
+from tpqwen.scheduler.speculation import Speculation, take_accepted
 from tpqwen.step import Capacity, Chunk, Ints, StepInput, StepOutput, StepStats, ints, packed
 
 AHEAD = 4  # blocks given to a decode row at once while there are plenty
@@ -32,20 +34,26 @@ AHEAD = 4  # blocks given to a decode row at once while there are plenty
 class Scheduler:
     """Owns every Sequence, the block tables and the prefix cache of one group of ranks.
 
-    queue_timeout_s: who waits longer for a first step is given up; 0: nobody.
+    queue_timeout_s: who waits longer for a first step is given up; 0: nobody. speculation: says which steps draft.
     """
 
     def __init__(
-        self, capacity: Capacity, *, prefix_cache: bool = True, epoch: int = 0, queue_timeout_s: float = 0.0
+        self,
+        capacity: Capacity,
+        *,
+        prefix_cache: bool = True,
+        epoch: int = 0,
+        queue_timeout_s: float = 0.0,
+        speculation: Speculation | None = None,
     ) -> None:
         self._prefix_cache = prefix_cache
+        self._speculation = speculation
         self._shares = Shares()
         self._patience = Patience(queue_timeout_s)
         self._sequences: dict[str, Sequence] = {}
         self._watched: set[str] = set()  # ids of those with a thinking budget
         self._arrivals = 0
         self._tally = Tally()
-        self._collected = Flight(-1, NO_ROWS, 0, 0, [], 0)
         self._begin(epoch, capacity)
 
     def _begin(self, epoch: int, capacity: Capacity) -> None:
@@ -106,20 +114,10 @@ class Scheduler:
         """
         if request.id in self._sequences:
             raise RequestError(f"request id {request.id!r} is in use", param="id", code="duplicate_id")
-        limit, length = self.context_limit, len(request.prompt_ids)
-        if not length:
-            raise RequestError("the prompt has no tokens", param="prompt", code="invalid_value")
-        if length + min(request.max_tokens, 1) > limit:
-            text = f"the prompt has {length} tokens, but the context holds {limit} and one is needed for the answer"
-            raise RequestError(text, param="prompt", code="context_length_exceeded")
+        check_fits(request, self.context_limit)
         self._arrivals += 1
-        sequence = Sequence(
-            request=request,
-            order=(request.priority, self._shares.tag(request), self._arrivals),
-            arrived_at=now,
-            max_output=min(request.max_tokens, limit - length) if request.max_tokens else 1,
-            row_params=row_params(request),
-        )
+        order = (request.priority, self._shares.tag(request), self._arrivals)
+        sequence = arriving(request, order, now, self.context_limit)
         if delta := sequence.ended_before() or sequence.over_budget():
             self._shares.ended(request, 0)
             return delta
@@ -186,7 +184,7 @@ class Scheduler:
             self._prefill(draft, Room(budget, gentle, self.capacity), now, admit=not preempted)
         if not len(decode) and not draft.chunks:
             return None
-        return self._commit(draft, decode)
+        return self._commit(draft, decode, 0 if draft.chunks else self._drafts(draft, decode))
 
     def idle_step(self) -> StepInput:
         """A step without rows, when nothing has work or is in flight."""
@@ -200,11 +198,13 @@ class Scheduler:
         if output.epoch != self.epoch:
             return Deltas()
         flight = self._flights[0] if self._flights else None
-        tokens = ints(output.tokens)
-        if flight is None or flight.step != output.step or len(flight.rows) != len(tokens):
-            wanted = f"step {flight.step} with {len(flight.rows)} tokens" if flight else "no step"
-            raise EngineError(f"got step {output.step} with {len(tokens)} tokens, expected {wanted}")
-        self._collected = self._flights.popleft()
+        tokens, counts = ints(output.tokens), ints(output.counts)
+        num_rows = len(counts) if flight and flight.speculate else len(tokens)
+        if flight is None or flight.step != output.step or len(flight.rows) != num_rows:
+            wanted = f"step {flight.step} with {len(flight.rows)} rows" if flight else "no step"
+            raise EngineError(f"got step {output.step} with {num_rows} rows, expected {wanted}")
+        self._flights.popleft()
+        self._tally.flight = flight
         scores = dict(output.prompt_logprobs)  # chunks come in order, so theirs follow those known
         for index, part in enumerate(flight.parts):
             if self._rows.generation[part.slot] == part.generation:
@@ -212,32 +212,15 @@ class Scheduler:
                 part.sequence.prompt_scores += scores.get(index, ())
         live = self._rows.live(flight.rows) if output.bad_rows else ()
         bad = self._end_bad([flight.rows.sequences[i] for i in output.bad_rows if live[i]])
-        deltas = self._append(flight, tokens, output)
+        deltas = self._accept(flight, tokens, counts) if flight.speculate else self._append(flight, tokens, output)
         deltas.others[:0] = bad
         return deltas
 
     def step_stats(self, duration_s: float, busy_s: float, idle_s: float | None, host_s: float) -> StepStats:
         """Of the step updated last. Counts of events are since the last call."""
-        flight, tally, self._tally = self._collected, self._tally, Tally()
-        phase = "decode" if not flight.num_chunk_tokens else "mixed" if flight.num_decode else "prefill"
-        return StepStats(
-            duration_s=duration_s,
-            phase=phase,
-            num_tokens=flight.num_decode + flight.num_chunk_tokens,
-            num_running=self.num_running,
-            num_waiting=self.num_waiting,
-            blocks_used=self.pool.num_used,
-            blocks_cached=self.pool.num_cached,
-            blocks_free=self.pool.num_free,
-            preemptions=tally.preemptions,
-            prefix_queried_tokens=tally.prefix_queried,
-            prefix_hit_tokens=tally.prefix_hit,
-            prompt_tokens=flight.num_chunk_tokens,
-            output_tokens=tally.output_tokens,
-            busy_s=busy_s,
-            idle_s=idle_s,
-            host_s=host_s,
-        )
+        tally, self._tally = self._tally, Tally()
+        times = (duration_s, busy_s, idle_s, host_s)
+        return tally.stats(self.pool, (self.num_running, self.num_waiting), times)
 
     def check(self) -> None:
         """Raise EngineError unless every invariant holds. For tests, and for the engine when it is idle."""
@@ -252,9 +235,9 @@ class Scheduler:
 
     def _current_rows(self) -> RowSet:
         if self._decode_rows is None:
-            left = self._rows.left.tolist()
-            self._decoding = [s for s in self._decoding if s.slot >= 0 and left[s.slot]]
-            self._decode_rows = self._rows.row_set(self._decoding)
+            left, drafted = self._rows.left.tolist(), self._rows.drafted.tolist()
+            self._decoding = [s for s in self._decoding if s.slot >= 0 and (left[s.slot] > 0 or drafted[s.slot])]
+            self._decode_rows = self._rows.row_set([s for s in self._decoding if left[s.slot] > 0])
             self._quiet = 0
         return self._decode_rows
 
@@ -268,14 +251,9 @@ class Scheduler:
         for sequence in rows.needy(decode, ahead=plenty):
             if sequence.slot >= 0 and self._make_room(sequence):
                 missing = int(rows.computed[sequence.slot] + rows.left[sequence.slot] - rows.capacity[sequence.slot])
-                self._give(sequence, min(AHEAD, -(-missing // rows.block_size)) if plenty else 1, draft)
+                count = min(AHEAD, -(-missing // rows.block_size)) if plenty else 1
+                draft.blocks += self._admission.give(sequence, count)
         return self._tally.preemptions > before
-
-    def _give(self, sequence: Sequence, count: int, draft: Draft) -> None:
-        for block in self.pool.allocate(count):
-            draft.blocks += (sequence.slot, len(sequence.blocks), block)
-            sequence.blocks.append(block)
-        self._rows.resize(sequence)
 
     def _make_room(self, sequence: Sequence) -> bool:
         """See that one block is available, by preempting the last in order; False if that was the sequence itself.
@@ -284,22 +262,13 @@ class Scheduler:
         gets on, ends, and then the next is first. So there is no livelock.
         """
         if not self.pool.num_available:
-            self._take_back()
+            self._admission.take_back(self._current_rows().sequences)
         while not self.pool.num_available:
             victim = max(self._rows.running, key=by_order)
             self._preempt(victim)
             if victim is sequence:
                 return False
         return True
-
-    def _take_back(self) -> None:
-        """Blocks given ahead, which no scheduled step touches."""
-        for s in self._current_rows().sequences:
-            keep = int(self._rows.computed[s.slot]) // self._rows.block_size + 1 if s.slot >= 0 else 0
-            if s.slot >= 0 and len(s.blocks) > keep:
-                self.pool.free(s.blocks[keep:])
-                del s.blocks[keep:]
-                self._rows.resize(s)
 
     def _preempt(self, sequence: Sequence, *, trusted: bool = True) -> None:
         self._leave(sequence, trusted=trusted)
@@ -327,7 +296,8 @@ class Scheduler:
 
     def _announce(self, sequence: Sequence, draft: Draft, now: float) -> None:
         """Tell the ranks of a sequence that has just entered."""
-        draft.admits.append(admission(sequence))
+        drafting = self._speculation is not None and sequence.row_params.can_speculate
+        draft.admits.append(admission(sequence, sequence.num_chunked if drafting else 0))
         for index, block in enumerate(sequence.blocks):
             draft.blocks += (sequence.slot, index, block)
         insort(self._prefilling, sequence, key=by_order)
@@ -354,12 +324,23 @@ class Scheduler:
             self._prefilling.remove(sequence)
         return end - start
 
-    def _commit(self, draft: Draft, decode: RowSet) -> StepInput:
+    def _drafts(self, draft: Draft, decode: RowSet) -> int:
+        """How many tokens a step of these decode rows alone drafts for each. Nobody is preempted for drafts."""
+        speculation, rows = self._speculation, self._rows
+        if speculation is None or not speculation.fits(len(decode), self.capacity.max_batched_tokens):
+            return 0
+        missing = rows.missing_blocks(decode, 1 + speculation.count)
+        if missing is None or missing.sum() > self.pool.num_available or not speculation.wanted(len(decode)):
+            return 0
+        for i in np.flatnonzero(missing).tolist():
+            draft.blocks += self._admission.give(decode.sequences[i], int(missing[i]))
+        return speculation.count
+
+    def _commit(self, draft: Draft, decode: RowSet, speculate: int = 0) -> StepInput:
         """Account for the step as if it had run, and remember what to do with its result."""
         rows, slots = self._rows, decode.slots
-        rows.computed[slots] += 1
-        rows.left[slots] -= 1
-        self._quiet = self._quiet - 1 if self._quiet else rows.quiet(decode)
+        rows.schedule(decode, speculate)
+        self._quiet = self._quiet - 1 if self._quiet and not speculate else rows.quiet(decode)
         if draft.sampled or self._quiet < 0:
             self._decoding += draft.sampled
             self._decode_rows, self._quiet = None, 0
@@ -374,8 +355,9 @@ class Scheduler:
             chunks=tuple(draft.chunks),
             decode=None if unchanged else packed(slots),
             wide=rows.long and len(decode) > 0,
+            speculate=speculate,
         )
-        counts = len(decode), draft.parts, step.num_chunk_tokens
+        counts = len(decode), draft.parts, step.num_chunk_tokens, speculate
         self._flights.append(Flight(step.step, all_rows, rows.releases, *counts))
         self._next_step += 1
         return step
@@ -408,6 +390,19 @@ class Scheduler:
             deltas.others.extend(self._close_thinking(rows, tokens.tolist()))
         return deltas
 
+    def _accept(self, flight: Flight, tokens: Ints, counts: Ints) -> Deltas:
+        """Append what a speculative step brought each live row; their deltas, with those that end ended."""
+        deltas = []
+        for sequence, delta, ended in take_accepted(self._rows, flight, tokens, counts, self._tally):
+            deltas.append(delta)
+            if ended:
+                self._finish(sequence, delta, delta.stop_id)
+            elif sequence.watch is not None and sequence.watch.due:
+                deltas.append(self._close(sequence))
+        if self._decode_rows is not None and len(self._decoding) != len(self._decode_rows):
+            self._decode_rows = None  # some waited for this, and may go on
+        return Deltas(others=deltas)
+
     def _finish(self, sequence: Sequence, delta: Delta, stop_id: int | None) -> None:
         """Its new token ends it. An end token stays in token_ids: the text layer hides it."""
         delta.finish_reason = FinishReason.LENGTH if stop_id is None else FinishReason.STOP
@@ -428,13 +423,16 @@ class Scheduler:
             if s.watch is None:
                 continue
             s.watch.take(token)
-            if s.state is not State.RUNNING or not s.watch.due:
-                continue
-            self._leave(s)  # before its tokens change: what is settled is counted by them
-            deltas.append(self._closed(s))
-            if deltas[-1].finish_reason is None:
-                self._admission.push(s)
+            if s.state is State.RUNNING and s.watch.due:
+                deltas.append(self._close(s))
         return deltas
+
+    def _close(self, sequence: Sequence) -> Delta:
+        self._leave(sequence)  # before its tokens change: what is settled is counted by them
+        delta = self._closed(sequence)
+        if delta.finish_reason is None:
+            self._admission.push(sequence)
+        return delta
 
     def _closed(self, sequence: Sequence) -> Delta:
         """Append the closing tokens; the delta that says so ends the sequence when there is no room for more."""

@@ -6,6 +6,7 @@ from array import array
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from tpqwen.errors import RequestError
 from tpqwen.request import Delta, FinishReason, GenerateRequest, TokenLogprob
 from tpqwen.scheduler.thinking import ThinkingWatch
 from tpqwen.step import Admit, RowParams
@@ -145,12 +146,35 @@ class Sequence:
         )
 
 
-def admission(sequence: Sequence) -> Admit:
-    """What the ranks are told when it takes its slot."""
+def arriving(request: GenerateRequest, order: tuple[int, int, int], now: float, limit: int) -> Sequence:
+    """A new sequence. limit: tokens that the context holds; whoever calls has checked that the prompt fits."""
+    room = limit - len(request.prompt_ids)
+    return Sequence(
+        request=request,
+        order=order,
+        arrived_at=now,
+        max_output=min(request.max_tokens, room) if request.max_tokens else 1,
+        row_params=row_params(request),
+    )
+
+
+def check_fits(request: GenerateRequest, limit: int) -> None:
+    """Raise RequestError unless prompt and one output token fit into `limit` tokens."""
+    length = len(request.prompt_ids)
+    if not length:
+        raise RequestError("the prompt has no tokens", param="prompt", code="invalid_value")
+    if length + min(request.max_tokens, 1) > limit:
+        text = f"the prompt has {length} tokens, but the context holds {limit} and one is needed for the answer"
+        raise RequestError(text, param="prompt", code="context_length_exceeded")
+
+
+def admission(sequence: Sequence, num_cached: int = 0) -> Admit:
+    """What the ranks are told when it takes its slot. num_cached: how many of its first tokens they must be told."""
     params, guide = sequence.row_params, sequence.request.guide
     history = sequence.tokens.tobytes() if params.needs_history else b""
     output = sequence.tokens[sequence.num_prompt :].tobytes() if guide is not None else b""
-    return Admit(sequence.slot, params, sequence.num_output, sequence.num_prompt, history, guide, output)
+    cached = sequence.tokens[:num_cached].tobytes()
+    return Admit(sequence.slot, params, sequence.num_output, sequence.num_prompt, history, guide, output, cached)
 
 
 def by_order(sequence: Sequence) -> tuple[int, int, int]:

@@ -16,7 +16,8 @@ import torch
 
 from tpqwen.kernels.attention_table import planned_lengths
 from tpqwen.parallel.group import TPGroup
-from tpqwen.step import GIVEN_UP, LONG_ROW
+from tpqwen.step import DRAFT_ROWS, GIVEN_UP, LONG_ROW, row_bucket
+from tpqwen.worker.drafts import DraftGraphs
 from tpqwen.worker.graphs import DecodeGraphs, buckets
 from tpqwen.worker.mixed import TOKENS, MixedGraphs, row_buckets
 from tpqwen.worker.sampler import USUAL_KINDS, SampleKind
@@ -33,12 +34,13 @@ class Prompt(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """A pass that has a graph, by its buckets; tokens 0: decode rows alone."""
+    """A pass that has a graph, by its buckets; tokens 0: decode rows alone. drafts: tokens drafted for each of them."""
 
     rows: int
     tokens: int
     kind: SampleKind
     wide: bool = False
+    drafts: int = 0
 
 
 def planned(max_rows: int, max_tokens: int, max_length: int) -> list[Pass]:
@@ -61,6 +63,13 @@ def wide_variants(usual: Sequence[Pass], max_length: int, has_wide: Callable[[in
     if max_length - 1 <= LONG_ROW:  # a sequence's last token never gets into the cache
         return []
     return [p._replace(wide=True) for p in usual if has_wide(p.rows)]
+
+
+def with_drafts(usual: Sequence[Pass], max_tokens: int, drafts: int) -> list[Pass]:
+    """The usual passes, and behind each of few decode rows alone the one that speculates, where there is such."""
+    widest = row_bucket(min(DRAFT_ROWS, max_tokens // (drafts + 1))) if drafts else 0
+    passes = ((p, p._replace(drafts=drafts)) if not p.tokens and p.rows <= widest else (p,) for p in usual)
+    return [p for pair in passes for p in pair]
 
 
 def prompts(max_tokens: int, max_length: int) -> list[Prompt]:
@@ -95,7 +104,7 @@ class Ahead:
         """There are no graphs (any more)."""
         self._left = deque(self._passes)
 
-    def capture(self, decode: DecodeGraphs, mixed: MixedGraphs) -> int:
+    def capture(self, decode: DecodeGraphs, mixed: MixedGraphs, drafts: DraftGraphs) -> int:
         """Capture the next pass that has not been captured meanwhile, or try a prompt. Returns how many are left, or
         GIVEN_UP.
 
@@ -111,6 +120,9 @@ class Ahead:
                 case Prompt(tokens):
                     mixed.try_prompt(tokens)
                     break
+                case Pass(drafts=count) as p if count:
+                    if drafts.prepare(p.rows, p.kind, count):
+                        break
                 case Pass(rows, tokens, kind, wide):
                     prepared = mixed.prepare(rows, tokens, kind, wide) if tokens else decode.prepare(rows, kind, wide)
                     if prepared:

@@ -40,6 +40,7 @@ class ChunkBatch:
     rows: PrefillRows
     sampled: torch.Tensor  # int64, index of each sampling chunk's last token among the prefill tokens
     sampled_slots: torch.Tensor  # int32
+    token_slots: torch.Tensor  # int64 [T]
     targets: torch.Tensor | None = None  # int32, of all chunks that carry some, one after another
     scored: tuple[ScoredChunk, ...] = ()
 
@@ -106,7 +107,12 @@ def stage(step: StepInput, state: SlotState, stager: Stager) -> torch.Tensor | N
         if edits.size:
             ops.edit_slots(state.tensors.tables_SM, edits_h)
     if step.admits:
-        state.admit(*stager.send([np.array([admit_row(a) for a in step.admits], np.int32)]))
+        cached = [a for a in step.admits if a.cached]
+        rows_h = np.array([admit_row(a) for a in step.admits], np.int32)
+        admitted, *histories = stager.send([rows_h, *(ints(a.cached) for a in cached)])
+        state.admit(admitted)
+        for a, ids in zip(cached, histories, strict=True):
+            state.tensors.history[a.slot, : len(ids)] = ids
     return rows if step.decode is not None else None
 
 
@@ -144,9 +150,9 @@ def chunk_batch(
     Tokens of the padding slot have no place in the cache.
     """
     ids, positions, token_slots, slots, query_start, lengths_C, sampled, sampled_slots = parts
-    where = positions.long()
+    where, of = positions.long(), token_slots.long()
     tables = state.tensors.tables_SM
-    blocks = tables[token_slots.long(), where // block_size].long()
+    blocks = tables[of, where // block_size].long()
     places = blocks * block_size + where % block_size
     slots_C = slots.long()
     rows = PrefillRows(
@@ -164,6 +170,7 @@ def chunk_batch(
         rows=rows,
         sampled=sampled.long(),
         sampled_slots=sampled_slots,
+        token_slots=of,
     )
 
 

@@ -59,6 +59,11 @@ class DecodeGraphs:
         return self._count
 
     @property
+    def width(self) -> int:
+        """The bucket that they run as."""
+        return self._width
+
+    @property
     def rows(self) -> torch.Tensor:
         """The slots that decode, without padding."""
         return self.slots[: self._count]

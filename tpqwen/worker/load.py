@@ -19,8 +19,8 @@ from tpqwen.model.sizing import DTYPE_BYTES, Sizes
 from tpqwen.model.weights import allocate, load_weights, random_weights, weight_bytes
 from tpqwen.parallel.group import TPGroup
 from tpqwen.quant.schemes import SCHEMES
-from tpqwen.step import Admit, Capacity, Chunk, RowParams, StepInput, packed
-from tpqwen.worker.ahead import Ahead, Pass, Prompt, least_free, planned, prompts, wide_variants
+from tpqwen.step import DRAFT_ROWS, Admit, Capacity, Chunk, RowParams, StepInput, packed
+from tpqwen.worker.ahead import Ahead, Pass, Prompt, least_free, planned, prompts, wide_variants, with_drafts
 from tpqwen.worker.batch import Stager, chunk_parts, eager_chunks, stage
 from tpqwen.worker.early import NUM_BLOCKS, Alone, Part, compiled_beside, first_parts
 from tpqwen.worker.kv_cache import KVCache, block_bytes, blocks_on_cpu, blocks_on_gpu
@@ -42,7 +42,7 @@ class Loaded:
 def load(config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, group: TPGroup) -> Loaded:
     """Build the model, read this rank's slices, make the cache as large as memory allows. Raises ConfigError."""
     clock = _Stages()
-    build = _with_weights(config, model_config, sizes, folder, group, clock)
+    build, drafts = _with_weights(config, model_config, sizes, folder, group, clock), config.schedule.num_drafts
     if sizes.device == "cuda":
         torch.cuda.empty_cache()  # of the early layer's memory
         clock.mark("kernels")
@@ -63,7 +63,7 @@ def load(config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, 
     ahead = Ahead(group)
     if sizes.device == "cuda":
         usual = planned(sizes.max_num_seqs, sizes.max_batched_tokens, sizes.max_model_len)
-        passes: list[Pass | Prompt] = [*usual]
+        passes: list[Pass | Prompt] = [*with_drafts(usual, sizes.max_batched_tokens, drafts)]
         if DTYPE_BYTES[sizes.dtype] == 2 and not config.model.deterministic:
             passes += prompts(sizes.max_batched_tokens, sizes.max_model_len)
         passes += wide_variants(usual, sizes.max_model_len, runner.has_wide)
@@ -96,7 +96,7 @@ def _with_weights(
         scheme = SCHEMES[config.model.quantization]
         with torch.device("meta"):
             model = Qwen3(model_config, group, num_ids, invariant=config.model.deterministic, scheme=scheme)
-        build = _Build(model, num_ids, model_config, sizes, group, device, dtype)
+        build = _Build(model, num_ids, model_config, sizes, group, device, dtype, config.schedule.num_drafts)
         if compile_all:
             beside.enter_context(compiled_beside(build.early_parts, compile_all))
         if config.model.random_weights:
@@ -143,6 +143,7 @@ class _Build:
     group: TPGroup
     device: torch.device
     dtype: torch.dtype
+    drafts: int = 0  # as SlotState takes it
 
     def runner(self, num_blocks: int) -> Runner:
         c, s = self.config, self.sizes
@@ -154,7 +155,8 @@ class _Build:
             head_dim=c.head_dim,
             like=torch.empty(0, dtype=self.dtype, device=self.device),
         )
-        state = SlotState(s.max_num_seqs, s.blocks_per_sequence, self.device)
+        positions = s.blocks_per_sequence * s.block_size
+        state = SlotState(s.max_num_seqs, s.blocks_per_sequence, self.device, positions=positions, drafts=self.drafts)
         head = self.model.lm_head
         sampler = Sampler(self.group, state.tensors, head.first_id, invariant=self.model.invariant)
         edits = LogitEdits(s.max_num_seqs, head.first_id, head.num_local, self.device)
@@ -199,7 +201,8 @@ class _Build:
         chunks = eager_chunks(step.chunks, stager.send(chunk_parts(step.chunks)), runner.state, s.block_size)
         none = torch.empty(0, dtype=torch.int32, device=self.device)
         runner.mixed(none, chunks, SampleKind(candidates=True), (params,) * count)
-        rows = self.model.lm_head.num_local * s.max_num_seqs * 12  # logits of all slots at once: value, copy, index
+        sampled = max(s.max_num_seqs, min(s.max_num_seqs, DRAFT_ROWS) * (1 + self.drafts))
+        rows = self.model.lm_head.num_local * sampled * 12  # all logits of a step at once: value, copy, index
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - runner.cache.data.nbytes + rows
         del runner, chunks

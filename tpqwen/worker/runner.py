@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tpqwen.kernels import attention_table, ops
-from tpqwen.kernels.context import DecodeInputs, StepContext
+from tpqwen.kernels.context import DecodeInputs, DraftInputs, PrefillRows, SlotTensors, StepContext
 from tpqwen.model.qwen3 import Qwen3
 from tpqwen.step import RowParams
 from tpqwen.worker.batch import ChunkBatch
@@ -72,11 +72,23 @@ class Runner:
         """A whole decode step without host decisions (kind.in_graph)."""
         return self.finish(self.model(*self.decode_context(slots_B, wide=wide)), slots_B, kind)
 
-    def finish(self, hidden_BH: torch.Tensor, slots_B: torch.Tensor, kind: SampleKind) -> Sampled:
-        """Its end: tokens from the residual stream."""
+    def finish(
+        self, hidden_BH: torch.Tensor, slots_B: torch.Tensor, kind: SampleKind, state: SlotTensors | None = None
+    ) -> Sampled:
+        """Its end: tokens from the residual stream. state: where the slots are, if not the rank's own."""
+        state = self.state.tensors if state is None else state
         if kind.needs_logits:
-            return Sampled(self.sampler.sample(self.model.logits(hidden_BH), slots_B, kind))
-        return Sampled(self.sampler.settle(*self.model.slices(hidden_BH, self.state.tensors, slots_B), slots_B))
+            return Sampled(self.sampler.sample(self.model.logits(hidden_BH), slots_B, kind, state))
+        return Sampled(self.sampler.settle(*self.model.slices(hidden_BH, state, slots_B), slots_B, state))
+
+    def speculate(self, slots_B: torch.Tensor, kind: SampleKind, count: int) -> None:
+        """A whole speculative step (kind.in_graph): each row's last token and `count` drafted ones run as a chunk of a
+        prompt would, all are sampled, and the slots advance by what was right. The tokens are in the ring."""
+        state = self.state.tensors
+        drafted = ops.begin_drafts(state, slots_B, self.cache.block_size, count)
+        hidden = self.model(drafted.ids, self._drafts_context(drafted, slots_B, count))
+        sampled = self.finish(hidden, drafted.slots, kind, drafted.rows)
+        ops.accept_drafts(state, slots_B, drafted.ids, sampled.tokens)
 
     def mixed(
         self,
@@ -90,7 +102,10 @@ class Runner:
         """Decode rows (slots int32, possibly none) and prefill chunks in one pass; the chunks that sample come after
         the decode rows. None when nothing samples and no prompt is scored."""
         hidden = self.model(*self.mixed_context(rows_B, chunks, wide=wide))
-        self.state.tensors.length[chunks.slots_C] = chunks.rows.lengths_C
+        state = self.state.tensors
+        state.length[chunks.slots_C] = chunks.rows.lengths_C
+        if state.history.shape[1]:
+            state.history[chunks.token_slots, chunks.positions.long()] = chunks.ids
         count = len(rows_B)
         where = torch.cat([torch.arange(count, device=hidden.device), chunks.sampled + count])
         scores = score_prompts(self.model, self.sampler, hidden[count:], chunks)
@@ -129,8 +144,23 @@ class Runner:
         decode = ops.begin_step(self.state.tensors, rows_B, self.cache.block_size)
         positions = torch.cat([decode.positions_B, chunks.positions])
         cache_slots = torch.cat([decode.cache_slots_B, chunks.cache_slots])
-        context = self._context(positions, cache_slots, decode, rows_B, prefill=chunks, wide=wide)
+        context = self._context(positions, cache_slots, decode, rows_B, chunks=chunks.rows, wide=wide)
         return torch.cat([decode.ids_B, chunks.ids]), context
+
+    def _drafts_context(self, drafted: DraftInputs, slots_B: torch.Tensor, count: int) -> StepContext:
+        """As many chunks as rows, of count + 1 tokens each."""
+        rows, width = len(slots_B), count + 1
+        # A graph holds for every length, and no chunk is a whole prompt; a CPU reads the lengths, which it may.
+        context = (width + 1,) * rows if slots_B.is_cuda else tuple(drafted.lengths_B.tolist())
+        chunks = PrefillRows(
+            tables_CM=self.state.tensors.tables_SM[slots_B.long()],
+            query_start=torch.arange(0, (rows + 1) * width, width, dtype=torch.int32, device=slots_B.device),
+            lengths_C=drafted.lengths_B,
+            num_query=(width,) * rows,
+            num_context=context,
+        )
+        none = DecodeInputs(*(x[:0] for x in drafted[:4]))
+        return self._context(drafted.positions, drafted.cache_slots, none, slots_B[:0], chunks=chunks, wide=False)
 
     def _context(
         self,
@@ -139,7 +169,7 @@ class Runner:
         decode: DecodeInputs,
         slots_B: torch.Tensor,
         *,
-        prefill: ChunkBatch | None = None,
+        chunks: PrefillRows | None = None,
         settled: bool = False,
         wide: bool,
     ) -> StepContext:
@@ -150,7 +180,7 @@ class Runner:
             tables_SM=self.state.tensors.tables_SM,
             decode_slots_B=slots_B,
             decode_lengths_B=decode.lengths_B,
-            prefill=prefill.rows if prefill is not None else None,
+            prefill=chunks,
             k_cache=self.cache.k,
             v_cache=self.cache.v,
             cos_sin=self.cos_sin,

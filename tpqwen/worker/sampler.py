@@ -103,10 +103,12 @@ class Sampler:
         self._first_id = first_id
         self._invariant = invariant
 
-    def sample(self, logits_RV: torch.Tensor, slots_R: torch.Tensor, kind: SampleKind) -> torch.Tensor:
-        """logits fp32 or bf16 with padding ids at -inf -> token ids int32 [R], settled in the slots. -1: a bad row,
-        with NaN or +inf, or with nothing allowed in it."""
-        state = self._state
+    def sample(
+        self, logits_RV: torch.Tensor, slots_R: torch.Tensor, kind: SampleKind, state: SlotTensors | None = None
+    ) -> torch.Tensor:
+        """logits fp32 or bf16 with padding ids at -inf -> token ids int32 [R], settled in the slots, the rank's own or
+        those of `state`. -1: a bad row, with NaN or +inf, or with nothing allowed in it."""
+        state = self._state if state is None else state
         slices = ops.noisy_slices(logits_RV, state, slots_R, self._first_id, invariant=self._invariant)
         value, token = self._best(*slices)
         if kind.full:
@@ -121,9 +123,12 @@ class Sampler:
         candidates = self._candidates(logits_RV) if kind.candidates else None
         return ops.finish_step(state, slots_R, value, token, candidates)
 
-    def settle(self, value_RS: torch.Tensor, id_RS: torch.Tensor, slots_R: torch.Tensor) -> torch.Tensor:
+    def settle(
+        self, value_RS: torch.Tensor, id_RS: torch.Tensor, slots_R: torch.Tensor, state: SlotTensors | None = None
+    ) -> torch.Tensor:
         """`sample` of a kind without needs, from this rank's slices."""
-        return ops.finish_step(self._state, slots_R, *self._best(value_RS, id_RS), None)
+        state = self._state if state is None else state
+        return ops.finish_step(state, slots_R, *self._best(value_RS, id_RS), None)
 
     def _best(self, value_RS: torch.Tensor, id_RS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Slices of this rank, or each rank's best [R, G]; one gather of 2R numbers."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from tpqwen.kernels.context import SlotTensors
-from tpqwen.step import Admit, RowParams
+from tpqwen.step import DRAFT_ROWS, Admit, Ints, RowParams
 
 INT_FIELDS = ("top_k", "choice", "min_tokens")
 FLOAT_FIELDS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
@@ -46,9 +46,15 @@ class RowTensors:
 
 
 class SlotState:
-    """All that a rank remembers about its slots besides the KV blocks themselves. `tensors` is what kernels see."""
+    """All that a rank remembers about its slots besides the KV blocks themselves. `tensors` is what kernels see.
 
-    def __init__(self, num_slots: int, table_width: int, device: torch.device) -> None:
+    drafts: tokens that a speculative step drafts for a row; 0: there are none. positions: of a sequence, at most; the
+    tokens at them are kept where drafts are made.
+    """
+
+    def __init__(
+        self, num_slots: int, table_width: int, device: torch.device, *, positions: int = 0, drafts: int = 0
+    ) -> None:
         size = num_slots + 1
         self.fields = torch.zeros(NUM_FIELDS, size, dtype=torch.int32, device=device)
         named = RowTensors(self.fields, torch.zeros(size, dtype=torch.int64, device=device))
@@ -56,6 +62,7 @@ class SlotState:
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
+        width = max(num_slots + MIXED_CHUNKS, min(num_slots, DRAFT_ROWS) * (drafts + 1))
         self.tensors = SlotTensors(
             tables_SM=zeros(size, table_width),
             length=zeros(size),
@@ -68,8 +75,9 @@ class SlotState:
             top_p=named.top_p,
             min_p=named.min_p,
             turn=zeros(1),
-            ring=torch.zeros(RING, num_slots + MIXED_CHUNKS, dtype=torch.int32, pin_memory=device.type == "cuda"),
+            ring=torch.zeros(RING, width, dtype=torch.int32, pin_memory=device.type == "cuda"),
             stamps=torch.zeros(RING, 2, dtype=torch.int64, pin_memory=device.type == "cuda"),
+            history=zeros(size, positions if drafts else 0),
         )
         self.params: dict[int, RowParams] = {}  # the host's copy, by slot
 
@@ -79,6 +87,11 @@ class SlotState:
         self.tensors.out_index[slots] = rows[:, 1]
         self.tensors.seed[slots] = (rows[:, 3].long() << 32) | (rows[:, 2].long() & 0xFFFFFFFF)
         self.fields[:, slots] = rows[:, 4:].t()
+
+    def ring_row(self, turn: int) -> Ints:
+        """What the turn-th pass leaves in the ring, or has left."""
+        row: Ints = self.tensors.ring.numpy()[turn % RING]
+        return row
 
     def gather(self, slots: torch.Tensor) -> RowTensors:
         """Parameters of the given slots (int32 [R]) in that order."""

@@ -24,6 +24,7 @@ from tpqwen.parallel.group import TPGroup
 from tpqwen.request import TokenLogprob
 from tpqwen.step import Capacity, Ints, RankStats, RowParams, StepInput, StepOutput, ints
 from tpqwen.worker.batch import Stager, chunk_parts, eager_chunks, stage, target_part
+from tpqwen.worker.drafts import DraftGraphs, accepted
 from tpqwen.worker.graphs import DecodeGraphs
 from tpqwen.worker.guides import GuideRows
 from tpqwen.worker.load import Loaded, load
@@ -131,12 +132,14 @@ class Worker:
         if step.chunks:
             sampled_slots = (*self._rows, *(c.slot for c in step.chunks if c.sample))
         turn = self._turn
-        tokens = self._ring[turn % len(self._ring)]
+        tokens = self.runner.state.ring_row(turn)
         self._guides.select(sampled_slots)
         graphs = self.graphs.num_captured
         idle = not step.chunks and not sampled_slots
         if idle:
-            run = Run(graphs_left=self._ahead.capture(self.graphs, self.mixed))
+            run = Run(graphs_left=self._ahead.capture(self.graphs, self.mixed, self.drafts))
+        elif step.speculate:
+            run = self._speculate(step.speculate)
         else:
             run = self._run(step, sampled_slots) if step.chunks else self._decode(sampled_slots)
         where = Where(len(self._rows), len(sampled_slots), run.chunks_at)
@@ -160,7 +163,11 @@ class Worker:
             p.done.synchronize()
             busy = p.before.elapsed_time(p.done) / 1e3 if p.before is not None else 0.0
         self._busy_s += busy
-        tokens = p.where.take(p.tokens)
+        tokens, counts = p.where.take(p.tokens), b""
+        bad_rows = tuple(np.flatnonzero(tokens < 0).tolist())
+        if p.step.speculate:
+            tokens, kept, bad_rows = accepted(p.tokens, p.where.count, p.step.speculate)
+            counts = kept.tobytes()
         decodes = p.where.count > 0 and not p.step.chunks
         idle = self._idle.after(p.turn, decodes=decodes) if p.done is not None else None
         logprobs: tuple[tuple[int, TokenLogprob], ...] = ()
@@ -170,7 +177,7 @@ class Worker:
             p.step.epoch,
             p.step.step,
             tokens.tobytes(),
-            tuple(np.flatnonzero(tokens < 0).tolist()),
+            bad_rows,
             logprobs,
             busy,
             prompt_logprobs=tuple((s.chunk, s.tokens()) for s in p.run.prompt_scores),
@@ -178,6 +185,7 @@ class Worker:
             idle_s=idle,
             captured=self.graphs.num_captured > p.graphs,  # for it, or for the next one, whose launch it waited for
             graphs_left=p.run.graphs_left,
+            counts=counts,
         )
         self._group.check()  # last of all: the device goes on when a group is aborted, with numbers that mean nothing
         return output
@@ -224,11 +232,12 @@ class Worker:
         self._kind = SampleKind()
         state = self.runner.state.tensors
         self._turn = int(state.turn)  # passes begun, as on the device
-        self._ring, self._idle = state.ring.numpy(), Idle(state.stamps.numpy())
+        self._idle = Idle(state.stamps.numpy())
         self._marks = Marks(self._device, 2 * (self._config.schedule.depth + 2))
         sizes, cuda = self.sizes, self._device.type == "cuda"
         self.graphs = DecodeGraphs(self.runner, self._group, sizes.max_num_seqs, enabled=cuda)
         self.mixed = MixedGraphs(self.runner, self.graphs, sizes.max_num_seqs, sizes.block_size, enabled=cuda)
+        self.drafts = DraftGraphs(self.runner, self.graphs, enabled=cuda)
         self._ahead.renew()
 
     def close(self) -> None:
@@ -245,9 +254,10 @@ class Worker:
     def _drop_graphs(self) -> None:
         """Before the communicator that they hold goes: destroying it would wait for them."""
         if hasattr(self, "graphs"):
+            self.drafts.forget()
             self.mixed.forget()
             self.graphs.forget()
-            del self.mixed, self.graphs
+            del self.drafts, self.mixed, self.graphs
         gc.collect()
 
     @torch.inference_mode()
@@ -292,6 +302,11 @@ class Worker:
             self.graphs.decode(self._kind)
             return NOTHING
         return self._decode_edited(slots)
+
+    def _speculate(self, count: int) -> Run:
+        self._turn += 1
+        self.drafts.run(self._kind, count)
+        return NOTHING
 
     @torch.inference_mode()
     def _decode_edited(self, slots: tuple[int, ...]) -> Run:

@@ -74,7 +74,8 @@ class Plan:
 
 
 def patch_worker(module) -> None:
-    """Events of a rank: load, prefill (a step with chunks), decode (one without), leave, rejoin."""
+    """Events of a rank: load, prefill (a step with chunks), draft (one that speculates), decode (any other), leave,
+    rejoin."""
     worker, plan = module.Worker, Plan()
 
     def before(method: str, event_of) -> None:
@@ -100,7 +101,7 @@ def patch_worker(module) -> None:
 
     def kind_of(self, step) -> str:
         rows = self._rows if step.decode is None else step.decode
-        return "prefill" if step.chunks else "decode" if rows else ""  # idle
+        return "draft" if step.speculate else "prefill" if step.chunks else "decode" if rows else ""  # idle
 
     before("load", lambda self: "load")
     before("submit", kind_of)
@@ -136,10 +137,22 @@ def patch_loop(module) -> None:
     loop._resume = resume
 
 
+def patch_speculation(module) -> None:
+    """Where drafts are made at all, three steps of four make them, whatever they cost: faults find some in flight."""
+    speculation = module.Speculation
+
+    def pays(self, bucket):
+        self.asked = getattr(self, "asked", 0) + 1
+        return self.asked % 4 > 0
+
+    speculation._pays = pays
+
+
 EVENTS = {
     "tpqwen.worker.worker": patch_worker,
     "tpqwen.engine.core": patch_core,
     "tpqwen.engine.loop": patch_loop,
+    "tpqwen.scheduler.speculation": patch_speculation,
 }
 
 
