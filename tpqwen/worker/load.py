@@ -182,7 +182,7 @@ class _Build:
         """
         s = self.sizes
         length = min(s.max_model_len, s.max_batched_tokens)
-        count = max(1, s.max_batched_tokens // length)
+        count = max(1, min(s.max_batched_tokens // length, s.max_num_seqs))
         per_chunk = -(-length // s.block_size)
         runner = self.runner(count * per_chunk + 1)
         torch.cuda.reset_peak_memory_stats()
