@@ -22,6 +22,7 @@ def mailboxes(size: int, device: torch.device, counted: int = 0) -> list[Mailbox
             box,
             addresses,
             torch.full((shape[2],), counted, dtype=torch.int32, device=device),
+            torch.zeros(1, dtype=torch.int32, device=device),
             torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda"),
         )
         for rank, box in enumerate(boxes)
@@ -105,11 +106,14 @@ def test_what_a_rank_that_is_ahead_sends_does_not_hide_what_another_has_yet_to_r
 
 
 def test_a_rank_that_is_told_to_stop_waits_no_more(device: torch.device) -> None:
-    box = mailboxes(2, device)[0]
+    box, other = mailboxes(2, device)
     box.stop.fill_(1)
     x = torch.ones(2, 192, device=device)
     exchange.add_up(box, x)
     assert box.counts.tolist()[0] == 1
+    assert box.halted.item() == 1, "later exchanges need not ask the host"
+    exchange.add_up(box, x)
+    assert box.counts.tolist()[0] == 2 and other.inbox.any(), "it has sent all the same"
 
 
 def test_what_does_not_fit_is_refused(device: torch.device) -> None:

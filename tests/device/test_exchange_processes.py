@@ -38,7 +38,8 @@ def rank_main(rank: int, folder: Path, turns: int) -> None:
     inboxes = [mapped(folder / f"inbox{r}", *shape) for r in range(2)]
     stop = mapped(folder / "stop", 1, dtype="int32")
     addresses = torch.tensor([inbox.data_ptr() for inbox in inboxes])
-    box = mailbox.Mailbox(rank, inboxes[rank], addresses, torch.zeros(shape[2], dtype=torch.int32), stop)
+    counts, halted = torch.zeros(shape[2], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    box = mailbox.Mailbox(rank, inboxes[rank], addresses, counts, halted, stop)
     together, alone = random.Random(1), random.Random(rank)
     for turn in range(turns):
         rows = together.choice((1, 2, 5, 8))

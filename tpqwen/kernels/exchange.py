@@ -17,11 +17,12 @@ them up in rank order.
 - Programs only wait for their namesakes on other ranks, and send before they wait. That could lock up only if not all
   programs of a rank ran at once: MAX_PROGRAMS bounds them. The next kernel is released at once, so that it can fetch
   its weights meanwhile; it starts when all programs have begun, and so takes no room that one of them needs.
-- Every LOOK looks a program reads `stop`, a word in the host's memory. Set, it ends without what is missing: the
-  results mean nothing then, and the caller throws the pass away.
+- A program that waits reads `halted` every few looks. Set, it ends without what is missing: the results mean nothing
+  then, and the caller throws the pass away. It is set by a program that has seen `stop`, a word in the host's memory,
+  which the first program reads every LOOK looks and the others seldom: the GPU reads the host's memory one read after
+  another, 2 us each, so if all programs of a rank did, the others would wait for it, and so read too, without end.
 
-Stores and loads are volatile, as NCCL's are: a plain store to another GPU's memory may stay behind for a while, and
-with both ranks waiting for each other nothing else would push it out. SIZE ranks, N words of the message.
+Stores and loads are volatile, as NCCL's are. SIZE ranks, N words of the message.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -38,7 +39,9 @@ from tpqwen.kernels.launch import launch_options, release_next, wait_previous
 from tpqwen.kernels.mailbox import WORD_BYTES, WORDS, Mailbox, fits
 
 WARPS = 2
-LOOK = 256  # looks at the inbox between two at the host's word, which takes longer
+LOOK = 256  # of the first program at the inbox, between two at the host's word
+SELDOM = 64  # times LOOK: of any other program
+BRIEFLY = 8  # looks between two at `halted`
 
 ELEMENTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -68,7 +71,7 @@ def _rounded(low, high, ELEMENT: tl.constexpr):
 
 @triton.jit
 def _send(to, words, WORDS: tl.constexpr, STRONG: tl.constexpr):
-    """Store the words [WORDS], two at a time, so that they leave now; plainly in the interpreter, without assembly."""
+    """Store the words [WORDS], two at a time; plainly in the interpreter, which has no assembly."""
     even, odd = tl.split(tl.reshape(words, [WORDS // 2, 2]))
     pointers = to + 2 * tl.arange(0, WORDS // 2)
     if STRONG:
@@ -93,6 +96,7 @@ def _exchange_kernel(
     inbox,
     inboxes,
     counts,
+    halted,
     stop,
     N,
     rank,
@@ -105,6 +109,8 @@ def _exchange_kernel(
     SEND: tl.constexpr,
     RECEIVE: tl.constexpr,
     LOOK: tl.constexpr,
+    SELDOM: tl.constexpr,
+    BRIEFLY: tl.constexpr,
     STRONG: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -136,7 +142,10 @@ def _exchange_kernel(
             words = tl.load(came, mask=other, other=sent[None, :], volatile=True)
             missing = tl.max(((words >> 32).to(tl.int32) != flag).to(tl.int32))
             looks += 1
-            stopped = tl.load(stop, mask=looks % LOOK == 0, other=0, volatile=True)
+            asks = (looks % LOOK == 0) & ((program == 0) | (looks % (LOOK * SELDOM) == 0))
+            stopped = tl.load(stop, mask=asks, other=0, volatile=True)
+            tl.store(halted, 1, mask=stopped != 0)
+            stopped |= tl.load(halted, mask=looks % BRIEFLY == 0, other=0, volatile=True)
             missing = tl.where(stopped != 0, 0, missing)
         bits = words.to(tl.int32)
         if ELEMENT is None:
@@ -216,9 +225,11 @@ def _arguments(
         "SEND": phases[0],
         "RECEIVE": phases[1],
         "LOOK": LOOK,
+        "SELDOM": SELDOM,
+        "BRIEFLY": BRIEFLY,
         "STRONG": x.is_cuda,
         "num_warps": WARPS,
         **launch_options(x.device),
     }
-    box = (mailbox.inbox, mailbox.inboxes, mailbox.counts, mailbox.stop)
+    box = (mailbox.inbox, mailbox.inboxes, mailbox.counts, mailbox.halted, mailbox.stop)
     return (words, added, results, *box, len(words), mailbox.rank), options

@@ -16,13 +16,15 @@ class Mailbox:
     """All but `stop` and `inboxes` is zero before the first exchange.
 
     inbox: int64 [2, size, programs, WORDS]; inboxes: int64 [size], the addresses of all ranks' inboxes as this one
-    reaches them; counts: int32 [programs], exchanges so far; stop: int32 [1] in pinned memory, not zero: wait no more.
+    reaches them; counts: int32 [programs], exchanges so far; stop: int32 [1] in pinned memory, not zero: wait no more;
+    halted: int32 [1], not zero once a program has seen that.
     """
 
     rank: int
     inbox: torch.Tensor
     inboxes: torch.Tensor
     counts: torch.Tensor
+    halted: torch.Tensor
     stop: torch.Tensor
 
     @property
@@ -51,6 +53,7 @@ def blank(rank: int, size: int, max_bytes: int, device: torch.device) -> Mailbox
         inbox=torch.zeros(0, dtype=torch.int64, device=device),
         inboxes=torch.zeros(size, dtype=torch.int64, device=device),
         counts=torch.zeros(shape[2], dtype=torch.int32, device=device),
+        halted=torch.zeros(1, dtype=torch.int32, device=device),
         stop=torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda"),
     )
 

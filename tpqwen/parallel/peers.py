@@ -68,6 +68,7 @@ class Peers:
         """
         assert not self._mapped, "one epoch is left before the next is joined"
         self._blank.counts.zero_()
+        self._blank.halted.zero_()
         store.set(f"peer-{self._rank}", msgspec.msgpack.encode(self._offer()))  # type: ignore[arg-type]
         answers = [store.get(f"peer-{rank}") for rank in range(self._size)]
         offers = [msgspec.msgpack.decode(answer, type=Offer) for answer in answers]
