@@ -32,9 +32,10 @@ class Copying(Served):
 
 @pytest.fixture(scope="module")
 def drafting(faults: Faults) -> Iterator[Served]:
-    with Copying(faults, tp=2) as plain:
+    roomy = {"max_batched_tokens": 256}  # so that as many rows as there are may speculate
+    with Copying(faults, tp=2, **roomy) as plain:
         expected = [s.tokens for s in plain.expected(12)]
-    with Copying(faults, tp=2, speculation="ngram") as found:
+    with Copying(faults, tp=2, speculation="ngram", **roomy) as found:
         assert [s.tokens for s in found.expected(12)] == expected
         yield found
 

@@ -179,7 +179,8 @@ class Rows:
         """A step in which these rows decode."""
         self.computed[rows.slots] += 1 + speculate
         self.left[rows.slots] -= 1 + speculate
-        self.drafted[rows.slots] += speculate > 0
+        if speculate:
+            self.drafted[rows.slots] += 1
 
     def settle(self, rows: RowSet, rejected: Longs) -> None:
         """A speculative step of these rows, which are live, has ended: so many of their drafts were wrong."""
