@@ -10,6 +10,7 @@ import asyncio
 import gc
 import json
 import logging
+import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from hashlib import sha256
@@ -122,6 +123,7 @@ async def end_all(client: EngineClient, grace_s: float) -> None:
     health_check_period_s=2,
     health_check_timeout_s=20,  # late is not dead: on a starved machine the loop may be seconds behind
     graceful_shutdown_timeout_s=90,
+    logging_config={"enable_access_log": False},  # ours says more
 )
 @serve.ingress()
 class Qwen3Server:
@@ -140,7 +142,7 @@ class Qwen3Server:
         self._text: TextProcesses | None = None
         self._grammars = GrammarService(self._folder, self._model.vocab_size)
         self._tasks: list[asyncio.Task[None]] = []
-        logs.configure(self._config.server.log, "replica")
+        logs.configure(self._config.server.log, "replica", sys.__stderr__)  # sys.stderr may lead to Serve's logger
         keep_title("tpqwen replica")
 
     @property

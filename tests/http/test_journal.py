@@ -55,3 +55,22 @@ def test_whatever_else_is_asked_has_a_line_each(caplog, now) -> None:
         for body in ({}, {}, {"prompt": 5}, {"prompt": 5}):
             ask(server, **body)
         assert logged(caplog, "status", "refused") == ["status=200"] * 2 + ["status=400"] * 2
+
+
+def test_a_line_says_where_the_time_to_the_first_token_went(caplog, now) -> None:
+    server = watched(make_server(), now)
+    with caplog.at_level(logging.INFO):
+        ask(server)
+        ask(server, n=2, stream=True)
+        for line in logged(caplog, "output", "prepared_ms", "queue_ms", "first_ms"):
+            found = {name: float(value) for name, value in (word.split("=") for word in line.split())}
+            assert found["output"] > 0 and 0 <= found["queue_ms"] <= 1e4
+            assert 0 <= found["prepared_ms"] <= found["first_ms"]
+
+
+def test_a_line_without_a_token_says_when_the_prompt_was_ready(caplog, now) -> None:
+    server = watched(make_server(script=full), now)
+    with caplog.at_level(logging.INFO):
+        assert ask(server).status_code == 429
+        (line,) = logged(caplog, "prepared_ms", "queue_ms", "first_ms")
+    assert line.startswith("prepared_ms=") and "queue" not in line and "first" not in line

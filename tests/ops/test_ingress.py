@@ -96,6 +96,17 @@ def test_it_streams_and_asks_for_keys(server: Running) -> None:
     assert httpx.get(f"{server.url}/-/healthz").text == "success"  # what KubeRay's probe looks for
 
 
+def test_a_request_has_one_line_in_the_log_and_at_once(server: Running) -> None:
+    """Serve's throughput settings lead stderr into a logger that writes its lines, and Serve's own, by the thousand."""
+    (replica,) = [pid for pid in server.tree() if title(pid).startswith("tpqwen replica")]
+    log = next(file for fd in Path(f"/proc/{replica}/fd").iterdir() if (file := fd.resolve()).suffix == ".err")
+    body = {"prompt": "Hello", "max_tokens": 1}
+    assert httpx.post(f"{server.url}/v1/completions", json=body, headers=server.headers(), timeout=60).is_success
+    until(lambda: " route=/v1/completions method=POST status=200 " in log.read_text(), "our line")
+    (serves,) = (log.parent / "serve").glob("replica_*.log")
+    assert "/v1/completions" not in serves.read_text()
+
+
 def test_a_client_that_leaves_frees_its_pages(server: Running) -> None:
     body = {"prompt": "Hello", "max_tokens": 480, "ignore_eos": True, "stream": True}
     with httpx.stream(

@@ -216,6 +216,7 @@ class _Api:
             for r in running:
                 usage = r.usage
                 exchange.numbers |= {"prompt": usage.prompt, "output": usage.completion, "cached": usage.cached}
+                exchange.numbers |= r.stages
 
     async def _answer(self, exchange: Exchange, endpoint: _Endpoint, call: Call, running: list[Running]) -> None:
         """Run one call. `running` receives the sequences once they exist."""

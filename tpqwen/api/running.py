@@ -116,6 +116,7 @@ class Running:
         self._engine = engine
         self._prepared = prepared
         self._arrived = arrived
+        self._prepared_at = time.monotonic()
 
     def outputs(self) -> AsyncGenerator[Output]:
         """(choice index, delta) as they come, until every choice has ended. Close it in any case.
@@ -150,6 +151,16 @@ class Running:
             "decode": first.last_token_at - first.first_token_at,
         }
         return ", ".join(f"{name};dur={seconds * 1e3:.1f}" for name, seconds in parts.items())
+
+    @property
+    def stages(self) -> dict[str, str]:
+        """For the log, milliseconds of the first choice: until it went to the engine, in its queue, until its first
+        token was here. What lies between is its steps and the way back."""
+        first = self.sequences[0]
+        ends = {"prepared_ms": self._prepared_at - self._arrived}
+        if first.first_token_at is not None:
+            ends |= {"queue_ms": first.queue_s or 0.0, "first_ms": first.first_token_at - self._arrived}
+        return {name: f"{seconds * 1e3:.1f}" for name, seconds in ends.items()}
 
     async def _outputs_of(self, index: int) -> AsyncGenerator[Output]:
         sequence = self.sequences[index]
