@@ -11,7 +11,8 @@ BEGIN, END = "<!-- map: make map writes this -->\n", "<!-- end of map -->"
 
 
 def sentence(path: Path) -> str:
-    text = " ".join((ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split())
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    text = " ".join(docstring.partition("\n\n")[0].split())
     return re.split(r"(?<=[.!?])\s(?=[A-Z])", text, maxsplit=1)[0].rstrip(".").replace("|", "\\|")
 
 

@@ -201,14 +201,12 @@ def tune(tasks: list[Task], seconds: float, count: int, processes: int) -> list[
             operands.weights = widest.weights
             usable = [c for c in tried[task] if c.path == "torch" or task._replace(config=c) in compiled]
             times = {c: operands.microseconds(task.operation, c) for c in usable}
+            if (now := times.get(task.config)) is None:  # it was not compiled in time
+                continue
             best = min(times, key=times.__getitem__)
-            now = times.get(task.config, float("inf"))
-            gained = times[best] < GAIN * now
-            kept = best if gained else task.config
-            print(
-                f"{task[:4]} {task.numbers.weight}: {now:.1f} -> {times[best]:.1f} us of {len(times)}, {best}",
-                flush=True,
-            )
+            kept = best if times[best] < GAIN * now else task.config
+            gain = f"{now:.1f} -> {times[kept]:.1f} us of {len(times)}"
+            print(f"{task[:4]} {task.numbers.weight}: {gain}, {kept}", flush=True)
             lines.append(_line(task._replace(config=kept)))
         del widest
         torch.cuda.empty_cache()
@@ -231,8 +229,9 @@ def _compile(queue: list[Task], deadline: float, processes: int) -> set[Task]:
                 compiled.add(futures[future])
     except TimeoutError:
         pass
+    compilers = list((pool._processes or {}).values())  # shutdown forgets them
     pool.shutdown(wait=False, cancel_futures=True)
-    for process in list((pool._processes or {}).values()):
+    for process in compilers:
         process.kill()
     print(f"{len(compiled)} of {len(queue)} candidates compiled, {len(failed)} cannot be: {failed[:2]}", flush=True)
     return compiled

@@ -123,7 +123,6 @@ async def end_all(client: EngineClient, grace_s: float) -> None:
     health_check_period_s=2,
     health_check_timeout_s=20,  # late is not dead: on a starved machine the loop may be seconds behind
     graceful_shutdown_timeout_s=90,
-    logging_config={"enable_access_log": False},  # ours says more
 )
 @serve.ingress()
 class Qwen3Server:
@@ -331,7 +330,10 @@ def build_app(config: Config, *, here: bool = False) -> serve.Application:
     options = {k: v for k, v in config.flat().items() if v is not None}
     where = bundles(config)
     server: Any = Qwen3Server  # a Deployment, by Serve's decorator
+    # Our line for each request says more than Serve's. Elsewhere the application's own configuration decides.
+    logs = {"logging_config": {"enable_access_log": False}} if here else {}
     deployment = server.options(
+        **logs,
         ray_actor_options={"num_cpus": where[0]["CPU"], "num_gpus": 0},
         placement_group_bundles=where,
         placement_group_strategy="STRICT_PACK" if config.parallel.interface is None else "PACK",

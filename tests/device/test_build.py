@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from triton.backends.nvidia import driver
 
-from tests.cluster.processes import until
+from tests.cluster.processes import title, until
 from tpqwen.kernels import build, build_worker
 from tpqwen.kernels.variant import Kernel, parse
 
@@ -131,7 +131,7 @@ def test_the_worker_and_its_children_end_with_whoever_waits(tmp_path: Path) -> N
         assert worker.process.stdin is not None
         worker.process.stdin.close()
         assert worker.process.wait(30) == -9
-        until(lambda: not any(Path(f"/proc/{child}").exists() for child in children), "the children to end")
+        until(lambda: not any(title(child) for child in children), "the children to end")
         assert worker.out.read() == "", "the third was never started"
 
 

@@ -62,7 +62,9 @@ def test_a_line_says_where_the_time_to_the_first_token_went(caplog, now) -> None
     with caplog.at_level(logging.INFO):
         ask(server)
         ask(server, n=2, stream=True)
-        for line in logged(caplog, "output", "prepared_ms", "queue_ms", "first_ms"):
+        lines = logged(caplog, "output", "prepared_ms", "queue_ms", "first_ms")
+        assert len(lines) == 2
+        for line in lines:
             found = {name: float(value) for name, value in (word.split("=") for word in line.split())}
             assert found["output"] > 0 and 0 <= found["queue_ms"] <= 1e4
             assert 0 <= found["prepared_ms"] <= found["first_ms"]

@@ -14,7 +14,6 @@ import os
 import select
 import signal
 import sys
-import traceback
 from collections import deque
 from importlib import import_module
 from threading import Thread
@@ -32,6 +31,8 @@ MODULES = ("tpqwen.kernels.cuda", "tpqwen.kernels.invariant")  # with all kernel
 
 def main(arguments: list[str]) -> int:
     """Compile what stdin names."""
+    if os.getpgrp() != os.getpid():  # at the end all of the group is killed
+        os.setpgid(0, 0)
     _prepare()
     width, waiting, begun = int(arguments[0]), deque[str](), b""
     running: dict[int, int] = {}  # the pipe that ends with a child -> its process
@@ -70,8 +71,10 @@ def _start(kernel: Kernel) -> tuple[int, int]:
         try:
             compile_kernel(kernel)
             os._exit(0)
-        except Exception:
-            traceback.print_exc()
+        except Exception as error:
+            print(
+                f"kernel {kernel.name} not compiled early: {type(error).__name__}: {error}", file=sys.stderr, flush=True
+            )
         finally:
             os._exit(1)
     os.close(writer)

@@ -54,7 +54,12 @@ class Speculation:
         known = self._speculative_s if step.speculate else self._ordinary_s
         bucket = row_bucket(stats.num_tokens // (1 + step.speculate))
         old, new = known.get(bucket), stats.duration_s
-        known[bucket] = new if old is None else (1 - NEWEST) * old + NEWEST * min(new, OUTLIER * old)
+        if step.speculate and old is None:
+            new = min(new, OUTLIER * self._ordinary_s.get(bucket, new))
+        if old is None or old > OUTLIER * new:  # a first one that stood still for long would keep all others away
+            known[bucket] = new
+        else:
+            known[bucket] = (1 - NEWEST) * old + NEWEST * min(new, OUTLIER * old)
         if stats.num_drafts:
             mean = 1 + stats.accepted_tokens / stats.num_drafts
             self._yield = (1 - NEWEST) * self._yield + NEWEST * mean
