@@ -81,7 +81,9 @@ class Run:
         step = self.scheduler.schedule(self.now, (None, 3, 1)[int(self.now) % 3])
         self.scheduler.check()
         if step is None:
-            assert all(self.scheduler._rows.sequences[slot] is None for slot in expected), "a decode row was left out"
+            waits = self.scheduler.num_in_flight and self.scheduler.rows.drafted.any()  # for their blocks
+            left = [slot for slot in expected if self.scheduler._rows.sequences[slot] is not None]
+            assert waits or not left, "a decode row was left out"
             return False
         self._check_step(step, expected)
         self._check_company()

@@ -235,6 +235,31 @@ def test_nobody_is_preempted_for_drafts() -> None:
     assert all(pair.tokens(n) == expected_tokens(request(n, 4, 12), 12) for n in "ab")
 
 
+def test_nobody_is_preempted_for_drafts_whose_result_may_free_their_blocks() -> None:
+    """Drafts in flight count as accepted, so rows seem to need blocks that there are not; without drafts all fit."""
+    shapes = [("a", 8, 13), ("b", 4, 11), ("c", 6, 4), ("d", 8, 7)]
+    for make in (drafting, Pair):
+        pair = make(capacity=tiny_capacity(num_blocks=16, max_batched_tokens=64))
+        pair.add(*(request(*shape) for shape in shapes))
+        run(pair, 2)
+        assert pair.scheduler.step_stats(0.0, 0.0, None, 0.0).preemptions == 0
+        assert all(pair.tokens(n) == expected_tokens(request(n, prompt, out), out) for n, prompt, out in shapes)
+
+
+def test_a_step_that_is_to_show_what_a_step_takes_drafts_nothing() -> None:
+    pair = drafting(capacity=tiny_capacity(num_blocks=200, max_batched_tokens=64))
+    pair.add(*(request(f"r{i}", 4, 30) for i in range(6)))
+    for _ in range(4):
+        pair.executor.submit(step := pair.scheduler.schedule(0.0))
+        pair.collect()
+    assert step is not None and step.speculate
+    pair.add(request("late", 40, 4))
+    for gentle, drafted in ((0.0, False), (0.0, False), (40.0, False)):
+        pair.executor.submit(step := pair.scheduler.schedule(0.0, gentle))
+        assert step is not None and bool(step.speculate) == drafted and bool(step.chunks) == (gentle > 0)
+        pair.collect()
+
+
 def test_rows_that_the_host_has_a_say_in_stop_it_while_they_are_there() -> None:
     pair = drafting()
     pair.add(request("a", 6, 60), request("b", 9, 5, params=SamplingParams(logprobs=1)))

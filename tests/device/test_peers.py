@@ -131,6 +131,7 @@ def test_an_epoch_begins_with_an_empty_inbox_and_the_same_memory(driver: Driver)
         tensor.fill_(7)
     for rank in ranks:
         rank._blank.counts.fill_(7)
+        rank._blank.halted.fill_(1)
         rank.leave()
         assert rank._blank.stop.item() == 1, "what waits for others ends"
     ranks[0].stop(False)
@@ -140,6 +141,7 @@ def test_an_epoch_begins_with_an_empty_inbox_and_the_same_memory(driver: Driver)
     for rank in ranks:
         box = rank._mailbox
         assert box is not None and not box.inbox.any() and not box.counts.any() and not box.stop.any()
+        assert not box.halted.any()
         other = ranks[1 - box.rank]._mailbox
         assert other is not None and box.inboxes[1 - box.rank] == other.inbox.data_ptr()
     for rank in ranks:

@@ -6,7 +6,7 @@ does not come back: a collective without its partner, a kernel that spins.
 
 from __future__ import annotations
 
-from tpqwen.step import RowParams, StepInput, row_bucket
+from tpqwen.step import RowParams, StepInput, row_bucket, token_bucket
 
 FLOOR_S = 4.0  # a hang is to be known within 5 s, and a busy machine may hold a healthy step up for a second or two
 DECODE_MARGIN = 8.0
@@ -29,7 +29,7 @@ class Deadlines:
         self._s_per_token: float | None = None
         self._decode_s = 0.0  # moving average
         self._rows = 0  # that decode, as of the last step asked about
-        self._shapes: set[tuple[int, int, int, bool, int]] = set()  # that have been seen with these kinds
+        self._shapes: set[tuple[int, int, int, int, bool, int]] = set()  # that have been seen with these kinds
         self._kinds: set[tuple[bool, ...]] = set()
 
     def of(self, step: StepInput) -> float:
@@ -76,7 +76,8 @@ class Deadlines:
         if kinds:
             self._kinds |= kinds
             self._shapes.clear()
-        chunks = (len(step.chunks).bit_length(), step.num_chunk_tokens.bit_length())
+        tokens = step.num_chunk_tokens
+        chunks = (len(step.chunks).bit_length(), token_bucket(tokens) if tokens else 0, tokens.bit_length())
         shape = (row_bucket(self._rows), *chunks, step.wide, step.speculate)
         if shape in self._shapes:
             return False

@@ -174,17 +174,20 @@ class Scheduler:
         Decode rows come first, one token each; prefill chunks share what is left of the budget in order. While streams
         outnumber the prompts still to compute, those get about `gentle` work (scheduler/pace.py).
         """
-        draft = Draft()
+        if self._drafts_may_free_blocks():
+            return None
+        draft, measures = Draft(), False
         preempted = self._grow(draft)
         decode = self._current_rows()
         if prompts := len(self._prefilling) + self.num_waiting:
             budget = self.capacity.max_batched_tokens - len(decode)
             if gentle is not None and len(decode) < OUTNUMBER * prompts:
                 gentle = None
+            measures = gentle == 0.0  # a step of decode rows alone is wanted, to see what it takes
             self._prefill(draft, Room(budget, gentle, self.capacity), now, admit=not preempted)
         if not len(decode) and not draft.chunks:
             return None
-        return self._commit(draft, decode, 0 if draft.chunks else self._drafts(draft, decode))
+        return self._commit(draft, decode, 0 if draft.chunks or measures else self._drafts(draft, decode))
 
     def idle_step(self) -> StepInput:
         """A step without rows, when nothing has work or is in flight."""
@@ -240,6 +243,12 @@ class Scheduler:
             self._decode_rows = self._rows.row_set([s for s in self._decoding if left[s.slot] > 0])
             self._quiet = 0
         return self._decode_rows
+
+    def _drafts_may_free_blocks(self) -> bool:
+        """Whether rows need more blocks than there are if all drafts in flight are accepted: their result will tell."""
+        if self._quiet or not self._flights or not self._rows.drafted.any():
+            return False
+        return len(self._rows.needy(self._current_rows(), ahead=False)) > self.pool.num_available
 
     def _grow(self, draft: Draft) -> bool:
         """A block for every decode row whose next position has none, the oldest first. True if some were preempted."""

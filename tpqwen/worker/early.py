@@ -91,12 +91,12 @@ def _quietly(part: Part) -> None:
 
 
 @torch.inference_mode()
-def first_parts(runner: Runner) -> list[Part]:
+def first_parts(runner: Runner, drafts: int = 0) -> list[Part]:
     """Parts that together launch what the first passes of a server do: a prompt of up to 64 tokens as a graph's pass, a
     long one, and decode steps of one row, with the kinds of sampling that need no host; the choice among a whole row's
-    ids, and what comes between passes.
+    ids, what comes between passes, and a speculative step of one row where there are drafts.
 
-    runner: has one layer and nothing in its slots; it is of no use afterwards.
+    runner: has one layer and nothing in its slots; it is of no use afterwards. drafts: tokens that it drafts for a row.
     """
     device = runner.state.tensors.length.device
     none, first = (torch.arange(n, dtype=torch.int32, device=device) for n in (0, 1))
@@ -116,6 +116,8 @@ def first_parts(runner: Runner) -> list[Part]:
         parts.append(partial(runner.model.attention[0], runner.blank_hidden(count), context))
         parts.append(partial(runner.model.mlp[0], runner.blank_hidden(count)))
     parts.append(partial(_edit, runner))
+    if drafts:
+        parts += [partial(runner.speculate, first, kind, drafts) for kind in USUAL_KINDS]
     return parts
 
 

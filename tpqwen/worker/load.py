@@ -173,7 +173,9 @@ class _Build:
         if torch.cuda.mem_get_info()[0] < needed:
             return []
         allocate(layer, self.device, self.dtype)
-        return first_parts(replace(self, model=layer, config=config, group=Alone(self.group)).runner(NUM_BLOCKS))
+        return first_parts(
+            replace(self, model=layer, config=config, group=Alone(self.group)).runner(NUM_BLOCKS), self.drafts
+        )
 
     def peak_bytes(self) -> int:
         """Device memory at the largest step: as many prompt tokens as a step may hold, as many rows as may sample.
