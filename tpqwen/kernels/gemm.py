@@ -21,7 +21,7 @@ import triton.language as tl
 
 from tpqwen.kernels.dequantize import dequantize
 from tpqwen.kernels.gemm_table import Config, Numbers, choose, fit
-from tpqwen.kernels.launch import launch_options, prefetch_l2, release_next, wait_previous
+from tpqwen.kernels.launch import launch_options, release_next, wait_previous
 from tpqwen.kernels.norm import rms_norm, silu_mul
 
 PLAIN, ADD, SILU = 0, 1, 2  # what a kernel does with the product
@@ -52,28 +52,20 @@ def workspace(device: torch.device) -> Workspace:
 
 
 @triton.jit
-def prefetch_weights(
-    w, rows, K, start, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, BULK: tl.constexpr, WARPS: tl.constexpr
-):
+def prefetch_weights(w, rows, K, start, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
     """Ask for columns start .. start + COLUMNS of the weight's `rows` [BLOCK_N, 1] to be brought into L2."""
-    if BULK:
-        # One piece of one row per thread, so that the pieces cover the tile exactly once.
-        PIECES: tl.constexpr = WARPS * 32 // BLOCK_N
-        pieces = w + rows * K + (start + tl.arange(0, PIECES)[None, :] * (COLUMNS // PIECES))
-        size = tl.full([BLOCK_N, PIECES], COLUMNS // PIECES * (w.dtype.element_ty.primitive_bitwidth // 8), tl.int32)
-        tl.inline_asm_elementwise(
-            "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-            "=r,l,r",
-            [pieces.to(tl.int64), size],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        LINE: tl.constexpr = 1024 // w.dtype.element_ty.primitive_bitwidth
-        for column in tl.static_range(0, COLUMNS, 8 * LINE):
-            line = column + tl.arange(0, 8)[None, :] * LINE
-            prefetch_l2(w + rows * K + (start + line), (rows >= 0) & (line < COLUMNS))
+    # One piece of one row per thread, so that the pieces cover the tile exactly once.
+    PIECES: tl.constexpr = WARPS * 32 // BLOCK_N
+    pieces = w + rows * K + (start + tl.arange(0, PIECES)[None, :] * (COLUMNS // PIECES))
+    size = tl.full([BLOCK_N, PIECES], COLUMNS // PIECES * (w.dtype.element_ty.primitive_bitwidth // 8), tl.int32)
+    tl.inline_asm_elementwise(
+        "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [pieces.to(tl.int64), size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -135,7 +127,6 @@ def _gemv_kernel(
     BLOCK_K: tl.constexpr,
     EARLY: tl.constexpr,
     PREFETCH: tl.constexpr,
-    BULK: tl.constexpr,
     SCALED: tl.constexpr,
     BY_BYTES: tl.constexpr,
     NORM: tl.constexpr,
@@ -157,7 +148,7 @@ def _gemv_kernel(
         if NORM:
             scales = scales + (tl.load(norm + t * BLOCK_K + k),)  # noqa: RUF005
     if PDL and PREFETCH > 0:
-        prefetch_weights(w, rows, K, EARLY * BLOCK_K, BLOCK_N, PREFETCH, BULK, WARPS)
+        prefetch_weights(w, rows, K, EARLY * BLOCK_K, BLOCK_N, PREFETCH, WARPS)
     wait_previous(PDL)
     sums = ()
     squares = ()
@@ -241,7 +232,6 @@ def _dot_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
     PREFETCH: tl.constexpr,
-    BULK: tl.constexpr,
     SCALED: tl.constexpr,
     NORM: tl.constexpr,
     EPILOGUE: tl.constexpr,
@@ -256,7 +246,7 @@ def _dot_kernel(
     n = weight_rows(tile, N, BLOCK_N, EPILOGUE)
     rows, row_scale = n[:, None], _row_scale(w_scale, n, SCALED)
     if PDL and PREFETCH > 0:
-        prefetch_weights(w, rows, K, first, BLOCK_N, PREFETCH, BULK, WARPS)
+        prefetch_weights(w, rows, K, first, BLOCK_N, PREFETCH, WARPS)
     wait_previous(PDL)
     m = tl.arange(0, BLOCK_M)
     k = first + tl.arange(0, BLOCK_K)[None, :]
@@ -346,7 +336,7 @@ def _launch(
     assert before_TN.is_contiguous() and before_TN.shape == out_TN.shape, "residual and output do not agree"
     tiles = triton.cdiv(columns * (2 if epilogue == SILU else 1), config.block_n)
     options = {"num_warps": config.warps, **launch_options(x_TK.device)}
-    shared = {"PREFETCH": config.prefetch, "BULK": config.bulk, "NORM": norm is not None, "EPILOGUE": epilogue}
+    shared = {"PREFETCH": config.prefetch, "NORM": norm is not None, "EPILOGUE": epilogue}
     shared |= {"N": columns, "K": width, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "WARPS": config.warps}
     shared["SCALED"] = w_scale is not None
     tensors = (x_TK, matrix, x_TK if w_scale is None else w_scale, scale_K, before_TN, out_TN)

@@ -38,7 +38,7 @@ class Config(NamedTuple):
 
     block_n weight rows by block_k columns make a tile. stages: tiles that gemv holds in registers before it waits for
     the previous kernel, or dot's pipeline depth. split: programs that share one tile's K. prefetch: columns per weight
-    row asked into L2 before the wait, by bulk copies or line by line. fuse_norm: else rms_norm runs first.
+    row asked into L2 before the wait. fuse_norm: else rms_norm runs first.
     """
 
     path: str
@@ -48,7 +48,6 @@ class Config(NamedTuple):
     stages: int = 1
     split: int = 1
     prefetch: int = 0
-    bulk: bool = True
     fuse_norm: bool = True
 
 
@@ -70,7 +69,7 @@ def read_measured(text: str) -> Table:
     found: dict[Product, list[tuple[int, Config]]] = {}
     for line in csv.DictReader(io.StringIO(text)):
         product = (line["operation"], int(line["weights"]), int(line["width"]), int(line["bytes"]))
-        config = Config._make([line["path"], *(int(line[c]) for c in COLUMNS), True, line["fuse_norm"] == "1"])
+        config = Config._make([line["path"], *(int(line[c]) for c in COLUMNS), line["fuse_norm"] == "1"])
         found.setdefault(product, []).append((int(line["rows"]), config))
     return {product: tuple(sorted(entries)) for product, entries in found.items()}
 
@@ -131,7 +130,7 @@ def fit(config: Config, rows: int, width: int, numbers: Numbers = BF16) -> Confi
     stages = min(config.stages, tiles) if config.path == "gemv" else config.stages
     if config.path == "dot":
         stages = fitting_stages(stages, shared_bytes(config._replace(block_k=block_k, stages=1), rows, numbers))
-    pieces = max(config.warps * 32 // config.block_n, 1) if config.bulk else 1
+    pieces = max(config.warps * 32 // config.block_n, 1)
     columns = min(config.prefetch, (tiles - stages) * block_k if config.path == "gemv" else tiles * block_k)
     columns -= columns % (pieces * 64)
     return config._replace(block_k=block_k, split=split, stages=stages, prefetch=columns)

@@ -228,7 +228,7 @@ def _head_rows_kernel(
     lane = tl.arange(0, IDS)
     if PDL and PREFETCH > 0:
         early = tl.minimum(tl.maximum(first * IDS - SHIFT + lane, 0), V - 1)
-        prefetch_weights(w, early[:, None], K, 0, IDS, PREFETCH, True, WARPS)
+        prefetch_weights(w, early[:, None], K, 0, IDS, PREFETCH, WARPS)
     wait_previous(PDL)
     m = tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)[None, :]
