@@ -1,10 +1,10 @@
 """Loads in virtual time: the real EngineCore, scheduler and pace over a device that is a formula.
 
-    python tools/simulate_load.py closed:64:3000:512:128 open:60:1200:512:128 --pass-ms 0.6
+    python tools/simulate_load.py closed:64:3000:512:128 open:60:1200:512:128
 
 A CASE is as in `tpqwen bench serve`. It shows what scheduling alone costs or wins, not what a machine does: the
-formula's defaults are fitted to two offline figures of 0.6B on one H100 (docs/benchmarks/h200.md), what a pass with
-prompts costs besides its tokens (--pass-ms) is a guess. Attention of prompts is left out.
+formula's defaults are fitted to two offline figures of 0.6B on one H100 (docs/benchmarks/h200.md), and what a pass with
+prompts costs besides its tokens (--pass-ms) to the steps of a server there. Attention of prompts is left out.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def main() -> None:
     """Print one line per case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="+", metavar="CASE")
-    parser.add_argument("--pass-ms", type=float, default=0.6, help="of a pass with prompts, besides its tokens")
+    parser.add_argument("--pass-ms", type=float, default=1.1, help="of a pass with prompts, besides its tokens")
     parser.add_argument("--think-ms", type=float, default=3.0, help="between an answer and the next request")
     parser.add_argument("--serve-ms", type=float, default=1.0, help="of the server's process for each request")
     args = parser.parse_args()

@@ -137,4 +137,8 @@ def _build(process: subprocess.Popen[str], launches: Sequence[Launch]) -> None:
     if sent:
         send("")
         failed = process.wait(TIMEOUT_S)
-        _log.info("kernels compiled=%d failed=%d seconds=%.2f", sent, failed, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        if failed < 0:
+            _log.warning("the process that compiles kernels was lost, signal=%d seconds=%.2f", -failed, seconds)
+        else:
+            _log.info("kernels compiled=%d failed=%d seconds=%.2f", sent, failed, seconds)

@@ -14,6 +14,7 @@ import os
 import select
 import signal
 import sys
+import traceback
 from collections import deque
 from importlib import import_module
 from threading import Thread
@@ -90,4 +91,9 @@ def compile_kernel(kernel: Kernel) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        status = main(sys.argv[1:])
+    except Exception:
+        traceback.print_exc()
+        os.killpg(0, signal.SIGKILL)  # children are in its group
+    sys.exit(status)
