@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
 import signal
 import subprocess
@@ -20,28 +22,27 @@ from torch.distributed.distributed_c10d import PrefixStore
 from tpqwen.parallel import peers
 from tpqwen.parallel.device_memory import DriverError
 from tpqwen.parallel.group import TPGroup
-from tpqwen.parallel.peers import LIMITS, Offer, Peers, hindrance
+from tpqwen.parallel.peers import LIMITS, Peers, Place, hindrance
 
 CPU = torch.device("cpu")
 GPU_TEST_S = 120
 
 
-def offers(hosts: str, gpus: str) -> list[Offer]:
-    return [Offer(host, gpu, b"handle") for host, gpu in zip(hosts, gpus, strict=True)]
+def places(hosts: str, gpus: str) -> list[Place]:
+    return [Place(host, gpu) for host, gpu in zip(hosts, gpus, strict=True)]
 
 
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        (offers("aa", "xy"), ""),
-        (offers("aaaaaaaa", "12345678"), ""),
-        (offers("ab", "xy"), "2 hosts"),
-        (offers("aa", "xx"), "share a GPU"),
-        (offers("aaa", "xyz"), "3 ranks"),
-        ([*offers("a", "x"), Offer("a", "y", reason="cuMemAlloc_v2: out of memory")], "rank 1: cuMemAlloc_v2"),
+        (places("aa", "xy"), ""),
+        (places("aaaaaaaa", "12345678"), ""),
+        (places("ab", "xy"), "2 hosts"),
+        (places("aa", "xx"), "share a GPU"),
+        (places("aaa", "xyz"), "3 ranks"),
     ],
 )
-def test_peers_are_2_4_or_8_ranks_of_one_host_on_a_gpu_each(given: list[Offer], reason: str) -> None:
+def test_peers_are_2_4_or_8_ranks_of_one_host_on_a_gpu_each(given: list[Place], reason: str) -> None:
     assert reason in hindrance(given) and bool(reason) == bool(hindrance(given))
 
 
@@ -52,9 +53,13 @@ class Driver:
         self.memory: dict[bytes, torch.Tensor] = {}
         self.opened: list[int] = []
         self.closed_at = 0  # the how many-th memory cannot be mapped
+        self.full_at = 0  # or cannot be had
+        self._asked = itertools.count(1)
         self.unclosable: set[int] = set()
 
     def share(self, *shape: int) -> Any:
+        if next(self._asked) == self.full_at:
+            raise DriverError("cuMemAlloc_v2: CUDA_ERROR_OUT_OF_MEMORY")
         tensor = torch.zeros(shape, dtype=torch.int64)
         handle = tensor.data_ptr().to_bytes(64, "little")
         self.memory[handle] = tensor
@@ -158,6 +163,16 @@ def test_ranks_that_share_a_gpu_share_no_memory(driver: Driver, monkeypatch: pyt
     monkeypatch.setattr(peers, "_gpu", lambda: "the one")
     ranks = [Peers(rank, 2, CPU) for rank in range(2)]
     assert join(ranks, 1, store()) == [False, False]
+    assert not any(rank.takes(torch.ones(8), summed=True) for rank in ranks)
+    assert not driver.memory
+
+
+def test_a_rank_without_memory_leaves_all_without(driver: Driver, caplog: pytest.LogCaptureFixture) -> None:
+    driver.full_at = 2
+    ranks = [Peers(rank, 2, CPU) for rank in range(2)]
+    with caplog.at_level(logging.INFO):
+        assert join(ranks, 1, store()) == [False, False]
+    assert all("CUDA_ERROR_OUT_OF_MEMORY" in message for message in caplog.messages)
     assert not any(rank.takes(torch.ones(8), summed=True) for rank in ranks)
 
 

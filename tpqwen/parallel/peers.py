@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import torch
@@ -27,25 +28,30 @@ LIMITS = {2: 2048 * 1024, 4: 512 * 1024, 8: 256 * 1024}
 _log = logging.getLogger(__name__)
 
 
-class Offer(msgspec.Struct, frozen=True):
-    """What a rank tells the others. handle: of its inbox, empty where there is none, for that reason."""
+class Place(msgspec.Struct, frozen=True):
+    """Where a rank is."""
 
     host: str
     gpu: str
+
+
+class Inbox(msgspec.Struct, frozen=True):
+    """A rank's inbox. handle: empty where there is none, for that reason."""
+
     handle: bytes = b""
     reason: str = ""
 
 
-def hindrance(offers: Sequence[Offer]) -> str:
+Told = TypeVar("Told", Place, Inbox)
+
+
+def hindrance(places: Sequence[Place]) -> str:
     """Why these ranks, in rank order, cannot be peers; empty if they may try."""
-    if len(offers) not in LIMITS:
-        return f"{len(offers)} ranks are none of {sorted(LIMITS)}"
-    if len(hosts := {offer.host for offer in offers}) > 1:
+    if len(places) not in LIMITS:
+        return f"{len(places)} ranks are none of {sorted(LIMITS)}"
+    if len(hosts := {place.host for place in places}) > 1:
         return f"they are on {len(hosts)} hosts"
-    if len({offer.gpu for offer in offers}) < len(offers):
-        return "some share a GPU"
-    missing = [f"rank {rank}: {offer.reason}" for rank, offer in enumerate(offers) if not offer.handle]
-    return "; ".join(missing)
+    return "some share a GPU" if len({place.gpu for place in places}) < len(places) else ""
 
 
 class Peers:
@@ -69,10 +75,9 @@ class Peers:
         assert not self._mapped, "one epoch is left before the next is joined"
         self._blank.counts.zero_()
         self._blank.halted.zero_()
-        store.set(f"peer-{self._rank}", msgspec.msgpack.encode(self._offer()))  # type: ignore[arg-type]
-        answers = [store.get(f"peer-{rank}") for rank in range(self._size)]
-        offers = [msgspec.msgpack.decode(answer, type=Offer) for answer in answers]
-        reason = hindrance(offers) or self._map(offers)
+        reason = hindrance(self._tell(store, Place(_host(), _gpu())))
+        if not reason:  # on no rank
+            reason = self._map(self._tell(store, self._empty_inbox()))
         if not agree(not reason):
             self.leave()
             _log.info("sums over ranks: all by NCCL, for %s", reason or "another rank could not map the others' memory")
@@ -116,26 +121,32 @@ class Peers:
         assert self._mailbox is not None
         return ops.gather_peers(self._mailbox, x)
 
-    def _offer(self) -> Offer:
-        """This rank's, with its inbox empty."""
-        host, gpu = _host(), _gpu()
-        if self._size not in LIMITS:
-            return Offer(host, gpu)
+    def _tell(self, store: Store, mine: Told) -> list[Told]:
+        """What each rank says of itself, in rank order."""
+        kind = type(mine)
+        store.set(f"{kind.__name__}-{self._rank}", msgspec.msgpack.encode(mine))  # type: ignore[arg-type]
+        said = [store.get(f"{kind.__name__}-{rank}") for rank in range(self._size)]
+        return [msgspec.msgpack.decode(one, type=kind) for one in said]
+
+    def _empty_inbox(self) -> Inbox:
+        """This rank's."""
         try:
             if self._inbox is None:
                 self._inbox = SharedMemory(*inbox_shape(self._size, LIMITS[self._size]))
             self._inbox.tensor.zero_()
             torch.cuda.synchronize()  # before any rank can know the handle
-            return Offer(host, gpu, self._inbox.handle())
+            return Inbox(self._inbox.handle())
         except DriverError as error:
-            return Offer(host, gpu, reason=str(error))
+            return Inbox(reason=str(error))
 
-    def _map(self, offers: Sequence[Offer]) -> str:
+    def _map(self, inboxes: Sequence[Inbox]) -> str:
         """Map the others' inboxes; why not, if so."""
+        if missing := [f"rank {rank}: {inbox.reason}" for rank, inbox in enumerate(inboxes) if not inbox.handle]:
+            return "; ".join(missing)
         try:
-            for rank, offer in enumerate(offers):
+            for rank, inbox in enumerate(inboxes):
                 if rank != self._rank:
-                    self._mapped[rank] = open_handle(offer.handle)
+                    self._mapped[rank] = open_handle(inbox.handle)
         except DriverError as error:
             return str(error)
         return ""
