@@ -20,11 +20,11 @@ from tpqwen.executor.rank_process import RankProcess
 from tpqwen.offline import OfflineEngine
 from tpqwen.parallel.group import TPGroup
 from tpqwen.request import SamplingParams
-from tpqwen.step import GIVEN_UP, LONG_ROW, Chunk, packed
+from tpqwen.step import GIVEN_UP, LONG_ROW, TOKEN_BUCKETS, Chunk, packed
 from tpqwen.worker.ahead import Ahead, Pass, Prompt, least_free, planned, prompts, wide_variants, with_drafts
 from tpqwen.worker.batch import Stager, chunk_parts, eager_chunks
 from tpqwen.worker.graphs import DecodeGraphs, buckets
-from tpqwen.worker.mixed import TOKENS, MixedGraphs, row_buckets
+from tpqwen.worker.mixed import MixedGraphs, row_buckets
 from tpqwen.worker.sampler import USUAL_KINDS, SampleKind
 from tpqwen.worker.slots import MIXED_CHUNKS, SlotState
 from tpqwen.worker.worker import Worker
@@ -39,8 +39,8 @@ def possible(max_rows: int, max_tokens: int, max_length: int) -> set[tuple[int, 
     for rows in range(at_most):
         width = min(b for b in row_buckets(max_rows) if b >= rows)
         for chunks in range(1, min(MIXED_CHUNKS, at_most - rows) + 1):
-            for tokens in range(chunks, min(max_tokens - rows, chunks * max_length, TOKENS[-1]) + 1):
-                found.add((width, min(t for t in TOKENS if t >= tokens)))
+            for tokens in range(chunks, min(max_tokens - rows, chunks * max_length, TOKEN_BUCKETS[-1]) + 1):
+                found.add((width, min(t for t in TOKEN_BUCKETS if t >= tokens)))
     return found
 
 
@@ -59,7 +59,7 @@ def test_the_most_usual_come_first_with_both_kinds_of_sampling() -> None:
     assert [p.kind for p in passes[::2]] == [SampleKind(candidates=True)] * (len(passes) // 2)
     sizes = [(p.rows, p.tokens) for p in passes[::2]]
     assert sizes == [(p.rows, p.tokens) for p in passes[1::2]]
-    few = [(1, 0), (2, 0), (4, 0), (8, 0), *((rows, tokens) for tokens in TOKENS for rows in (0, 8))]
+    few = [(1, 0), (2, 0), (4, 0), (8, 0), *((rows, tokens) for tokens in TOKEN_BUCKETS for rows in (0, 8))]
     assert sizes[: len(few)] == few
     many = sizes[len(few) :]
     assert many == sorted(many), "with more and more streams, prompts beside them included"
@@ -72,7 +72,7 @@ def test_wide_variants_are_planned_where_rows_may_be_long(max_length: int) -> No
     wide = wide_variants(usual, max_length, lambda rows: rows > 2)
     expected = [Pass(p.rows, p.tokens, p.kind, wide=True) for p in usual if p.rows > 2]
     assert wide == (expected if max_length > LONG_ROW + 1 else [])
-    assert {p.tokens for p in expected} == {0, *TOKENS} and {p.kind for p in expected} == set(USUAL_KINDS)
+    assert {p.tokens for p in expected} == {0, *TOKEN_BUCKETS} and {p.kind for p in expected} == set(USUAL_KINDS)
 
 
 @pytest.mark.parametrize(

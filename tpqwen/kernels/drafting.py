@@ -15,7 +15,7 @@ import triton.language as tl
 from tpqwen.kernels.context import DraftInputs, SlotTensors
 from tpqwen.kernels.draft_reference import LONGEST_MATCH, SKIPPED, scratch_rows
 from tpqwen.kernels.launch import launch_options, release_next, stamps_time, wait_previous
-from tpqwen.kernels.stepping import place_in_ring, stamp
+from tpqwen.kernels.stepping import begin_pass, place_in_ring, stamp
 
 AT_ONCE = 2048  # tokens of history that a program compares in one go
 NONE = tl.constexpr(SKIPPED)
@@ -109,9 +109,7 @@ def _begin_kernel(
     tl.store(row_top_p + at, tl.load(top_p + slot) + everywhere, mask=inside)
     tl.store(row_min_p + at, tl.load(min_p + slot) + everywhere, mask=inside)
     if row == 0:
-        count = tl.load(turn)
-        stamp(stamps + place_in_ring(count, RING) * 2, STAMP)
-        tl.store(turn, count + 1)
+        begin_pass(turn, stamps, RING, STAMP)
 
 
 def begin_drafts(state: SlotTensors, slots_B: torch.Tensor, block_size: int, count: int) -> DraftInputs:

@@ -35,6 +35,14 @@ def stamp(where, STAMP: tl.constexpr):
         tl.store(where, globaltimer())
 
 
+@triton.jit
+def begin_pass(turn, stamps, RING: tl.constexpr, STAMP: tl.constexpr):
+    """Count a pass and stamp its begin: for one program of its first kernel."""
+    count = tl.load(turn)
+    stamp(stamps + place_in_ring(count, RING) * 2, STAMP)
+    tl.store(turn, count + 1)
+
+
 @triton.jit(do_not_specialize=["B", "padding"])
 def _begin_kernel(
     slots,
@@ -71,9 +79,7 @@ def _begin_kernel(
     tl.store(lengths + row, after, mask=inside)
     tl.store(length + slot, after, mask=active)
     if tl.program_id(0) == 0:
-        count = tl.load(turn)
-        stamp(stamps + place_in_ring(count, RING) * 2, STAMP)
-        tl.store(turn, count + 1)
+        begin_pass(turn, stamps, RING, STAMP)
 
 
 def begin_step(state: SlotTensors, slots_B: torch.Tensor, block_size: int) -> DecodeInputs:

@@ -246,7 +246,7 @@ class Scheduler:
 
     def _drafts_may_free_blocks(self) -> bool:
         """Whether rows need more blocks than there are if all drafts in flight are accepted: their result will tell."""
-        if self._quiet or not self._flights or not self._rows.drafted.any():
+        if self._speculation is None or self._quiet or not self._rows.drafted.any():
             return False
         return len(self._rows.needy(self._current_rows(), ahead=False)) > self.pool.num_available
 

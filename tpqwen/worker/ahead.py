@@ -16,10 +16,10 @@ import torch
 
 from tpqwen.kernels.attention_table import planned_lengths
 from tpqwen.parallel.group import TPGroup
-from tpqwen.step import DRAFT_ROWS, GIVEN_UP, LONG_ROW, row_bucket
+from tpqwen.step import DRAFT_ROWS, GIVEN_UP, LONG_ROW, TOKEN_BUCKETS, row_bucket
 from tpqwen.worker.drafts import DraftGraphs
 from tpqwen.worker.graphs import DecodeGraphs, buckets
-from tpqwen.worker.mixed import TOKENS, MixedGraphs, row_buckets
+from tpqwen.worker.mixed import MixedGraphs, row_buckets
 from tpqwen.worker.sampler import USUAL_KINDS, SampleKind
 from tpqwen.worker.slots import MIXED_CHUNKS
 
@@ -53,7 +53,7 @@ def planned(max_rows: int, max_tokens: int, max_length: int) -> list[Pass]:
     for fewest, rows in _ranges(0, row_buckets(max_rows)):
         chunks = min(MIXED_CHUNKS, at_most - fewest)  # each has a slot of its own
         longest = min(max_tokens - fewest, chunks * max_length)
-        sizes += [(rows, tokens) for shortest, tokens in _ranges(1, TOKENS) if shortest <= longest]
+        sizes += [(rows, tokens) for shortest, tokens in _ranges(1, TOKEN_BUCKETS) if shortest <= longest]
     sizes.sort(key=lambda size: (False, *reversed(size)) if size[0] <= FEW else (True, *size))
     return [Pass(*size, kind) for size in sizes for kind in USUAL_KINDS]
 

@@ -21,9 +21,9 @@ import torch
 from tpqwen.kernels import ops
 from tpqwen.parallel.group import TPGroup
 from tpqwen.parallel.peers import compile_exchange
-from tpqwen.step import Chunk, packed
+from tpqwen.step import TOKEN_BUCKETS, Chunk, packed
 from tpqwen.worker.batch import ChunkBatch, Stager, blank_prompt, chunk_batch, chunk_parts
-from tpqwen.worker.mixed import TOKENS, pad
+from tpqwen.worker.mixed import pad
 from tpqwen.worker.runner import Runner
 from tpqwen.worker.sampler import USUAL_KINDS, SampleKind
 from tpqwen.worker.slots import MIXED_CHUNKS
@@ -137,8 +137,8 @@ def _edit(runner: Runner) -> None:
 def _padded_chunks(runner: Runner) -> ChunkBatch:
     """A pass in the smallest bucket of worker/mixed.py: one chunk fills it, the others are padding."""
     state, size = runner.state, runner.cache.block_size
-    chunk = Chunk(0, 0, packed([0] * TOKENS[0]), True)
-    parts = pad(chunk_parts((chunk,)), TOKENS[0], state.tensors.padding_slot)
+    chunk = Chunk(0, 0, packed([0] * TOKEN_BUCKETS[0]), True)
+    parts = pad(chunk_parts((chunk,)), TOKEN_BUCKETS[0], state.tensors.padding_slot)
     sent = Stager(state.tensors.length.device, 1).send(parts)
-    lengths = ((TOKENS[0], *[0] * (MIXED_CHUNKS - 1)), (TOKENS[0] + 1, *[1] * (MIXED_CHUNKS - 1)))
+    lengths = ((TOKEN_BUCKETS[0], *[0] * (MIXED_CHUNKS - 1)), (TOKEN_BUCKETS[0] + 1, *[1] * (MIXED_CHUNKS - 1)))
     return chunk_batch(sent, lengths, state, size)

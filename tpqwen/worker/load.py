@@ -19,12 +19,11 @@ from tpqwen.model.sizing import DTYPE_BYTES, Sizes
 from tpqwen.model.weights import allocate, load_weights, random_weights, weight_bytes
 from tpqwen.parallel.group import TPGroup
 from tpqwen.quant.schemes import SCHEMES
-from tpqwen.step import DRAFT_ROWS, Admit, Capacity, Chunk, RowParams, StepInput, packed
+from tpqwen.step import DRAFT_ROWS, TOKEN_BUCKETS, Admit, Capacity, Chunk, RowParams, StepInput, packed
 from tpqwen.worker.ahead import Ahead, Pass, Prompt, least_free, planned, prompts, wide_variants, with_drafts
 from tpqwen.worker.batch import Stager, chunk_parts, eager_chunks, stage
 from tpqwen.worker.early import NUM_BLOCKS, Alone, Part, compiled_beside, first_parts
 from tpqwen.worker.kv_cache import KVCache, block_bytes, blocks_on_cpu, blocks_on_gpu
-from tpqwen.worker.mixed import TOKENS
 from tpqwen.worker.runner import Runner
 from tpqwen.worker.sampler import LogitEdits, SampleKind, Sampler
 from tpqwen.worker.slots import MIXED_CHUNKS, SlotState
@@ -74,7 +73,7 @@ def load(config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, 
         max_num_seqs=sizes.max_num_seqs,
         max_model_len=sizes.max_model_len,
         max_batched_tokens=sizes.max_batched_tokens,
-        graph_tokens=TOKENS[-1] if sizes.device == "cuda" else 0,
+        graph_tokens=TOKEN_BUCKETS[-1] if sizes.device == "cuda" else 0,
         graph_chunks=MIXED_CHUNKS if sizes.device == "cuda" else 0,
         graphs_ahead=len(ahead),
         context_cost=_context_cost(model_config),

@@ -20,7 +20,6 @@ from tpqwen.worker.sampler import SampleKind
 from tpqwen.worker.slots import MIXED_CHUNKS
 
 ROWS = (0, 8, 32, 64, 128, 256, 512)
-TOKENS = TOKEN_BUCKETS
 Key = tuple[int, int, SampleKind, bool]  # buckets of rows and tokens, sampling, wide
 
 
@@ -43,7 +42,7 @@ class MixedGraphs:
 
     def fits(self, num_tokens: int, num_chunks: int, kind: SampleKind) -> bool:
         """Whether a pass over these chunks has a graph."""
-        return self._enabled and num_tokens <= TOKENS[-1] and num_chunks <= MIXED_CHUNKS and kind.in_graph
+        return self._enabled and num_tokens <= TOKEN_BUCKETS[-1] and num_chunks <= MIXED_CHUNKS and kind.in_graph
 
     def rows(self, num_sampled: int) -> torch.Tensor:
         """The decode rows for a pass that is launched kernel by kernel and samples so many chunks: padded as with a
