@@ -247,6 +247,7 @@ GPU_KINDS = (
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # which torch calls a prototype
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_no_launch_of_a_step_waits_for_the_device(deterministic: bool) -> None:
     """torch raises where a copy from or to memory that is not pinned, or a look at a value, makes the host wait."""

@@ -12,6 +12,7 @@ import torch
 
 from tpqwen.kernels import (
     attention,
+    branch,
     dequantize,
     drafting,
     exchange,
@@ -37,7 +38,10 @@ def attend(
     ctx: StepContext,
     scale: float,
 ) -> torch.Tensor:
-    """reference.attend: decode rows in one fused kernel; chunks are normed, rotated and written, then attend."""
+    """reference.attend: decode rows in one fused kernel; chunks are normed, rotated and written, then attend.
+
+    In a graph both run at once: decode rows wait for memory, chunks for tensor cores and their few programs' long way.
+    """
     k_cache, v_cache = ctx.k_cache[layer], ctx.v_cache[layer]
     kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     width = qkv_TF.shape[1] - 2 * kv_heads * head_dim
@@ -46,8 +50,10 @@ def attend(
     if ctx.prefill is not None and not count:
         return _attend_chunks(qkv_TF, norms, k_cache, v_cache, ctx, scale)
     out = torch.empty((len(qkv_TF), width), dtype=qkv_TF.dtype, device=qkv_TF.device)
+    aside = branch.fork(qkv_TF.device) if ctx.prefill is not None else None
     if ctx.prefill is not None:
-        _attend_chunks(qkv_TF[count:], norms, k_cache, v_cache, ctx, scale, out[count:])
+        with torch.cuda.stream(aside):
+            _attend_chunks(qkv_TF[count:], norms, k_cache, v_cache, ctx, scale, out[count:])
     attention.decode_attention(
         qkv_TF[:count],
         *norms,
@@ -64,6 +70,7 @@ def attend(
         settled=ctx.settled,
         wide=ctx.wide,
     )
+    branch.join(aside)
     return out
 
 
