@@ -222,7 +222,8 @@ def test_a_prompt_is_one_idle_steps_work(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.gpu
 def test_a_prompt_that_is_tried_leaves_no_trace() -> None:
-    made = OfflineEngine(Config.load({"dtype": "bfloat16", "device": "cuda", "max_num_seqs": 4}, {}))
+    options = {"dtype": "bfloat16", "device": "cuda", "max_num_seqs": 4, "num_kv_blocks": 100}
+    made = OfflineEngine(Config.load(options, {}))
     worker = worker_of(made)
     state, cache = worker.runner.state.tensors, worker.runner.cache
     worker.graphs.settle()
