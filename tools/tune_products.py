@@ -29,7 +29,7 @@ import torch
 
 import tpqwen.kernels.gemm_table as tables
 from tpqwen.kernels import gemm
-from tpqwen.kernels.gemm_table import BF16, COLUMNS, GEMV_ROWS, TABLE, Config, Numbers, choose, fit, shared_bytes
+from tpqwen.kernels.gemm_table import BF16, COLUMNS, GEMV_ROWS, PROGRAMS, TABLE, Config, Numbers, choose, fit, shared_bytes
 
 # Hidden size, inner size, query heads, key/value heads; heads of 128.
 MODELS = {
@@ -41,6 +41,23 @@ MODELS = {
     "32b": (5120, 25600, 64, 8),
 }
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+# block_m, block_n, block_k, warps, stages: one program on a multiprocessor, or two.
+TILES = (
+    (128, 256, 64, 8, 4),
+    (256, 128, 64, 8, 4),
+    (256, 64, 64, 8, 5),
+    (128, 128, 64, 8, 6),
+    (128, 128, 64, 8, 3),
+    (128, 128, 64, 4, 3),
+    (128, 64, 64, 8, 8),
+    (128, 64, 64, 4, 4),
+    (64, 256, 64, 8, 5),
+    (64, 128, 64, 4, 8),
+    (64, 128, 64, 4, 4),
+    (64, 64, 128, 4, 6),
+    (64, 64, 64, 4, 6),
+    (64, 32, 128, 4, 4),
+)
 GAIN = 0.98
 COLD_BYTES = 4e8  # of weights that take turns: many times what L2 holds
 HEADER = ("operation", "weights", "width", "bytes", "rows", "path", *COLUMNS, "fuse_norm")
@@ -127,7 +144,7 @@ def candidates(task: Task, count: int) -> list[Config]:
         if operation == task.operation and entry_size == size and rows // 2 <= task.rows <= 2 * rows
     }
     found += sorted(known)
-    possible = [*_gemvs(task), *_dots(task)]
+    possible = [*_gemvs(task), *_dots(task), *_tiles(task)]
     random.Random(str(task)).shuffle(possible)
     found += possible[:count]
     if task.rows >= 16:
@@ -159,9 +176,27 @@ def _dots(task: Task) -> Iterator[Config]:
             yield Config("dot", n, k, warps, stages, split, prefetch, fuse_norm=fuse)
 
 
+def _tiles(task: Task) -> Iterator[Config]:
+    if task.rows <= 64 or task.numbers.weight == 1:
+        return
+    for (m, n, k, warps, stages), prefetch in itertools.product(TILES, (0, 256, 512)):
+        one_each = -(-task.weights // n)
+        row_tiles = -(-task.rows // m)
+        config = Config("tile", n, k, warps, stages, one_each, prefetch, fuse_norm=False, block_m=m)
+        for programs in (PROGRAMS, 2 * PROGRAMS) if shared_bytes(config, task.rows) <= 113 << 10 else (PROGRAMS,):
+            shares = programs // row_tiles
+            even = max(1, shares // one_each) * one_each  # as many programs for each tile
+            yield from (config._replace(split=split) for split in {shares, even})
+
+
 def _valid(config: Config, task: Task) -> bool:
     if config.path == "gemv":
         return not (task.operation == "silu" and config.block_n < 2)
+    if config.path == "tile":
+        tiles, row_tiles = -(-task.weights // config.block_n), -(-task.rows // config.block_m)
+        parts = 2 * row_tiles * config.split if config.split != tiles else 0
+        fits = parts * config.block_m * config.block_n <= 9 << 20 and row_tiles * tiles <= 4096
+        return fits and config.split <= tiles * (task.width // config.block_k) and config.block_m < 2 * task.rows
     batch = max(16, 1 << (task.rows - 1).bit_length())
     tiles = -(-task.weights // config.block_n)
     return (
@@ -276,7 +311,7 @@ def _tasks(arguments: argparse.Namespace) -> list[Task]:
     tasks = []
     for operation, weights, width, size in list(known)[part::parts]:
         numbers = Numbers(2, 1) if size == 1 else BF16
-        for rows in (r for r in ROWS if r <= numbers.max_rows):
+        for rows in map(int, arguments.rows.split(",")):
             now = choose(operation, rows, weights, width, numbers)
             tasks.append(Task(operation, weights, width, rows, numbers, now))
     return tasks
@@ -288,6 +323,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS), help=f"of {', '.join(MODELS)}")
     parser.add_argument("--tp", default="1", help="numbers of ranks")
     parser.add_argument("--bytes", default="2,1", help="of a weight: 2 for 16 bits, 1 for int8")
+    parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="of the batch")
     parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--candidates", type=int, default=20, help="random ones for each product and number of rows")
     parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1), help="that compile")
