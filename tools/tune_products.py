@@ -29,7 +29,18 @@ import torch
 
 import tpqwen.kernels.gemm_table as tables
 from tpqwen.kernels import gemm
-from tpqwen.kernels.gemm_table import BF16, COLUMNS, GEMV_ROWS, PROGRAMS, TABLE, Config, Numbers, choose, fit, shared_bytes
+from tpqwen.kernels.gemm_table import (
+    BF16,
+    COLUMNS,
+    GEMV_ROWS,
+    PROGRAMS,
+    TABLE,
+    Config,
+    Numbers,
+    choose,
+    fit,
+    shared_bytes,
+)
 
 # Hidden size, inner size, query heads, key/value heads; heads of 128.
 MODELS = {

@@ -16,6 +16,8 @@ from tpqwen.kernels import (
     drafting,
     exchange,
     gemm,
+    gemm_shared,
+    gemm_tiles,
     launch,
     norm,
     paged_prefill,
@@ -148,5 +150,17 @@ OPERATIONS = {
 }
 
 launch.settle_keys(
-    launch, norm, dequantize, gemm, attention, prefill, paged_prefill, sampling, stepping, drafting, exchange
+    launch,
+    norm,
+    dequantize,
+    gemm_shared,
+    gemm_tiles,
+    gemm,
+    attention,
+    prefill,
+    paged_prefill,
+    sampling,
+    stepping,
+    drafting,
+    exchange,
 )

@@ -293,7 +293,9 @@ def _launch(
     block_m = max(16, triton.next_power_of_2(rows))
     scratch = workspace(x_TK.device)
     tile_floats = (config.block_n + 1) * block_m
-    assert config.split == 1 or scratch.fits(tiles, tiles * config.split, tile_floats), "the product needs a larger workspace"
+    assert config.split == 1 or scratch.fits(tiles, tiles * config.split, tile_floats), (
+        "the product needs a larger workspace"
+    )
     _dot_kernel[(tiles, config.split)](
         *tensors,
         scratch.partial_V,

@@ -1,4 +1,4 @@
-"""What the product kernels share: scratch for products that several programs sum, and weights asked for ahead of time."""
+"""What the product kernels share: scratch for tiles that several programs sum, and weights asked for ahead of time."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 

@@ -24,7 +24,8 @@ class Numbers(NamedTuple):
 
 
 BF16 = Numbers()
-COLUMNS = ("block_n", "block_k", "warps", "stages", "split", "prefetch", "block_m")  # of a configuration in gemm_measured.csv
+# Of a configuration in gemm_measured.csv, besides path and fuse_norm.
+COLUMNS = ("block_n", "block_k", "warps", "stages", "split", "prefetch", "block_m")
 
 
 class Config(NamedTuple):

@@ -50,8 +50,6 @@ def _tile_kernel(
     release_next(PDL)
     OUT: tl.constexpr = BLOCK_N // 2 if EPILOGUE == 2 else BLOCK_N
     STEPS: tl.constexpr = K // BLOCK_K
-    LEFT: tl.constexpr = 1 << 16  # what a program that leaves a tile adds to its count
-    ROWS: tl.constexpr = max(1, min(BLOCK_M, WARPS * 512 // BLOCK_N))  # that are added up at once
     row, share = tl.program_id(0), tl.program_id(1)
     steps, shares = tl.cdiv(N, OUT) * STEPS, tl.num_programs(1)
     begin, end = share * steps // shares, (share + 1) * steps // shares
@@ -82,23 +80,41 @@ def _tile_kernel(
         low = ((tile * STEPS + 1) * shares - 1) // steps  # the share that has the tile's first step
         count = ((tile + 1) * STEPS * shares - 1) // steps - low + 1
         if count > 1:
-            counter = arrived + tile * tl.num_programs(0) + row
+            _add_up(
+                partial, arrived, residual, out, row, share, tile, steps, low, count, M,
+                N, BLOCK_M, BLOCK_N, STEPS, EPILOGUE, WARPS, WAIT
+            )  # fmt: skip
+
+
+@triton.jit
+def _add_up(
+    partial, arrived, residual, out, row, share, tile, steps, low, count, M,
+    N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr, EPILOGUE: tl.constexpr,
+    WARPS: tl.constexpr, WAIT: tl.constexpr
+):  # fmt: skip
+    """Wait for the tile's `count` parts, of the shares from `low` on, and finish this share's rows of it.
+
+    A counter has the parts that are there, and above them those that nobody of its share reads any more.
+    """
+    LEFT: tl.constexpr = 1 << 16
+    ROWS: tl.constexpr = max(1, min(BLOCK_M, WARPS * 512 // BLOCK_N))  # that are added up at once
+    counter = arrived + tile * tl.num_programs(0) + row
+    there = tl.atomic_add(counter, 0, sem="acquire") % LEFT
+    if WAIT:
+        while there < count:
             there = tl.atomic_add(counter, 0, sem="acquire") % LEFT
-            if WAIT:
-                while there < count:
-                    there = tl.atomic_add(counter, 0, sem="acquire") % LEFT
-            # In the interpreter programs run one after another: only the last finds all there, and does all.
-            start = share - low if WAIT else tl.where(there == count, 0, BLOCK_M)
-            for piece in range(start, BLOCK_M // ROWS, count if WAIT else 1):
-                place = (piece * ROWS + tl.arange(0, ROWS))[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-                acc = tl.zeros([ROWS, BLOCK_N], tl.float32)
-                for s in range(low, low + count, 4):
-                    for ahead in tl.static_range(4):  # so many loads on their way at once
-                        part = _part(partial, row, s + ahead, tile, steps, STEPS, BLOCK_M * BLOCK_N) + place
-                        acc += tl.load(part, mask=s + ahead < low + count, other=0.0, cache_modifier=".cg")
-                _finish(acc, residual, out, row * BLOCK_M + piece * ROWS, tile, M, N, ROWS, BLOCK_N, EPILOGUE)
-            if tl.atomic_add(counter, LEFT, sem="acq_rel") // LEFT == count - 1:
-                tl.store(counter, 0)
+    # In the interpreter programs run one after another: only the last finds all there, and finishes all.
+    begin = share - low if WAIT else tl.where(there == count, 0, BLOCK_M)
+    for piece in range(begin, BLOCK_M // ROWS, count if WAIT else 1):
+        place = (piece * ROWS + tl.arange(0, ROWS))[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        acc = tl.zeros([ROWS, BLOCK_N], tl.float32)
+        for s in range(low, low + count, 4):
+            for ahead in tl.static_range(4):  # so many loads are on their way at once
+                part = _part(partial, row, s + ahead, tile, steps, STEPS, BLOCK_M * BLOCK_N) + place
+                acc += tl.load(part, mask=s + ahead < low + count, other=0.0, cache_modifier=".cg")
+        _finish(acc, residual, out, row * BLOCK_M + piece * ROWS, tile, M, N, ROWS, BLOCK_N, EPILOGUE)
+    if tl.atomic_add(counter, LEFT, sem="acq_rel") // LEFT == count - 1:
+        tl.store(counter, 0)
 
 
 @triton.jit
