@@ -52,25 +52,10 @@ MODELS = {
     "32b": (5120, 25600, 64, 8),
 }
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-# block_m, block_n, block_k, warps, stages: one program on a multiprocessor, or two.
-TILES = (
-    (128, 256, 64, 8, 4),
-    (256, 128, 64, 8, 4),
-    (256, 64, 64, 8, 5),
-    (128, 128, 64, 8, 6),
-    (128, 128, 64, 8, 3),
-    (128, 128, 64, 4, 3),
-    (128, 64, 64, 8, 8),
-    (128, 64, 64, 4, 4),
-    (64, 256, 64, 8, 5),
-    (64, 128, 64, 4, 8),
-    (64, 128, 64, 4, 4),
-    (64, 64, 128, 4, 6),
-    (64, 64, 64, 4, 6),
-    (64, 32, 128, 4, 4),
-)
 GAIN = 0.98
 COLD_BYTES = 4e8  # of weights that take turns: many times what L2 holds
+# An H100's rates, a microsecond, in the rough estimate of what tiles take: all memory, then of one multiprocessor.
+MEMORY_BYTES, L2_BYTES, MULTIPLICATIONS = 2.9e6, 6e4, 3e6
 HEADER = ("operation", "weights", "width", "bytes", "rows", "path", *COLUMNS, "fuse_norm")
 CSV = Path(tables.__file__).with_name("gemm_measured.csv")
 
@@ -155,9 +140,9 @@ def candidates(task: Task, count: int) -> list[Config]:
         if operation == task.operation and entry_size == size and rows // 2 <= task.rows <= 2 * rows
     }
     found += sorted(known)
-    possible = [*_gemvs(task), *_dots(task), *_tiles(task)]
+    possible = [*_gemvs(task), *_dots(task)]
     random.Random(str(task)).shuffle(possible)
-    found += possible[:count]
+    found += [*_tiles(task)[:count], *possible[:count]]
     if task.rows >= 16:
         found.append(Config("torch"))
     fitted = (fit(config, task.rows, task.width, task.numbers) for config in found)
@@ -187,27 +172,39 @@ def _dots(task: Task) -> Iterator[Config]:
             yield Config("dot", n, k, warps, stages, split, prefetch, fuse_norm=fuse)
 
 
-def _tiles(task: Task) -> Iterator[Config]:
+def _tiles(task: Task) -> list[Config]:
+    """Those that should be the fastest come first."""
     if task.rows <= 64 or task.numbers.weight == 1:
-        return
-    for (m, n, k, warps, stages), prefetch in itertools.product(TILES, (0, 256, 512)):
-        one_each = -(-task.weights // n)
-        row_tiles = -(-task.rows // m)
-        config = Config("tile", n, k, warps, stages, one_each, prefetch, fuse_norm=False, block_m=m)
-        for programs in (PROGRAMS, 2 * PROGRAMS) if shared_bytes(config, task.rows) <= 113 << 10 else (PROGRAMS,):
-            shares = programs // row_tiles
-            even = max(1, shares // one_each) * one_each  # as many programs for each tile
-            yield from (config._replace(split=split) for split in {shares, even})
+        return []
+    found = []
+    for m, n, k, prefetch in itertools.product(
+        (64, 128, 256), (32, 48, 64, 96, 128, 144, 160, 192, 256), (64, 128), (0, 256)
+    ):
+        warps = 4 if m * n <= 1 << 13 else 8
+        stage = (m + n) * k * 2
+        for stages in {min(8, room // stage) for room in (112 << 10, 226 << 10)}:
+            if stages > 2 and m < 2 * task.rows and m * n <= 192 * 256:
+                found.append(Config("tile", n, k, warps, stages, 1, prefetch, fuse_norm=False, block_m=m))
+    return sorted(found, key=lambda config: _estimate(config, task))
+
+
+def _estimate(config: Config, task: Task) -> float:
+    """Microseconds, roughly: what goes on at once takes as long as the longest, and a little of the rest."""
+    m, n = config.block_m, config.block_n
+    turns = -(-(-(-task.rows // m) * -(-task.weights // n)) // PROGRAMS)
+    parts = (
+        task.weights * task.width * 2 / MEMORY_BYTES,
+        turns * (m + n) * task.width * 2 / L2_BYTES,
+        turns * m * n * task.width / MULTIPLICATIONS,
+    )
+    return max(parts) + 0.2 * sum(parts)
 
 
 def _valid(config: Config, task: Task) -> bool:
     if config.path == "gemv":
         return not (task.operation == "silu" and config.block_n < 2)
     if config.path == "tile":
-        tiles, row_tiles = -(-task.weights // config.block_n), -(-task.rows // config.block_m)
-        parts = 2 * row_tiles * config.split if config.split != tiles else 0
-        fits = parts * config.block_m * config.block_n <= 9 << 20 and row_tiles * tiles <= 4096
-        return fits and config.split <= tiles * (task.width // config.block_k) and config.block_m < 2 * task.rows
+        return True
     batch = max(16, 1 << (task.rows - 1).bit_length())
     tiles = -(-task.weights // config.block_n)
     return (

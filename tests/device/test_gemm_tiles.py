@@ -1,4 +1,4 @@
-"""Products in TMA tiles against float64, with fresh random inputs and poisoned outputs, however programs share them."""
+"""Products in TMA tiles against float64, with fresh random inputs and poisoned outputs."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import torch
 
 from tests.device.test_gemm_kernels import EPS, assert_near, draw, exact_norm, poisoned
 from tpqwen.kernels import gemm, reference
-from tpqwen.kernels.gemm_shared import workspace
 from tpqwen.kernels.gemm_table import TABLE, Config, Numbers, choose, fit, shared_bytes
 
-TILE = Config("tile", 32, 64, warps=4, stages=3, split=2, fuse_norm=False, block_m=32)
+TILE = Config("tile", 32, 64, warps=4, stages=3, fuse_norm=False, block_m=32)
 
 CASES = [
-    (65, 96, 256, TILE._replace(split=5)),  # three tiles of columns, four steps each: every program has parts of two
-    (70, 50, 320, TILE),  # nothing divides anything
-    (33, 72, 192, TILE._replace(split=3)),  # a whole tile each
-    (100, 40, 384, TILE._replace(block_n=64, block_k=128, block_m=128, split=3)),  # all programs in one tile
-    (128, 24, 64, TILE._replace(block_n=16, warps=8, split=100)),  # more programs than steps
+    (65, 96, 256, TILE),
+    (70, 50, 320, TILE._replace(block_n=48)),  # nothing divides anything
+    (33, 72, 192, TILE._replace(block_n=96)),
+    (100, 40, 384, TILE._replace(block_n=64, block_k=128, block_m=128)),  # a tile holds more than all of it
+    (128, 24, 64, TILE._replace(block_n=48, block_m=64, warps=8)),
 ]
 
 
@@ -32,7 +31,6 @@ def test_products_match_float64(rows: int, columns: int, width: int, config: Con
     assert_near(out, residual.double() + x.double() @ w.double().T, reference.linear_add(x, w, residual))
     out = gemm.norm_linear(x, scale, EPS, w, out_TO=poisoned(rows, columns, x), config=config)
     assert_near(out, exact_norm(x, scale) @ w.double().T, reference.norm_linear(x, scale, EPS, w))
-    assert not workspace(x.device).arrived_N.any(), "counters are zero between kernels"
 
 
 @pytest.mark.parametrize(("rows", "columns", "width", "config"), CASES)
@@ -47,35 +45,21 @@ def test_norm_gate_up_matches_float64(
     assert_near(out, torch.nn.functional.silu(gate) * up, reference.norm_gate_up(h, scale, EPS, w))
 
 
-@pytest.mark.parametrize("programs", range(1, 13))
-def test_any_number_of_programs_shares_the_steps(programs: int, device: torch.device) -> None:
-    """Three tiles of four steps: whole tiles, parts of one, of two and of three."""
-    x, w = draw(20, 256, device=device), draw(48, 256, device=device, scale=0.1)
-    config = TILE._replace(block_n=16, split=programs)
-    first, second = (gemm.linear(x, w, out_TO=poisoned(20, 48, x), config=config) for _ in range(2))
-    assert_near(first, x.double() @ w.double().T, reference.linear(x, w))
-    assert torch.equal(first, second)
-    assert not workspace(x.device).arrived_N.any()
-
-
 def test_linear_add_may_write_its_residual(device: torch.device) -> None:
     x, w, residual = draw(40, 256, device=device), draw(48, 256, device=device), draw(40, 48, device=device)
-    for programs in (2, 5):
-        config = TILE._replace(split=programs)
-        expected = gemm.linear_add(x, w, residual, config=config)
-        in_place = residual.clone()
-        assert gemm.linear_add(x, w, in_place, out_TH=in_place, config=config) is in_place
-        assert torch.equal(in_place, expected)
+    expected = gemm.linear_add(x, w, residual, config=TILE)
+    in_place = residual.clone()
+    assert gemm.linear_add(x, w, in_place, out_TH=in_place, config=TILE) is in_place
+    assert torch.equal(in_place, expected)
 
 
 def test_rows_of_a_product_do_not_depend_on_their_neighbours(device: torch.device) -> None:
     x, w = draw(70, 256, device=device), draw(64, 256, device=device)
-    config = TILE._replace(split=3)
-    whole = gemm.linear(x, w, config=config)
+    whole = gemm.linear(x, w, config=TILE)
     spoiled = x.clone()
     spoiled[:40], spoiled[41:] = torch.nan, torch.nan
-    assert torch.equal(gemm.linear(spoiled, w, config=config)[40], whole[40])
-    assert torch.equal(gemm.linear(x[40:66], w, config=config)[0], whole[40]), "nor on how many there are"
+    assert torch.equal(gemm.linear(spoiled, w, config=TILE)[40], whole[40])
+    assert torch.equal(gemm.linear(x[40:66], w, config=TILE)[0], whole[40]), "nor on how many there are"
 
 
 def test_tiles_are_for_16_bits_only() -> None:
@@ -93,17 +77,3 @@ def test_large_tiles_get_what_fits() -> None:
     assert config.prefetch == 0, "fewer threads than rows of the weight"
     assert fit(config._replace(warps=8, prefetch=512), 128, 4096).prefetch == 512
     assert fit(config._replace(warps=8, prefetch=512), 128, 256).prefetch == 256
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("programs", [132, 128, 64, 66])
-def test_programs_that_wait_for_each_other_give_the_same_bits_every_time(programs: int, device: torch.device) -> None:
-    x, w = draw(256, 4096, device=device), draw(4096, 4096, device=device, scale=0.02)
-    residual = draw(256, 4096, device=device)
-    exact = residual.double() + x.double() @ w.double().T
-    for block_m, block_n, stages in ((128, 256, 4), (256, 128, 4), (128, 128, 3)):
-        config = TILE._replace(block_m=block_m, block_n=block_n, warps=8, stages=stages, split=programs, prefetch=256)
-        outs = [gemm.linear_add(x, w, residual, config=config) for _ in range(50)]
-        assert_near(outs[0], exact, reference.linear_add(x, w, residual))
-        assert all(torch.equal(out, outs[0]) for out in outs)
-        assert not workspace(x.device).arrived_N.any()

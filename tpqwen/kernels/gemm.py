@@ -12,17 +12,57 @@ Above 256 rows, where tensor cores and not memory set the pace, the weight is wr
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 from tpqwen.kernels.dequantize import dequantize
-from tpqwen.kernels.gemm_shared import ADD, PLAIN, SILU, prefetch_weights, weight_rows, workspace
-from tpqwen.kernels.gemm_table import Config, Numbers, choose, fit
+from tpqwen.kernels.gemm_table import ADD, PLAIN, SILU, Config, Numbers, choose, fit
 from tpqwen.kernels.gemm_tiles import tile_product
-from tpqwen.kernels.launch import launch_options, release_next, wait_previous
+from tpqwen.kernels.launch import launch_options, prefetch_weights, release_next, wait_previous
 from tpqwen.kernels.norm import rms_norm, silu_mul
+
+
+class Workspace:
+    """Scratch of the split products, at a fixed address so that CUDA graphs may keep it. Used by one stream at a time.
+
+    partial_V fp32 holds unreduced tiles and needs no initial value; arrived_N int32 counts programs per tile, is zero
+    between kernels, and is set back to zero by the last program of each tile.
+    """
+
+    def __init__(self, device: torch.device, partial_floats: int = 8 << 20, counters: int = 4096) -> None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("the GEMM workspace must exist before a CUDA graph is captured")
+        self.partial_V = torch.empty(partial_floats, dtype=torch.float32, device=device)
+        self.arrived_N = torch.zeros(counters, dtype=torch.int32, device=device)
+
+    def fits(self, tiles: int, split: int, tile_floats: int) -> bool:
+        """Whether `tiles` tiles of `tile_floats` fp32 each, split `split` ways, have room."""
+        return tiles <= len(self.arrived_N) and tiles * split * tile_floats <= len(self.partial_V)
+
+
+@functools.cache
+def workspace(device: torch.device) -> Workspace:
+    """The device's workspace; made on the first call, which must come before any graph capture."""
+    return Workspace(device)
+
+
+@triton.jit
+def weight_rows(tile, N: tl.constexpr, BLOCK_N: tl.constexpr, EPILOGUE: tl.constexpr):
+    """The weight rows of a tile, [BLOCK_N]; for SwiGLU gate row, up row in turn. Rows past N repeat N - 1."""
+    r = tl.arange(0, BLOCK_N)
+    if EPILOGUE == 2:
+        n = tile * (BLOCK_N // 2) + r // 2
+        if N % (BLOCK_N // 2) != 0:
+            n = tl.minimum(n, N - 1)
+        return n + (r % 2) * N
+    n = tile * BLOCK_N + r
+    if N % BLOCK_N != 0:
+        n = tl.minimum(n, N - 1)
+    return n
 
 
 @triton.jit
@@ -293,9 +333,7 @@ def _launch(
     block_m = max(16, triton.next_power_of_2(rows))
     scratch = workspace(x_TK.device)
     tile_floats = (config.block_n + 1) * block_m
-    assert config.split == 1 or scratch.fits(tiles, tiles * config.split, tile_floats), (
-        "the product needs a larger workspace"
-    )
+    assert config.split == 1 or scratch.fits(tiles, config.split, tile_floats), "the product needs a larger workspace"
     _dot_kernel[(tiles, config.split)](
         *tensors,
         scratch.partial_V,

@@ -12,6 +12,7 @@ from tpqwen.kernels.launch import fitting_stages
 
 MAX_ROWS = 256  # of one launch of our kernels; more go to cuBLAS
 GEMV_ROWS = 4
+PLAIN, ADD, SILU = 0, 1, 2  # what a kernel does with the product
 NARROWEST = 64  # columns: the smallest block_k, so K must be a multiple of it
 PROGRAMS = 132  # multiprocessors of H100 and H200
 
@@ -106,6 +107,12 @@ def _split(weights: int, width: int, block_n: int, block_k: int, enough: int) ->
     return split
 
 
+def tile_widths(block_n: int) -> tuple[int, int]:
+    """The power of two in a tile's weight rows and the one beside it, or 0: Triton's blocks have no other sizes."""
+    wide = 1 << (block_n.bit_length() - 1)
+    return wide, block_n - wide
+
+
 def shared_bytes(config: Config, rows: int, numbers: Numbers = BF16) -> int:
     """Shared memory of a program with a pipeline: its tiles of the weight and of the rows."""
     batch = config.block_m or max(16, 1 << (rows - 1).bit_length())
@@ -129,11 +136,11 @@ def fit(config: Config, rows: int, width: int, numbers: Numbers = BF16) -> Confi
     stages = min(config.stages, tiles) if config.path == "gemv" else config.stages
     if config.path != "gemv":
         stages = fitting_stages(stages, shared_bytes(config._replace(block_k=block_k, stages=1), rows, numbers))
-    pieces = max(config.warps * 32 // config.block_n, 1)
+    pieces = max(config.warps * 32 // tile_widths(config.block_n)[0], 1)
     columns = min(config.prefetch, (tiles - stages) * block_k if config.path == "gemv" else tiles * block_k)
     columns -= columns % (pieces * 64)
     if config.path == "tile":
-        split, columns = config.split, 0 if config.block_n > config.warps * 32 else columns
+        split, columns = config.split, columns if tile_widths(config.block_n)[0] <= config.warps * 32 else 0
     return config._replace(block_k=block_k, split=split, stages=stages, prefetch=columns)
 
 
