@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from tpqwen.kernels.dequantize import dequantize
-from tpqwen.kernels.gemm_table import ADD, PLAIN, SILU, Config, Numbers, choose, fit
+from tpqwen.kernels.gemm_table import ADD, PLAIN, SILU, Config, Numbers, choose, fit, padded_rows
 from tpqwen.kernels.gemm_tiles import tile_product
 from tpqwen.kernels.launch import launch_options, prefetch_weights, release_next, wait_previous
 from tpqwen.kernels.norm import rms_norm, silu_mul
@@ -379,7 +379,8 @@ def norm_linear(
     """RMSNorm, then x W^T: [T, O]. Fused, 1 / rms multiplies the fp32 sums, so it is never rounded to h's dtype."""
     config = _config(config, "norm", h_TH, weight_OH)
     if config.path == "torch" or not config.fuse_norm or not len(h_TH):
-        return linear(rms_norm(h_TH, norm_H, eps), weight_OH, scale_O, out_TO=out_TO, config=config)
+        x_TH = rms_norm(h_TH, norm_H, eps, out_TH=_room(h_TH, h_TH.shape[1], config))
+        return linear(x_TH, weight_OH, scale_O, out_TO=out_TO, config=config)
     out_TO = h_TH.new_empty(len(h_TH), len(weight_OH)) if out_TO is None else out_TO
     return _launch(config, PLAIN, h_TH, (weight_OH, scale_O), out_TO, norm=(norm_H, eps))
 
@@ -398,9 +399,10 @@ def norm_gate_up(
     config = _config(config, "silu", h_TH, weight_FH)
     if config.path == "torch" or not len(h_TH):
         return silu_mul(F.linear(rms_norm(h_TH, norm_H, eps), _wide(weight_FH, scale_F, h_TH)), out_TI=out_TI)
-    out_TI = h_TH.new_empty(len(h_TH), len(weight_FH) // 2) if out_TI is None else out_TI
+    out_TI = _room(h_TH, len(weight_FH) // 2, config) if out_TI is None else out_TI
     if not config.fuse_norm:
-        return _launch(config, SILU, rms_norm(h_TH, norm_H, eps), (weight_FH, scale_F), out_TI)
+        x_TH = rms_norm(h_TH, norm_H, eps, out_TH=_room(h_TH, h_TH.shape[1], config))
+        return _launch(config, SILU, x_TH, (weight_FH, scale_F), out_TI)
     return _launch(config, SILU, h_TH, (weight_FH, scale_F), out_TI, norm=(norm_H, eps))
 
 
@@ -419,6 +421,12 @@ def linear_add(
         return torch.addmm(residual_TH, x_TI, _wide(weight_HI, scale_H, x_TI).t(), out=out_TH)
     out_TH = torch.empty_like(residual_TH) if out_TH is None else out_TH
     return _launch(config, ADD, x_TI, (weight_HI, scale_H), out_TH, residual_TN=residual_TH)
+
+
+def _room(like_TK: torch.Tensor, columns: int, config: Config) -> torch.Tensor:
+    """Room for activations, [T, columns], in memory that goes on to whole tiles."""
+    rows = len(like_TK)
+    return like_TK.new_empty(padded_rows(config, rows), columns)[:rows]
 
 
 def _wide(weight: torch.Tensor, scale: torch.Tensor | None, x_TK: torch.Tensor) -> torch.Tensor:

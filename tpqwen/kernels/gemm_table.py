@@ -113,6 +113,11 @@ def tile_widths(block_n: int) -> tuple[int, int]:
     return wide, block_n - wide
 
 
+def padded_rows(config: Config, rows: int) -> int:
+    """How many rows activations should have memory for: whole tiles."""
+    return -(-rows // config.block_m) * config.block_m if config.path == "tile" else rows
+
+
 def shared_bytes(config: Config, rows: int, numbers: Numbers = BF16) -> int:
     """Shared memory of a program with a pipeline: its tiles of the weight and of the rows."""
     batch = config.block_m or max(16, 1 << (rows - 1).bit_length())

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tpqwen.kernels.gemm_table import SILU, Config, tile_widths
+from tpqwen.kernels.gemm_table import SILU, Config, padded_rows, tile_widths
 from tpqwen.kernels.launch import launch_options, prefetch_weights, release_next, wait_previous
 
 
@@ -42,8 +42,8 @@ def _tile_kernel(
     WARPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """WIDE rows of the weight, and after them NARROW more, which may be none. w and w_more: the weight for TMA, in tiles
-    of either width; weight: the same, to be prefetched.
+    """WIDE rows of the weight, and after them NARROW more, which may be none. w and w_more: the weight for TMA, in
+    tiles of either width; weight: the same, to be prefetched.
 
     Programs with the same weights, one for each BLOCK_M rows, are neighbours: one of them brings a weight from memory,
     the others find it in L2.
@@ -62,7 +62,7 @@ def _tile_kernel(
     more = tl.zeros([BLOCK_M, max(NARROW, 1)], tl.float32)
     for step in tl.range(0, K // BLOCK_K, num_stages=STAGES):
         if PDL and AHEAD > 1:
-            _prefetch_ahead(weight, step, n, N, K, WIDE, BLOCK_K, AHEAD, EPILOGUE, WARPS)
+            _prefetch_ahead(weight, step, n, N, K, WIDE, BLOCK_K, AHEAD, EPILOGUE)
         k = step * BLOCK_K
         values = x.load([row, k])
         acc = tl.dot(values, w.load([0, n, k]).reshape(WIDE, BLOCK_K).T, acc, input_precision="ieee")
@@ -84,19 +84,18 @@ def _rows(n, N: tl.constexpr, WIDTH: tl.constexpr, HALVES: tl.constexpr):
 @triton.jit
 def _prefetch_ahead(
     weight, step, n, N: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
-    EPILOGUE: tl.constexpr, WARPS: tl.constexpr
+    EPILOGUE: tl.constexpr
 ):  # fmt: skip
-    ROWS: tl.constexpr = WIDE // 4
-    PIECES: tl.constexpr = WARPS * 32 // ROWS
+    TURNS: tl.constexpr = 256 // BLOCK_K
+    ROWS: tl.constexpr = WIDE // TURNS
     HALF: tl.constexpr = WIDE // 2 if EPILOGUE == 2 else WIDE
-    r = (step % 4) * ROWS + tl.arange(0, ROWS)[:, None]
+    r = (step % TURNS) * ROWS + tl.arange(0, ROWS)[:, None]
     r = tl.minimum((r // HALF) * N + n + r % HALF, (WIDE // HALF) * N - 1)
-    chunk = tl.minimum((step // 4 + AHEAD) * (4 * BLOCK_K), K - 4 * BLOCK_K)
-    c = chunk + tl.arange(0, PIECES)[None, :] * (4 * BLOCK_K // PIECES)
+    c = tl.minimum((step // TURNS + AHEAD) * 256, K - 256) + tl.arange(0, 4)[None, :] * 64
     tl.inline_asm_elementwise(
-        "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r",
-        [(weight + r.to(tl.int64) * K + c).to(tl.int64), tl.full([ROWS, PIECES], 4 * BLOCK_K // PIECES * 2, tl.int32)],
+        "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+        "=r,l",
+        [(weight + r.to(tl.int64) * K + c).to(tl.int64)],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -144,7 +143,7 @@ def tile_product(
     wide, narrow = tile_widths(config.block_n)
     weights = matrix.view(halves, columns, width)
     _tile_kernel[(triton.cdiv(rows, config.block_m), triton.cdiv(columns * halves, config.block_n))](
-        TensorDescriptor.from_tensor(x_MK, [config.block_m, config.block_k]),
+        TensorDescriptor.from_tensor(_whole_tiles(x_MK, config), [config.block_m, config.block_k]),
         TensorDescriptor.from_tensor(weights, [halves, wide // halves, config.block_k]),
         TensorDescriptor.from_tensor(weights, [halves, (narrow or wide) // halves, config.block_k]),
         matrix,
@@ -166,3 +165,10 @@ def tile_product(
         **launch_options(x_MK.device),
     )
     return out_MN
+
+
+def _whole_tiles(x_MK: torch.Tensor, config: Config) -> torch.Tensor:
+    """x and what its memory has after it, up to whole tiles: TMA is slow with rows that a matrix does not have."""
+    rows, width = x_MK.shape
+    room = (x_MK.untyped_storage().nbytes() // x_MK.itemsize - x_MK.storage_offset()) // width
+    return x_MK.as_strided((min(room, padded_rows(config, rows)), width), (width, 1)) if x_MK.is_cuda else x_MK
