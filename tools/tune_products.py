@@ -5,8 +5,9 @@
     python tools/tune_products.py --merge part*.csv                  # take the parts' lines into the table
 
 A product is timed as in a decode step: one after another in a CUDA graph, each with a weight of its own, so that none
-is in L2. Tried are what the table has for the same operation and other shapes, and a random part of all the rest. The
-present choice stays where nothing is at least 2% faster. Needs a GPU, but for --merge.
+is in L2. Tried are what the table has for the same operation and other shapes, tiles for many rows that should be fast,
+and a random part of all the rest. The present choice stays where nothing is at least 2% faster. Needs a GPU, but for
+--merge.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from tpqwen.kernels.gemm_table import (
     fit,
     shared_bytes,
 )
+from tpqwen.kernels.launch import SHARED_BYTES
 
 # Hidden size, inner size, query heads, key/value heads; heads of 128.
 MODELS = {
@@ -51,7 +53,7 @@ MODELS = {
     "14b": (5120, 17408, 40, 8),
     "32b": (5120, 25600, 64, 8),
 }
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
 GAIN = 0.98
 COLD_BYTES = 4e8  # of weights that take turns: many times what L2 holds
 # An H100's rates, a microsecond, in the rough estimate of what tiles take: all memory, then of one multiprocessor.
@@ -173,7 +175,7 @@ def _dots(task: Task) -> Iterator[Config]:
 
 
 def _tiles(task: Task) -> list[Config]:
-    """Those that should be the fastest come first."""
+    """For more than 64 rows of 16 bits: those that should be the fastest come first."""
     if task.rows <= 64 or task.numbers.weight == 1:
         return []
     found = []
@@ -201,14 +203,12 @@ def _estimate(config: Config, task: Task) -> float:
 
 
 def _valid(config: Config, task: Task) -> bool:
-    if config.path == "gemv":
+    if config.path != "dot":
         return not (task.operation == "silu" and config.block_n < 2)
-    if config.path == "tile":
-        return True
     batch = max(16, 1 << (task.rows - 1).bit_length())
     tiles = -(-task.weights // config.block_n)
     return (
-        shared_bytes(config, task.rows, task.numbers) <= 220_000
+        shared_bytes(config, task.rows, task.numbers) <= SHARED_BYTES
         and task.width // config.split >= 2 * config.block_k
         and config.block_n * batch <= config.warps * 32 * 160
         and (config.split == 1 or (tiles <= 4096 and tiles * config.split * (config.block_n + 1) * batch <= 8 << 20))

@@ -1,4 +1,4 @@
-"""Products in TMA tiles against float64, with fresh random inputs and poisoned outputs."""
+"""Products in tiles by TMA against float64, with fresh random inputs and poisoned outputs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import torch
 
 from tests.device.test_gemm_kernels import EPS, assert_near, draw, exact_norm, poisoned
 from tpqwen.kernels import gemm, reference
-from tpqwen.kernels.gemm_table import TABLE, Config, Numbers, choose, fit, shared_bytes
+from tpqwen.kernels.gemm_table import TABLE, Config, Numbers, choose, fit, padded_rows, shared_bytes
+from tpqwen.kernels.gemm_tiles import whole_tiles
 
 TILE = Config("tile", 32, 64, warps=4, stages=3, fuse_norm=False, block_m=32)
 
@@ -77,3 +78,30 @@ def test_large_tiles_get_what_fits() -> None:
     assert config.prefetch == 0, "fewer threads than rows of the weight"
     assert fit(config._replace(warps=8, prefetch=512), 128, 4096).prefetch == 512
     assert fit(config._replace(warps=8, prefetch=512), 128, 256).prefetch == 256
+
+
+def test_tiles_end_within_memory_that_is_there() -> None:
+    """On a GPU, whether or not there is some: neither may touch what follows the activations' memory."""
+    memory = torch.arange(100.0 * 64).view(100, 64)
+    assert padded_rows(TILE, 40) == 64 and padded_rows(Config("torch"), 40) == 40
+    assert torch.equal(whole_tiles(memory[:40], TILE), memory[:64])
+    assert torch.equal(whole_tiles(memory[10:50], TILE), memory[10:74])
+    assert torch.equal(whole_tiles(memory[30:], TILE), memory[30:]), "there is no more of it"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [80, 128, 144, 250])
+def test_the_tables_tiles_match_float64(rows: int, device: torch.device) -> None:
+    """One layer of 0.6B and 8B, by the table's choices; activations with and without memory after them."""
+    for hidden, inner in ((1024, 3072), (4096, 12288)):
+        torch.manual_seed(rows)
+        h, scale = draw(rows, hidden, device=device), draw(hidden, device=device) + 1
+        gate_up = draw(2 * inner, hidden, device=device, scale=0.02)
+        exact = (exact_norm(h, scale) @ gate_up.double().T).chunk(2, dim=-1)
+        out = gemm.norm_gate_up(h, scale, EPS, gate_up)
+        expected = reference.norm_gate_up(h, scale, EPS, gate_up)
+        assert_near(out, torch.nn.functional.silu(exact[0]) * exact[1], expected)
+        down = draw(hidden, inner, device=device, scale=0.02)
+        sums = h.double() + out.double() @ down.double().T
+        for x in (out, out.clone()):
+            assert_near(gemm.linear_add(x, down, h), sums, reference.linear_add(x, down, h))

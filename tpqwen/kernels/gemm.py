@@ -2,7 +2,8 @@
 
 T tokens (batch rows), H hidden, I inputs or inner width, O outputs, F = 2I, K the summed width. The kernels stream each
 weight once; each asks for the next kernel's launch, starts its own weight loads, and only then waits for the previous
-one (programmatic dependent launch): weights never depend on an earlier kernel. Above 128 rows cuBLAS does the products.
+one (programmatic dependent launch): weights never depend on an earlier kernel. From 65 rows on a product runs in larger
+tiles (gemm_tiles.py) or by cuBLAS, whichever was faster; above 256 rows cuBLAS does all.
 
 int8 weights become the activations' type in registers, which is exact, and their rows' scales multiply the fp32 sums.
 Above 256 rows, where tensor cores and not memory set the pace, the weight is written out for cuBLAS (dequantize.py).

@@ -141,11 +141,9 @@ def fit(config: Config, rows: int, width: int, numbers: Numbers = BF16) -> Confi
     stages = min(config.stages, tiles) if config.path == "gemv" else config.stages
     if config.path != "gemv":
         stages = fitting_stages(stages, shared_bytes(config._replace(block_k=block_k, stages=1), rows, numbers))
-    pieces = max(config.warps * 32 // tile_widths(config.block_n)[0], 1)
+    pieces = config.warps * 32 // tile_widths(config.block_n)[0]  # that threads make of a row's columns
     columns = min(config.prefetch, (tiles - stages) * block_k if config.path == "gemv" else tiles * block_k)
-    columns -= columns % (pieces * 64)
-    if config.path == "tile":
-        split, columns = config.split, columns if tile_widths(config.block_n)[0] <= config.warps * 32 else 0
+    columns -= columns % (pieces * 64) if pieces else columns
     return config._replace(block_k=block_k, split=split, stages=stages, prefetch=columns)
 
 

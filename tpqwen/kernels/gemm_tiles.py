@@ -1,10 +1,12 @@
 """Matrix products of 65 to 256 rows, in large tiles that come by TMA: residual add or SwiGLU in the epilogue.
 
 With so many rows what goes from L2 to the multiprocessors is a limit as well as memory: for each multiplication a tile
-of BLOCK_M by BLOCK_N brings 1 / BLOCK_M + 1 / BLOCK_N numbers. Each program has one tile. The fewer multiprocessors
-wait at the end the better, so widths in between powers of two, which Triton does not have, are put together from two.
+of BLOCK_M by BLOCK_N brings 1 / BLOCK_M + 1 / BLOCK_N numbers. Each program has one tile, over all of K: parts of tiles
+that somebody has to add up cost more than multiprocessors without a tile. So that few of these are left, there are
+widths between the powers of two that Triton has, put together from two.
 
-x [M, K] and the weight come as TMA descriptors; what they hold beyond the matrices is zero. Rows are independent.
+M activation rows, N outputs, K the summed width. x [M, K] and the weight, [2, N, K] for SwiGLU, else [1, N, K], come by
+TMA descriptors; what lies beyond them is zero or, of rows, not stored. Rows are independent.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
@@ -37,7 +39,6 @@ def _tile_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     PREFETCH: tl.constexpr,
-    AHEAD: tl.constexpr,
     EPILOGUE: tl.constexpr,
     WARPS: tl.constexpr,
     PDL: tl.constexpr,
@@ -61,8 +62,6 @@ def _tile_kernel(
     acc = tl.zeros([BLOCK_M, WIDE], tl.float32)
     more = tl.zeros([BLOCK_M, max(NARROW, 1)], tl.float32)
     for step in tl.range(0, K // BLOCK_K, num_stages=STAGES):
-        if PDL and AHEAD > 1:
-            _prefetch_ahead(weight, step, n, N, K, WIDE, BLOCK_K, AHEAD, EPILOGUE)
         k = step * BLOCK_K
         values = x.load([row, k])
         acc = tl.dot(values, w.load([0, n, k]).reshape(WIDE, BLOCK_K).T, acc, input_precision="ieee")
@@ -79,27 +78,6 @@ def _rows(n, N: tl.constexpr, WIDTH: tl.constexpr, HALVES: tl.constexpr):
     """The weight's rows [WIDTH] of the columns from n on: for SwiGLU gates, then ups. Past the last it is the last."""
     r = tl.arange(0, WIDTH)
     return tl.minimum(r // (WIDTH // HALVES) * N + n + r % (WIDTH // HALVES), HALVES * N - 1)
-
-
-@triton.jit
-def _prefetch_ahead(
-    weight, step, n, N: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
-    EPILOGUE: tl.constexpr
-):  # fmt: skip
-    TURNS: tl.constexpr = 256 // BLOCK_K
-    ROWS: tl.constexpr = WIDE // TURNS
-    HALF: tl.constexpr = WIDE // 2 if EPILOGUE == 2 else WIDE
-    r = (step % TURNS) * ROWS + tl.arange(0, ROWS)[:, None]
-    r = tl.minimum((r // HALF) * N + n + r % HALF, (WIDE // HALF) * N - 1)
-    c = tl.minimum((step // TURNS + AHEAD) * 256, K - 256) + tl.arange(0, 4)[None, :] * 64
-    tl.inline_asm_elementwise(
-        "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
-        "=r,l",
-        [(weight + r.to(tl.int64) * K + c).to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -142,8 +120,10 @@ def tile_product(
     halves = 2 if epilogue == SILU else 1
     wide, narrow = tile_widths(config.block_n)
     weights = matrix.view(halves, columns, width)
+    if x_MK.is_cuda:  # what the interpreter is given must be numbers
+        x_MK = whole_tiles(x_MK, config)
     _tile_kernel[(triton.cdiv(rows, config.block_m), triton.cdiv(columns * halves, config.block_n))](
-        TensorDescriptor.from_tensor(_whole_tiles(x_MK, config), [config.block_m, config.block_k]),
+        TensorDescriptor.from_tensor(x_MK, [config.block_m, config.block_k]),
         TensorDescriptor.from_tensor(weights, [halves, wide // halves, config.block_k]),
         TensorDescriptor.from_tensor(weights, [halves, (narrow or wide) // halves, config.block_k]),
         matrix,
@@ -158,7 +138,6 @@ def tile_product(
         BLOCK_K=config.block_k,
         STAGES=config.stages,
         PREFETCH=config.prefetch,
-        AHEAD=config.split,
         EPILOGUE=epilogue,
         WARPS=config.warps,
         num_warps=config.warps,
@@ -167,8 +146,8 @@ def tile_product(
     return out_MN
 
 
-def _whole_tiles(x_MK: torch.Tensor, config: Config) -> torch.Tensor:
+def whole_tiles(x_MK: torch.Tensor, config: Config) -> torch.Tensor:
     """x and what its memory has after it, up to whole tiles: TMA is slow with rows that a matrix does not have."""
     rows, width = x_MK.shape
     room = (x_MK.untyped_storage().nbytes() // x_MK.itemsize - x_MK.storage_offset()) // width
-    return x_MK.as_strided((min(room, padded_rows(config, rows)), width), (width, 1)) if x_MK.is_cuda else x_MK
+    return x_MK.as_strided((min(room, padded_rows(config, rows)), width), (width, 1))
