@@ -5,8 +5,9 @@
     python tools/tune_products.py --merge part*.csv                  # take the parts' lines into the table
 
 A product is timed as in a decode step: one after another in a CUDA graph, each with a weight of its own, so that none
-is in L2. Tried are what the table has for the same operation and other shapes, and a random part of all the rest. The
-present choice stays where nothing is at least 2% faster. Needs a GPU, but for --merge.
+is in L2. Tried are what the table has for the same operation and other shapes, tiles for many rows that should be fast,
+and a random part of all the rest. The present choice stays where nothing is at least 2% faster. Needs a GPU, but for
+--merge.
 """
 
 from __future__ import annotations
@@ -29,7 +30,19 @@ import torch
 
 import tpqwen.kernels.gemm_table as tables
 from tpqwen.kernels import gemm
-from tpqwen.kernels.gemm_table import BF16, COLUMNS, GEMV_ROWS, TABLE, Config, Numbers, choose, fit, shared_bytes
+from tpqwen.kernels.gemm_table import (
+    BF16,
+    COLUMNS,
+    GEMV_ROWS,
+    PROGRAMS,
+    TABLE,
+    Config,
+    Numbers,
+    choose,
+    fit,
+    shared_bytes,
+)
+from tpqwen.kernels.launch import SHARED_BYTES
 
 # Hidden size, inner size, query heads, key/value heads; heads of 128.
 MODELS = {
@@ -40,9 +53,11 @@ MODELS = {
     "14b": (5120, 17408, 40, 8),
     "32b": (5120, 25600, 64, 8),
 }
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
 GAIN = 0.98
 COLD_BYTES = 4e8  # of weights that take turns: many times what L2 holds
+# An H100's rates, a microsecond, in the rough estimate of what tiles take: all memory, then of one multiprocessor.
+MEMORY_BYTES, L2_BYTES, MULTIPLICATIONS = 2.9e6, 6e4, 3e6
 HEADER = ("operation", "weights", "width", "bytes", "rows", "path", *COLUMNS, "fuse_norm")
 CSV = Path(tables.__file__).with_name("gemm_measured.csv")
 
@@ -129,7 +144,7 @@ def candidates(task: Task, count: int) -> list[Config]:
     found += sorted(known)
     possible = [*_gemvs(task), *_dots(task)]
     random.Random(str(task)).shuffle(possible)
-    found += possible[:count]
+    found += [*_tiles(task)[:count], *possible[:count]]
     if task.rows >= 16:
         found.append(Config("torch"))
     fitted = (fit(config, task.rows, task.width, task.numbers) for config in found)
@@ -159,13 +174,41 @@ def _dots(task: Task) -> Iterator[Config]:
             yield Config("dot", n, k, warps, stages, split, prefetch, fuse_norm=fuse)
 
 
+def _tiles(task: Task) -> list[Config]:
+    """For more than 64 rows of 16 bits: those that should be the fastest come first."""
+    if task.rows <= 64 or task.numbers.weight == 1:
+        return []
+    found = []
+    for m, n, k, prefetch in itertools.product(
+        (64, 128, 256), (32, 48, 64, 96, 128, 144, 160, 192, 256), (64, 128), (0, 256)
+    ):
+        warps = 4 if m * n <= 1 << 13 else 8
+        stage = (m + n) * k * 2
+        for stages in {min(8, room // stage) for room in (112 << 10, 226 << 10)}:
+            if stages > 2 and m < 2 * task.rows and m * n <= 192 * 256:
+                found.append(Config("tile", n, k, warps, stages, 1, prefetch, fuse_norm=False, block_m=m))
+    return sorted(found, key=lambda config: _estimate(config, task))
+
+
+def _estimate(config: Config, task: Task) -> float:
+    """Microseconds, roughly: what goes on at once takes as long as the longest, and a little of the rest."""
+    m, n = config.block_m, config.block_n
+    turns = -(-(-(-task.rows // m) * -(-task.weights // n)) // PROGRAMS)
+    parts = (
+        task.weights * task.width * 2 / MEMORY_BYTES,
+        turns * (m + n) * task.width * 2 / L2_BYTES,
+        turns * m * n * task.width / MULTIPLICATIONS,
+    )
+    return max(parts) + 0.2 * sum(parts)
+
+
 def _valid(config: Config, task: Task) -> bool:
-    if config.path == "gemv":
+    if config.path != "dot":
         return not (task.operation == "silu" and config.block_n < 2)
     batch = max(16, 1 << (task.rows - 1).bit_length())
     tiles = -(-task.weights // config.block_n)
     return (
-        shared_bytes(config, task.rows, task.numbers) <= 220_000
+        shared_bytes(config, task.rows, task.numbers) <= SHARED_BYTES
         and task.width // config.split >= 2 * config.block_k
         and config.block_n * batch <= config.warps * 32 * 160
         and (config.split == 1 or (tiles <= 4096 and tiles * config.split * (config.block_n + 1) * batch <= 8 << 20))
@@ -276,7 +319,7 @@ def _tasks(arguments: argparse.Namespace) -> list[Task]:
     tasks = []
     for operation, weights, width, size in list(known)[part::parts]:
         numbers = Numbers(2, 1) if size == 1 else BF16
-        for rows in (r for r in ROWS if r <= numbers.max_rows):
+        for rows in map(int, arguments.rows.split(",")):
             now = choose(operation, rows, weights, width, numbers)
             tasks.append(Task(operation, weights, width, rows, numbers, now))
     return tasks
@@ -288,6 +331,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS), help=f"of {', '.join(MODELS)}")
     parser.add_argument("--tp", default="1", help="numbers of ranks")
     parser.add_argument("--bytes", default="2,1", help="of a weight: 2 for 16 bits, 1 for int8")
+    parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="of the batch")
     parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--candidates", type=int, default=20, help="random ones for each product and number of rows")
     parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1), help="that compile")

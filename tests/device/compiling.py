@@ -21,10 +21,12 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
-from tpqwen.kernels import build, build_worker, cuda, gemm, launch, norm, sampling, stepping
+from tpqwen.kernels import build, build_worker, cuda, gemm, gemm_tiles, launch, norm, sampling, stepping
+from tpqwen.kernels.gemm_table import Config
 from tpqwen.kernels.variant import Kernel, parse
 
-MODULES = (launch, norm, gemm, sampling, stepping)
+MODULES = (launch, norm, gemm_tiles, gemm, sampling, stepping)
+TILE = Config("tile", 96, 64, warps=4, stages=4, prefetch=256, fuse_norm=False, block_m=64)
 
 
 class NoDevice:
@@ -54,12 +56,13 @@ def filled(x, VALUE: triton.language.constexpr):  # type: ignore[no-untyped-def]
 
 
 def launches() -> list[build.Launch]:
-    """Products with one row and with many, a norm, and the edits between passes: five kernels."""
+    """Products with one row, with many and in tiles, a norm, and the edits between passes: six kernels."""
     x_TI, weight_OI = torch.zeros(64, 256, dtype=torch.bfloat16), torch.zeros(512, 256, dtype=torch.bfloat16)
     tables, ints = torch.zeros(9, 4, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
     return [
         lambda: gemm.linear(x_TI[:1], weight_OI),
         lambda: gemm.linear(x_TI, weight_OI),
+        lambda: gemm.linear(x_TI, weight_OI, config=TILE),
         lambda: norm.rms_norm(x_TI, weight_OI[0], 1e-6),
         lambda: stepping.edit_slots(tables, ints[None]),
         lambda: stepping.set_rows(torch.zeros(8, dtype=torch.int32), ints, 8),
@@ -105,7 +108,7 @@ def records() -> None:
         for make in [*launches(), *launches()]:
             make()
         filled[(1,)](torch.zeros(1), float("inf"))  # a constant that is no literal
-        other = threading.Thread(target=launches()[2])
+        other = threading.Thread(target=launches()[3])
         other.start()
         other.join()
         assert torch.empty(1000).eq(0).all() and torch.zeros(1).new_empty(1000).eq(0).all()

@@ -41,16 +41,16 @@ def contents(cache: Path) -> dict[str, bytes]:
 def test_what_processes_compile_is_what_triton_compiles_alone_and_finds(tmp_path: Path) -> None:
     together, alone = tmp_path / "together", tmp_path / "alone"
     run(together, "build")
-    assert run(alone, "launch").split() == ["False"] * 5
+    assert run(alone, "launch").split() == ["False"] * 6
     theirs = contents(alone)
-    assert sum(name.endswith(".cubin") for name in theirs) == 5
+    assert sum(name.endswith(".cubin") for name in theirs) == 6
     assert contents(together) == theirs  # machine code, assembly and metadata, under the same keys
-    assert run(together, "launch").split() == ["True"] * 5
+    assert run(together, "launch").split() == ["True"] * 6
 
 
 def test_what_is_recorded_is_not_launched_and_other_threads_are_left_alone(tmp_path: Path) -> None:
     noted, made = run(tmp_path, "record").splitlines()[-1].split("] [")
-    names = ["_gemv_kernel", "_dot_kernel", "_rms_norm_kernel", "_edit_kernel", "_rows_kernel"]
+    names = ["_gemv_kernel", "_dot_kernel", "_tile_kernel", "_rms_norm_kernel", "_edit_kernel", "_rows_kernel"]
     assert noted == f"[{str(names)[1:-1]}" and made == "'_rms_norm_kernel']"
 
 
@@ -151,7 +151,7 @@ def test_nothing_is_left_of_a_builder_that_has_nothing_to_do(monkeypatch: pytest
 
 
 def test_a_builder_that_has_died_costs_nothing_but_time(tmp_path: Path) -> None:
-    assert run(tmp_path, "dead").split() == ["False"] * 5
+    assert run(tmp_path, "dead").split() == ["False"] * 6
 
 
 def test_without_a_process_nothing_is_built(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -102,7 +102,7 @@ def test_rows_of_a_product_do_not_depend_on_their_neighbours(device: torch.devic
 
 
 def test_many_rows_and_odd_widths_go_to_torch(device: torch.device) -> None:
-    assert choose("norm", 129, 4096, 1024).path == "torch"
+    assert choose("norm", 257, 4096, 1024).path == "torch"
     assert fit(DOT, 8, 100).path == "torch"
     h, scale, w = draw(130, 100, device=device), draw(100, device=device), draw(40, 100, device=device)
     assert_near(
@@ -115,7 +115,7 @@ def test_many_rows_and_odd_widths_go_to_torch(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 32, 64, 128])
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 32, 64, 128, 192, 256])
 def test_every_choice_covers_its_width_and_fits_workspace_and_shared_memory(rows: int, itemsize: int) -> None:
     shapes = [(6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (4096, 1024), (1024, 2048), (6144, 1024)]
     shapes += [(1024, 3072), (151936, 1024), (2560, 9728), (5120, 25600), (1536, 5120), (5120, 8 * 192), (64, 64)]

@@ -34,7 +34,7 @@ def test_products_are_those_of_a_layer(tool: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("numbers", [BF16, Numbers(2, 1)])
-@pytest.mark.parametrize("rows", [1, 4, 64, 128])
+@pytest.mark.parametrize("rows", [1, 4, 64, 128, 256])
 def test_candidates_are_valid_and_begin_with_the_present_choice(tool: ModuleType, rows: int, numbers: Numbers) -> None:
     for operation, weights, width in tool.products("8b", 2):
         now = choose(operation, rows, weights, width, numbers)
@@ -42,7 +42,14 @@ def test_candidates_are_valid_and_begin_with_the_present_choice(tool: ModuleType
         assert found[0] == now and len(found) > 2
         for config in found:
             assert config == fit(config, rows, width, numbers)
-            assert config.path != "dot" or shared_bytes(config, rows, numbers) <= 227 * 1024
+            assert config.path in ("gemv", "torch") or shared_bytes(config, rows, numbers) <= 227 * 1024
+        assert rows <= 64 or any(c.path == "tile" for c in found) == (numbers == BF16)
+
+
+def test_the_first_tiles_leave_few_multiprocessors_without_one(tool: ModuleType) -> None:
+    first = tool._tiles(tool.Task("silu", 24576, 4096, 256, BF16, choose("silu", 256, 24576, 4096)))[0]
+    assert (first.block_m, first.block_n) == (256, 192), "128 tiles, of so many rows and columns as can be"
+    assert not tool._tiles(tool.Task("silu", 24576, 4096, 64, BF16, choose("silu", 64, 24576, 4096)))
 
 
 def test_lines_replace_their_products_and_leave_the_others(

@@ -17,6 +17,7 @@ from tpqwen.kernels import (
     drafting,
     exchange,
     gemm,
+    gemm_tiles,
     launch,
     norm,
     paged_prefill,
@@ -155,5 +156,16 @@ OPERATIONS = {
 }
 
 launch.settle_keys(
-    launch, norm, dequantize, gemm, attention, prefill, paged_prefill, sampling, stepping, drafting, exchange
+    launch,
+    norm,
+    dequantize,
+    gemm_tiles,
+    gemm,
+    attention,
+    prefill,
+    paged_prefill,
+    sampling,
+    stepping,
+    drafting,
+    exchange,
 )

@@ -2,7 +2,8 @@
 
 T tokens (batch rows), H hidden, I inputs or inner width, O outputs, F = 2I, K the summed width. The kernels stream each
 weight once; each asks for the next kernel's launch, starts its own weight loads, and only then waits for the previous
-one (programmatic dependent launch): weights never depend on an earlier kernel. Above 128 rows cuBLAS does the products.
+one (programmatic dependent launch): weights never depend on an earlier kernel. From 65 rows on a product runs in larger
+tiles (gemm_tiles.py) or by cuBLAS, whichever was faster; above 256 rows cuBLAS does all.
 
 int8 weights become the activations' type in registers, which is exact, and their rows' scales multiply the fp32 sums.
 Above 256 rows, where tensor cores and not memory set the pace, the weight is written out for cuBLAS (dequantize.py).
@@ -20,11 +21,10 @@ import triton
 import triton.language as tl
 
 from tpqwen.kernels.dequantize import dequantize
-from tpqwen.kernels.gemm_table import Config, Numbers, choose, fit
-from tpqwen.kernels.launch import launch_options, release_next, wait_previous
+from tpqwen.kernels.gemm_table import ADD, PLAIN, SILU, Config, Numbers, choose, fit, padded_rows
+from tpqwen.kernels.gemm_tiles import tile_product
+from tpqwen.kernels.launch import launch_options, prefetch_weights, release_next, wait_previous
 from tpqwen.kernels.norm import rms_norm, silu_mul
-
-PLAIN, ADD, SILU = 0, 1, 2  # what a kernel does with the product
 
 
 class Workspace:
@@ -49,23 +49,6 @@ class Workspace:
 def workspace(device: torch.device) -> Workspace:
     """The device's workspace; made on the first call, which must come before any graph capture."""
     return Workspace(device)
-
-
-@triton.jit
-def prefetch_weights(w, rows, K, start, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
-    """Ask for columns start .. start + COLUMNS of the weight's `rows` [BLOCK_N, 1] to be brought into L2."""
-    # One piece of one row per thread, so that the pieces cover the tile exactly once.
-    PIECES: tl.constexpr = WARPS * 32 // BLOCK_N
-    pieces = w + rows * K + (start + tl.arange(0, PIECES)[None, :] * (COLUMNS // PIECES))
-    size = tl.full([BLOCK_N, PIECES], COLUMNS // PIECES * (w.dtype.element_ty.primitive_bitwidth // 8), tl.int32)
-    tl.inline_asm_elementwise(
-        "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r",
-        [pieces.to(tl.int64), size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -335,6 +318,9 @@ def _launch(
     before_TN = out_TN if residual_TN is None else residual_TN
     assert before_TN.is_contiguous() and before_TN.shape == out_TN.shape, "residual and output do not agree"
     tiles = triton.cdiv(columns * (2 if epilogue == SILU else 1), config.block_n)
+    if config.path == "tile":
+        assert norm is None and w_scale is None, "tiles have neither a norm before them nor scales"
+        return tile_product(config, epilogue, x_TK, matrix, out_TN, before_TN)
     options = {"num_warps": config.warps, **launch_options(x_TK.device)}
     shared = {"PREFETCH": config.prefetch, "NORM": norm is not None, "EPILOGUE": epilogue}
     shared |= {"N": columns, "K": width, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "WARPS": config.warps}
@@ -394,7 +380,8 @@ def norm_linear(
     """RMSNorm, then x W^T: [T, O]. Fused, 1 / rms multiplies the fp32 sums, so it is never rounded to h's dtype."""
     config = _config(config, "norm", h_TH, weight_OH)
     if config.path == "torch" or not config.fuse_norm or not len(h_TH):
-        return linear(rms_norm(h_TH, norm_H, eps), weight_OH, scale_O, out_TO=out_TO, config=config)
+        x_TH = rms_norm(h_TH, norm_H, eps, out_TH=_room(h_TH, h_TH.shape[1], config))
+        return linear(x_TH, weight_OH, scale_O, out_TO=out_TO, config=config)
     out_TO = h_TH.new_empty(len(h_TH), len(weight_OH)) if out_TO is None else out_TO
     return _launch(config, PLAIN, h_TH, (weight_OH, scale_O), out_TO, norm=(norm_H, eps))
 
@@ -413,9 +400,10 @@ def norm_gate_up(
     config = _config(config, "silu", h_TH, weight_FH)
     if config.path == "torch" or not len(h_TH):
         return silu_mul(F.linear(rms_norm(h_TH, norm_H, eps), _wide(weight_FH, scale_F, h_TH)), out_TI=out_TI)
-    out_TI = h_TH.new_empty(len(h_TH), len(weight_FH) // 2) if out_TI is None else out_TI
+    out_TI = _room(h_TH, len(weight_FH) // 2, config) if out_TI is None else out_TI
     if not config.fuse_norm:
-        return _launch(config, SILU, rms_norm(h_TH, norm_H, eps), (weight_FH, scale_F), out_TI)
+        x_TH = rms_norm(h_TH, norm_H, eps, out_TH=_room(h_TH, h_TH.shape[1], config))
+        return _launch(config, SILU, x_TH, (weight_FH, scale_F), out_TI)
     return _launch(config, SILU, h_TH, (weight_FH, scale_F), out_TI, norm=(norm_H, eps))
 
 
@@ -434,6 +422,12 @@ def linear_add(
         return torch.addmm(residual_TH, x_TI, _wide(weight_HI, scale_H, x_TI).t(), out=out_TH)
     out_TH = torch.empty_like(residual_TH) if out_TH is None else out_TH
     return _launch(config, ADD, x_TI, (weight_HI, scale_H), out_TH, residual_TN=residual_TH)
+
+
+def _room(like_TK: torch.Tensor, columns: int, config: Config) -> torch.Tensor:
+    """Room for activations, [T, columns], in memory that goes on to whole tiles."""
+    rows = len(like_TK)
+    return like_TK.new_empty(padded_rows(config, rows), columns)[:rows]
 
 
 def _wide(weight: torch.Tensor, scale: torch.Tensor | None, x_TK: torch.Tensor) -> torch.Tensor:

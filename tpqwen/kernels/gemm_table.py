@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from tpqwen.kernels.launch import fitting_stages
 
-MAX_ROWS = 128  # of one launch of our kernels; more go to cuBLAS
-MAX_INT8_ROWS = 256  # likewise, where cuBLAS needs the weight written out first
+MAX_ROWS = 256  # of one launch of our kernels; more go to cuBLAS
 GEMV_ROWS = 4
+PLAIN, ADD, SILU = 0, 1, 2  # what a kernel does with the product
 NARROWEST = 64  # columns: the smallest block_k, so K must be a multiple of it
 PROGRAMS = 132  # multiprocessors of H100 and H200
 
@@ -23,22 +23,20 @@ class Numbers(NamedTuple):
     activations: int = 2
     weight: int = 2
 
-    @property
-    def max_rows(self) -> int:
-        """Of one launch of our kernels."""
-        return MAX_INT8_ROWS if self.weight == 1 else MAX_ROWS
-
 
 BF16 = Numbers()
-COLUMNS = ("block_n", "block_k", "warps", "stages", "split", "prefetch")  # of a configuration in gemm_measured.csv
+# Of a configuration in gemm_measured.csv, besides path and fuse_norm.
+COLUMNS = ("block_n", "block_k", "warps", "stages", "split", "prefetch", "block_m")
 
 
 class Config(NamedTuple):
-    """How one product runs. path: "gemv" (no tensor cores, 1..4 rows), "dot" or "torch" (cuBLAS, kernels around it).
+    """How one product runs. path: "gemv" (no tensor cores, 1..4 rows), "dot" (all rows at once), "tile" (block_m of
+    them, by TMA) or "torch" (cuBLAS, kernels around it).
 
     block_n weight rows by block_k columns make a tile. stages: tiles that gemv holds in registers before it waits for
-    the previous kernel, or dot's pipeline depth. split: programs that share one tile's K. prefetch: columns per weight
-    row asked into L2 before the wait. fuse_norm: else rms_norm runs first.
+    the previous kernel, or the others' pipeline depth. split: dot programs that share one tile's K, or tile programs
+    that share all of it. prefetch: columns per weight row asked into L2 before the wait. fuse_norm: else rms_norm runs
+    first; it does for "tile".
     """
 
     path: str
@@ -49,6 +47,7 @@ class Config(NamedTuple):
     split: int = 1
     prefetch: int = 0
     fuse_norm: bool = True
+    block_m: int = 0
 
 
 Product = tuple[str, int, int, int]  # operation, weight rows, K, bytes of a weight
@@ -69,7 +68,7 @@ def read_measured(text: str) -> Table:
     found: dict[Product, list[tuple[int, Config]]] = {}
     for line in csv.DictReader(io.StringIO(text)):
         product = (line["operation"], int(line["weights"]), int(line["width"]), int(line["bytes"]))
-        config = Config._make([line["path"], *(int(line[c]) for c in COLUMNS), line["fuse_norm"] == "1"])
+        config = Config(line["path"], fuse_norm=line["fuse_norm"] == "1", **{c: int(line[c]) for c in COLUMNS})
         found.setdefault(product, []).append((int(line["rows"]), config))
     return {product: tuple(sorted(entries)) for product, entries in found.items()}
 
@@ -108,9 +107,20 @@ def _split(weights: int, width: int, block_n: int, block_k: int, enough: int) ->
     return split
 
 
+def tile_widths(block_n: int) -> tuple[int, int]:
+    """The power of two in a tile's weight rows and the one beside it, or 0: Triton's blocks have no other sizes."""
+    wide = 1 << (block_n.bit_length() - 1)
+    return wide, block_n - wide
+
+
+def padded_rows(config: Config, rows: int) -> int:
+    """How many rows activations should have memory for: whole tiles."""
+    return -(-rows // config.block_m) * config.block_m if config.path == "tile" else rows
+
+
 def shared_bytes(config: Config, rows: int, numbers: Numbers = BF16) -> int:
-    """Shared memory of a dot program: its pipeline's tiles of the weight and of the rows."""
-    batch = max(16, 1 << (rows - 1).bit_length())
+    """Shared memory of a program with a pipeline: its tiles of the weight and of the rows."""
+    batch = config.block_m or max(16, 1 << (rows - 1).bit_length())
     row_bytes = config.block_n * numbers.weight + batch * numbers.activations
     return config.stages * row_bytes * config.block_k
 
@@ -118,8 +128,9 @@ def shared_bytes(config: Config, rows: int, numbers: Numbers = BF16) -> int:
 def fit(config: Config, rows: int, width: int, numbers: Numbers = BF16) -> Config:
     """The configuration made valid for `rows` batch rows and K = `width`, or the torch path if none is. The table was
     measured for numbers of two bytes; wider ones take fewer stages."""
-    too_many = rows > numbers.max_rows or (config.path == "gemv" and rows > GEMV_ROWS)
-    if config.path == "torch" or too_many or width % NARROWEST:
+    too_many = rows > MAX_ROWS or (config.path == "gemv" and rows > GEMV_ROWS)
+    int8_tile = config.path == "tile" and numbers.weight == 1
+    if config.path == "torch" or too_many or int8_tile or width % NARROWEST:
         return Config("torch")
     block_k, split = config.block_k, config.split if config.path == "dot" else 1
     while width % (split * NARROWEST):
@@ -128,11 +139,11 @@ def fit(config: Config, rows: int, width: int, numbers: Numbers = BF16) -> Confi
         block_k //= 2
     tiles = width // split // block_k
     stages = min(config.stages, tiles) if config.path == "gemv" else config.stages
-    if config.path == "dot":
+    if config.path != "gemv":
         stages = fitting_stages(stages, shared_bytes(config._replace(block_k=block_k, stages=1), rows, numbers))
-    pieces = max(config.warps * 32 // config.block_n, 1)
+    pieces = config.warps * 32 // tile_widths(config.block_n)[0]  # that threads make of a row's columns
     columns = min(config.prefetch, (tiles - stages) * block_k if config.path == "gemv" else tiles * block_k)
-    columns -= columns % (pieces * 64)
+    columns -= columns % (pieces * 64) if pieces else columns
     return config._replace(block_k=block_k, split=split, stages=stages, prefetch=columns)
 
 
@@ -142,10 +153,12 @@ def choose(operation: str, rows: int, weights: int, width: int, numbers: Numbers
 
     Products with and without a residual to add run alike; the one stands in for the other.
     """
-    if rows > numbers.max_rows:
+    if rows > MAX_ROWS:
         return Config("torch")
     size = 1 if numbers.weight == 1 else 2  # wider numbers run as those that were measured
     names = ("add", "plain") if operation == "add" else ("plain", "add") if operation == "plain" else (operation,)
     measured = next((TABLE[n, weights, width, size] for n in names if (n, weights, width, size) in TABLE), ())
     config = next((c for largest, c in measured if rows <= largest), None)
+    if config is not None and config.path == "tile" and numbers.activations > 2:
+        return Config("torch")  # tensor cores take no float32
     return fit(config or default_config(rows, weights, width, numbers), rows, width, numbers)

@@ -18,8 +18,7 @@ import triton.language as tl
 
 from tpqwen.kernels import gemm
 from tpqwen.kernels.context import SlotTensors
-from tpqwen.kernels.gemm import prefetch_weights
-from tpqwen.kernels.launch import launch_options, release_next, wait_previous
+from tpqwen.kernels.launch import launch_options, prefetch_weights, release_next, wait_previous
 from tpqwen.kernels.norm import rms_norm
 from tpqwen.kernels.reference import GREEDY_BELOW, MAX_CANDIDATES, choose_by, head_of
 
