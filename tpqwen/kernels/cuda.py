@@ -12,6 +12,8 @@ import torch
 
 from tpqwen.kernels import (
     attention,
+    attention_even,
+    attention_parts,
     dequantize,
     drafting,
     exchange,
@@ -148,5 +150,17 @@ OPERATIONS = {
 }
 
 launch.settle_keys(
-    launch, norm, dequantize, gemm, attention, prefill, paged_prefill, sampling, stepping, drafting, exchange
+    launch,
+    norm,
+    dequantize,
+    gemm,
+    attention_parts,
+    attention_even,
+    attention,
+    prefill,
+    paged_prefill,
+    sampling,
+    stepping,
+    drafting,
+    exchange,
 )
