@@ -15,12 +15,11 @@ import torch
 from tpqwen.kernels import attention, cuda, paged_prefill, prefill, reference
 from tpqwen.kernels.attention_table import (
     ENOUGH_SPLITS,
-    LEAST_TOKENS,
     MAX_SPLITS,
-    WIDE_SPLITS,
     DecodePlan,
     decode_plan,
     has_wide,
+    num_parts,
     num_splits,
 )
 from tpqwen.kernels.context import StepContext
@@ -30,10 +29,11 @@ NAN = float("nan")
 EPS = 1e-6
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
 WHOLE = DecodePlan(tile=16, warps=4, stages=1, programs=1, min_tiles=1)
-SPLIT = DecodePlan(tile=16, warps=4, stages=3, programs=48, min_tiles=1)
+SPLIT = DecodePlan(tile=16, warps=4, stages=3, programs=48, min_tiles=1, prefetch=4)
 FINE = DecodePlan(tile=16, warps=4, stages=1, programs=128, min_tiles=1)
 COARSE = DecodePlan(tile=32, warps=4, stages=5, programs=24, min_tiles=2)
 WIDE = DecodePlan(tile=16, warps=4, stages=2, programs=96, min_tiles=4)
+EVEN = DecodePlan(tile=16, warps=4, stages=2, programs=7, even=True)
 
 
 @dataclass
@@ -114,6 +114,13 @@ def forget_last_token(cache: Paged, lengths: list[int]) -> torch.Tensor:
         (2, 1, 16, 16, FINE, [520, 3]),  # a long row beside a short one: every split is used
         (2, 2, 32, 16, WIDE, [64, 700, 1, 65, 0, 66]),  # one among rows that stay whole, or just do not
         (2, 2, 32, 16, WIDE._replace(hold=True), [3, 0, 530, 64]),
+        (2, 2, 32, 16, EVEN, [1, 15, 0, 16, 17, 50]),
+        (2, 2, 32, 16, EVEN._replace(programs=1), [2, 0, 17]),
+        (4, 1, 32, 64, EVEN._replace(tile=32), [1, 63, 64, 65, 66, 0, 200]),
+        (5, 2, 64, 16, EVEN._replace(programs=40), [17, 0, 40]),  # more programs than tiles
+        (8, 1, 128, 64, EVEN._replace(tile=64, programs=3), [64, 65, 130]),
+        (2, 1, 16, 16, EVEN._replace(programs=24), [520, 3]),  # a row of more parts than are merged at a time
+        (2, 8, 16, 32, EVEN, [0, 0, 1]),
     ],
 )
 def test_decode_attention_equals_the_reference_and_writes_only_the_new_token(
@@ -210,9 +217,7 @@ def test_a_step_with_a_long_row_attends_by_the_wide_plan(
     assert error(out.view_as(expected), expected) < TOLERANCE[dtype]
     assert not out[:44].any() and not scratch.arrived.any()
     parts = int((~scratch.stats[:, 0, 0].isnan()).sum())
-    assert parts == kv_heads * (4 if wide else 3 + 3), (
-        "the usual plan has three splits and takes them for 1,025 as well"
-    )
+    assert parts == kv_heads * (50 + 16 + 2 if wide else 0), "a tile in each program, or each row in one"
 
 
 @pytest.mark.parametrize(
@@ -353,43 +358,43 @@ SHAPES = [(2, 128, 8), (2, 128, 1), (4, 128, 8), (5, 64, 3), (8, 128, 2)]  # G, 
 def test_scratch_suffices_for_every_batch(group: int, head_dim: int, kv_heads: int, device: torch.device) -> None:
     scratch = attention.decode_scratch(600, kv_heads, group, head_dim, device)
     for batch, wide in itertools.product(range(1, 601), (False, True)):
-        splits = num_splits(decode_plan(batch, kv_heads, group, head_dim, wide=wide), batch * kv_heads)
-        assert 1 <= splits <= MAX_SPLITS
-        assert splits == 1 or batch * kv_heads * splits <= len(scratch.partial)
+        plan = decode_plan(batch, kv_heads, group, head_dim, wide=wide)
+        assert 1 <= num_splits(plan, batch * kv_heads) <= MAX_SPLITS
+        assert num_parts(plan, batch * kv_heads) <= len(scratch.partial)
     assert len(scratch.arrived) == 600 * kv_heads
     assert len(scratch.partial) <= 8192
 
 
-def tiles_of(length: int, plan: DecodePlan, pairs: int) -> tuple[int, int]:
-    """Tiles of a row, and how many of them one program takes, as the kernel divides them."""
-    tiles, splits = -(-(length - 1) // plan.tile), num_splits(plan, pairs)
-    return tiles, max(-(-tiles // splits), plan.min_tiles) if splits > 1 else tiles
+def most_tiles(lengths: list[int], plan: DecodePlan, kv_heads: int) -> int:
+    """Tiles of the program that has most, as the kernels divide them."""
+    tiles = [-(-(length - 1) // plan.tile) for length in lengths]
+    if plan.even:
+        return -(-kv_heads * sum(tiles) // plan.programs)
+    splits = num_splits(plan, len(lengths) * kv_heads)
+    return max(max(-(-count // splits), plan.min_tiles) if splits > 1 else count for count in tiles)
 
 
-@pytest.mark.parametrize(("batch", "share"), [(4, 16), (16, 16), (33, 8), (96, 8), (256, 4), (512, 2)])
-def test_no_program_has_a_long_row_alone_and_short_rows_stay_whole(batch: int, share: int) -> None:
+@pytest.mark.parametrize("batch", [16, 33, 96, 256, 512])
+def test_no_program_has_a_long_row_alone(batch: int) -> None:
+    lengths = [300] * (batch - 1) + [32_500]
     usual, wide = (decode_plan(batch, 8, 2, 128, wide=w) for w in (False, True))
-    tiles, most = tiles_of(32_500, wide, batch * 8)
-    assert most <= -(-tiles // share) < tiles_of(32_500, usual, batch * 8)[1]
-    tiles, most = tiles_of(LEAST_TOKENS, wide, batch * 8)
-    assert most >= tiles
+    assert 4 * most_tiles(lengths, wide, 8) * wide.tile < most_tiles(lengths, usual, 8) * usual.tile
 
 
 def test_the_usual_plan_does_not_know_of_long_rows() -> None:
     assert [num_splits(decode_plan(b, 8, 2, 128), b * 8) for b in (1, 4, 8, 16, 24, 33, 48, 96, 256)] == [
-        *(16, 4, 6, 3, 2, 1, 1, 1, 1)
+        *(16, 8, 6, 2, 2, 1, 1, 1, 1)
     ]
 
 
 @pytest.mark.parametrize(("group", "head_dim", "kv_heads"), SHAPES)
-def test_a_wide_plan_has_more_splits_or_there_is_none(group: int, head_dim: int, kv_heads: int) -> None:
+def test_a_wide_plan_divides_evenly_or_there_is_none(group: int, head_dim: int, kv_heads: int) -> None:
     assert not has_wide(0, kv_heads, group, head_dim)
     for batch in range(1, 600):
         usual, wide = (decode_plan(batch, kv_heads, group, head_dim, wide=w) for w in (False, True))
-        before, after = (num_splits(plan, batch * kv_heads) for plan in (usual, wide))
-        crowd = batch * kv_heads > WIDE_SPLITS[-1][0]
-        assert has_wide(batch, kv_heads, group, head_dim) == (before < ENOUGH_SPLITS and not crowd)
-        assert after > before if has_wide(batch, kv_heads, group, head_dim) else wide == usual
+        has = num_splits(usual, batch * kv_heads) < ENOUGH_SPLITS
+        assert has_wide(batch, kv_heads, group, head_dim) == has
+        assert wide.even if has else wide == usual
 
 
 def test_dependent_launch_is_asked_for_only_on_hopper_and_later(device: torch.device) -> None:

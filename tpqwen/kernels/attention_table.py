@@ -12,8 +12,6 @@ MAX_SPLITS = 64
 LONG = 2048  # tokens of a whole prompt from which cuDNN beats the paged kernel
 PLANNED = 512  # tokens: prompts for cuDNN, which plans every new shape anew, are rounded up to a multiple
 ENOUGH_SPLITS = 6  # a plan that gives a row so many needs no wide variant
-WIDE_SPLITS = ((192, 16), (768, 8), (2048, 4), (4096, 2))  # by largest B * K; at most 8,192 programs in all
-LEAST_TOKENS = 1024  # what a split of a wide plan is worth where a block holds a tile: shorter rows stay in one
 
 
 class DecodePlan(NamedTuple):
@@ -22,56 +20,59 @@ class DecodePlan(NamedTuple):
     min_tiles: least work worth a split. prefetch: tiles of K and V asked into L2 first of all. hold: the first tile
     waits in registers before the queries are there, which pays where a program has few tiles.
     stages: depth of the tile loop; table entry and tile are two dependent loads, so 5 keeps two tiles in flight.
+    registers: most of a thread, where that lets one program more run on a multiprocessor; 0: as the compiler likes.
+    even: all tiles of the batch are divided evenly over `programs` (attention_even.py), whatever the rows' lengths.
     """
 
     tile: int
     warps: int
     stages: int
     programs: int
-    min_tiles: int
-    prefetch: int = 4
+    min_tiles: int = 1
+    prefetch: int = 0
     hold: bool = False
+    registers: int = 0
+    even: bool = False
 
 
-# (G, D): plans by largest batch of the bucket, ascending.
+# (G, D): plans by largest batch of the bucket, ascending. One program: rows stay whole.
 PLANS: dict[tuple[int, int], tuple[tuple[int, DecodePlan], ...]] = {
     (2, 128): (
-        (4, DecodePlan(tile=64, warps=4, stages=2, programs=128, min_tiles=1, prefetch=0, hold=True)),
-        (8, DecodePlan(tile=64, warps=4, stages=2, programs=384, min_tiles=1, prefetch=0, hold=True)),
-        (24, DecodePlan(tile=64, warps=4, stages=2, programs=384, min_tiles=1, prefetch=2)),
-        (48, DecodePlan(tile=64, warps=4, stages=2, programs=256, min_tiles=4, prefetch=0, hold=True)),
-        (96, DecodePlan(tile=64, warps=4, stages=2, programs=512, min_tiles=4, prefetch=0)),
-        (1 << 30, DecodePlan(tile=64, warps=4, stages=2, programs=2048, min_tiles=8, prefetch=0)),
+        (2, DecodePlan(tile=64, warps=4, stages=2, programs=128, hold=True)),
+        (4, DecodePlan(tile=64, warps=4, stages=2, programs=256, hold=True)),
+        (8, DecodePlan(tile=64, warps=4, stages=2, programs=384, hold=True)),
+        (24, DecodePlan(tile=64, warps=4, stages=2, programs=256, hold=True)),
+        (48, DecodePlan(tile=64, warps=4, stages=3, programs=1, hold=True)),
+        (64, DecodePlan(tile=32, warps=2, stages=5, programs=1, hold=True)),
+        (192, DecodePlan(tile=64, warps=4, stages=3, programs=1, prefetch=1)),
+        (1 << 30, DecodePlan(tile=32, warps=2, stages=5, programs=1, prefetch=1, registers=128)),
     ),
 }
 OTHER_PLANS: tuple[tuple[int, DecodePlan], ...] = (
-    (2, DecodePlan(tile=64, warps=4, stages=2, programs=128, min_tiles=1, prefetch=0, hold=True)),
-    (4, DecodePlan(tile=64, warps=2, stages=5, programs=384, min_tiles=1, prefetch=0)),
-    (8, DecodePlan(tile=32, warps=2, stages=4, programs=512, min_tiles=1, prefetch=2)),
-    (24, DecodePlan(tile=64, warps=4, stages=4, programs=256, min_tiles=2, prefetch=0)),
-    (48, DecodePlan(tile=64, warps=4, stages=3, programs=256, min_tiles=4, prefetch=0, hold=True)),
-    (96, DecodePlan(tile=32, warps=2, stages=5, programs=512, min_tiles=1, prefetch=2)),
-    (1 << 30, DecodePlan(tile=64, warps=4, stages=4, programs=2048, min_tiles=1, prefetch=0)),
+    (4, DecodePlan(tile=32, warps=2, stages=3, programs=256, min_tiles=2, hold=True)),
+    (24, DecodePlan(tile=64, warps=4, stages=2, programs=256)),
+    (48, DecodePlan(tile=64, warps=4, stages=2, programs=1)),
+    (64, DecodePlan(tile=32, warps=2, stages=5, programs=1, prefetch=1)),
+    (192, DecodePlan(tile=64, warps=4, stages=3, programs=1, prefetch=1)),
+    (1 << 30, DecodePlan(tile=64, warps=4, stages=2, programs=1, prefetch=1, registers=128)),
 )
+WIDE_PLAN = DecodePlan(tile=64, warps=4, stages=3, programs=264, even=True)  # two on each of an H100's multiprocessors
 
 
 def decode_plan(batch: int, kv_heads: int, group: int, head_dim: int, *, wide: bool = False) -> DecodePlan:
     """The tuned plan of a batch size; other groups and head sizes take the tensor-core plans.
 
     wide: the variant for passes in which some row is long, so that no program has it alone. It is the usual plan where
-    that has splits enough, or where there are too many rows for more.
+    that has splits enough.
     """
-    plan, pairs = _tuned(batch, group, head_dim), batch * kv_heads
-    if not wide or not has_wide(batch, kv_heads, group, head_dim):
-        return plan
-    splits = next(splits for limit, splits in WIDE_SPLITS if pairs <= limit)
-    return plan._replace(programs=splits * pairs, min_tiles=LEAST_TOKENS // plan.tile)
+    if wide and has_wide(batch, kv_heads, group, head_dim):
+        return WIDE_PLAN
+    return _tuned(batch, group, head_dim)
 
 
 def has_wide(batch: int, kv_heads: int, group: int, head_dim: int) -> bool:
     """Whether the wide plan of a batch size is another one than the usual."""
-    pairs = batch * kv_heads
-    return 0 < pairs <= WIDE_SPLITS[-1][0] and num_splits(_tuned(batch, group, head_dim), pairs) < ENOUGH_SPLITS
+    return batch > 0 and num_splits(_tuned(batch, group, head_dim), batch * kv_heads) < ENOUGH_SPLITS
 
 
 def _tuned(batch: int, group: int, head_dim: int) -> DecodePlan:
@@ -81,6 +82,14 @@ def _tuned(batch: int, group: int, head_dim: int) -> DecodePlan:
 def num_splits(plan: DecodePlan, rows_and_heads: int) -> int:
     """Programs per (row, KV head): a function of B * K alone."""
     return max(1, min(MAX_SPLITS, -(-plan.programs // rows_and_heads)))
+
+
+def num_parts(plan: DecodePlan, rows_and_heads: int) -> int:
+    """Places for partial results that a launch needs; what lies in one piece needs none."""
+    if plan.even:
+        return plan.programs + rows_and_heads
+    splits = num_splits(plan, rows_and_heads)
+    return rows_and_heads * splits if splits > 1 else 1
 
 
 def planned_lengths(longest: int) -> list[int]:

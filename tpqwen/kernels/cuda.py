@@ -12,6 +12,8 @@ import torch
 
 from tpqwen.kernels import (
     attention,
+    attention_even,
+    attention_parts,
     branch,
     dequantize,
     drafting,
@@ -51,8 +53,9 @@ def attend(
     if ctx.prefill is not None and not count:
         return _attend_chunks(qkv_TF, norms, k_cache, v_cache, ctx, scale)
     out = torch.empty((len(qkv_TF), width), dtype=qkv_TF.dtype, device=qkv_TF.device)
-    aside = branch.fork(qkv_TF.device) if ctx.prefill is not None else None
+    aside = None
     if ctx.prefill is not None:
+        aside = branch.fork(qkv_TF.device)
         with torch.cuda.stream(aside):
             _attend_chunks(qkv_TF[count:], norms, k_cache, v_cache, ctx, scale, out[count:])
     attention.decode_attention(
@@ -161,6 +164,8 @@ launch.settle_keys(
     dequantize,
     gemm_tiles,
     gemm,
+    attention_parts,
+    attention_even,
     attention,
     prefill,
     paged_prefill,

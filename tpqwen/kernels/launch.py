@@ -87,12 +87,15 @@ def wait_previous(PDL: tl.constexpr):
 
 
 @triton.jit
-def prefetch_l2(pointers, valid):
-    """Ask for the cache lines under `pointers` where `valid`; loads nothing. Not available in the interpreter."""
+def prefetch_l2(pointers, bytes):
+    """Ask for so many bytes from each of `pointers`, multiples of 16; loads nothing. Not available in the interpreter.
+
+    A warp issues one request after another, so its threads had better name one piece: they ask for it once.
+    """
     tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+        "{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
         "=r,l,r",
-        [pointers.to(tl.int64), valid.to(tl.int32)],
+        [pointers.to(tl.int64), bytes],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
