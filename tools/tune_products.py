@@ -296,10 +296,24 @@ def write(path: Path, lines: list[list[object]]) -> None:
 
 
 def merge(lines: list[list[object]]) -> None:
-    """Replace the table's products by those of the lines."""
+    """Replace the table's choices for the products and numbers of rows of these lines."""
     new = [[str(value) for value in line] for line in lines]
-    measured = {tuple(line[:4]) for line in new}
-    write(CSV, [line for line in _read(CSV) if tuple(line[:4]) not in measured] + new)
+    products_of, measured = {tuple(line[:4]) for line in new}, {tuple(line[:5]) for line in new}
+    kept: list[list[str]] = []
+    for product, group in itertools.groupby(_read(CSV), key=lambda line: tuple(line[:4])):
+        entries = list(group)
+        kept += _spread(entries) if product in products_of else entries
+    write(CSV, [line for line in kept if tuple(line[:5]) not in measured] + new)
+
+
+def _spread(entries: list[list[str]]) -> list[list[str]]:
+    """A product's lines with one for each of ROWS: what said the same had been said once."""
+    found = []
+    for rows in ROWS:
+        line = next((line for line in entries if rows <= int(line[4])), None)
+        if line is not None:
+            found.append([*line[:4], str(rows), *line[5:]])
+    return found
 
 
 def _read(path: Path) -> list[list[str]]:

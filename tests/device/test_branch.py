@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from tpqwen.kernels import branch
+from tpqwen.kernels.gemm import linear_add
+from tpqwen.kernels.gemm_table import choose
+from tpqwen.kernels.norm import rms_norm
 
 
 def test_outside_a_capture_everything_stays_in_turn() -> None:
@@ -19,35 +22,37 @@ def test_outside_a_capture_everything_stays_in_turn() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("slow_aside", [True, False])
-def test_what_follows_a_join_sees_both_branches(slow_aside: bool) -> None:
+def test_a_kernel_behind_a_join_waits_for_both_branches(slow_aside: bool) -> None:
+    """All of them are launched with PDL: rule 4 of launch.py."""
     device = torch.device("cuda")
-    source, numbers = torch.eye(2048, device=device), torch.zeros(2048, 2048, device=device)
+    big = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
+    weight, start, other = (torch.randn(rows, 2048, device=device, dtype=torch.bfloat16) for rows in (2048, 8, 8))
+    scale = torch.ones(2048, device=device, dtype=torch.bfloat16)
     assert branch.fork(device) is None
+    assert choose("add", len(start), *weight.shape).path == "dot"
 
-    def long_way(x: torch.Tensor) -> torch.Tensor:
-        for _ in range(20):
-            x = x @ source
-        return x
+    def normed(x: torch.Tensor, slowly: bool) -> torch.Tensor:
+        for _ in range(5 if slowly else 0):
+            torch.mm(big, big)
+        return rms_norm(x, scale, 1e-6)
 
-    def both() -> torch.Tensor:
-        x, y = numbers + 1, numbers + 2
-        for _ in range(3):
+    def run() -> torch.Tensor:
+        x, residual = start, other
+        for _ in range(4):
             aside = branch.fork(device)
             with torch.cuda.stream(aside):
-                y = (long_way(y) if slow_aside else y) + 1
-            x = (x if slow_aside else long_way(x)) + 1
+                y = normed(residual, slow_aside)
+            x = normed(x, not slow_aside)
             branch.join(aside)
-            x, y = x + y, x - y
-        return x
+            residual = linear_add(x, weight, y)
+        return residual
 
-    expected = both()
+    run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = both()
-    for value in (0.0, 1.0, 2.0):
-        numbers.fill_(value)
+        result = run()
+    for _ in range(10):
+        start.normal_()
+        other.normal_()
         graph.replay()
-        assert torch.equal(result, both())
-    numbers.zero_()
-    graph.replay()
-    assert torch.equal(result, expected)
+        assert torch.equal(result, run())

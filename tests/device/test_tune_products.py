@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 
+import tpqwen.kernels.gemm_table as tables
 from tpqwen.kernels.gemm_table import BF16, TABLE, Numbers, choose, fit, read_measured, shared_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -60,9 +61,22 @@ def test_lines_replace_their_products_and_leave_the_others(
     monkeypatch.setattr(tool, "CSV", copy)
     tool.merge([])
     assert read_measured(copy.read_text()) == TABLE
+    before = {rows: choose("silu", rows, 24576, 4096) for rows in range(1, 257)}
     config = choose("silu", 8, 24576, 4096)._replace(block_n=32)
     task = tool.Task("silu", 24576, 4096, 4, BF16, config)
     tool.merge([tool._line(task), tool._line(task._replace(rows=8))])
     changed = read_measured(copy.read_text())
-    assert changed["silu", 24576, 4096, 2] == ((8, config),), "what says the same is said once"
+    entries = changed["silu", 24576, 4096, 2]
+    assert (8, config) in entries and 4 not in dict(entries), "what says the same is said once"
+    monkeypatch.setattr(tables, "TABLE", changed)
+    choose.cache_clear()
+    after = {rows: choose("silu", rows, 24576, 4096) for rows in range(1, 257)}
+    choose.cache_clear()
+    assert {rows for rows in before if after[rows] != before[rows]} == {3, 4, 5, 6, 7, 8}, "the others stay"
     assert {p: e for p, e in changed.items() if p[1] != 24576} == {p: e for p, e in TABLE.items() if p[1] != 24576}
+
+
+def test_no_product_takes_tiles_for_rows_at_which_they_were_not_measured() -> None:
+    for product, entries in TABLE.items():
+        first = next((i for i, (_, config) in enumerate(entries) if config.path == "tile"), 0)
+        assert not first or entries[first - 1][0] >= 64, product

@@ -31,7 +31,7 @@ from tpqwen.kernels.attention_parts import (
     two_halves,
 )
 from tpqwen.kernels.attention_table import MAX_ROWS, DecodePlan, decode_plan, num_parts, num_splits
-from tpqwen.kernels.launch import fitting_stages, launch_options, release_next, wait_previous
+from tpqwen.kernels.launch import fitting_stages, launch_options, pdl_supported, release_next, wait_previous
 
 COMBINE_FLOATS = 8192  # partial sums that the combining program holds at a time
 
@@ -174,7 +174,7 @@ def _constants(plan: DecodePlan, group: int, k_cache: torch.Tensor) -> dict[str,
 
 def _split_constants(plan: DecodePlan, splits: int, device: torch.device) -> dict[str, object]:
     return {
-        "PREFETCH": plan.prefetch if device.type == "cuda" else 0,
+        "PREFETCH": plan.prefetch if pdl_supported(device) else 0,  # older ones have no such request
         "WARPS": plan.warps,
         "HOLD": plan.hold,
         "S": splits,

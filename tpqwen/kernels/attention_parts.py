@@ -3,7 +3,8 @@
 K key/value heads, G query heads per KV head, GS and GP: G padded to a power of two, and to a tensor core's 16 rows.
 D head size, P block size, TILE cached tokens taken at once; SHAPE is (P, D, TILE). Caches are [blocks, K, P, D].
 A state is the online softmax of one row and KV head: maxima [GP], sums of each tile's column [GP, TILE], sums of values
-[GP, D]. It begins with the new token, which is in no cache yet.
+[GP, D]. It begins with the new token, which is in no cache yet. MOST: parts that a row may have, a power of two;
+MERGED: how many of them the program that merges a row holds at a time.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"

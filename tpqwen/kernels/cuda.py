@@ -53,28 +53,29 @@ def attend(
     if ctx.prefill is not None and not count:
         return _attend_chunks(qkv_TF, norms, k_cache, v_cache, ctx, scale)
     out = torch.empty((len(qkv_TF), width), dtype=qkv_TF.dtype, device=qkv_TF.device)
-    aside = None
-    if ctx.prefill is not None:
-        aside = branch.fork(qkv_TF.device)
-        with torch.cuda.stream(aside):
-            _attend_chunks(qkv_TF[count:], norms, k_cache, v_cache, ctx, scale, out[count:])
-    attention.decode_attention(
-        qkv_TF[:count],
-        *norms,
-        ctx.positions_T[:count],
-        k_cache,
-        v_cache,
-        ctx.cache_slots_T[:count],
-        ctx.tables_SM,
-        ctx.decode_slots_B,
-        ctx.decode_lengths_B,
-        scale,
-        _scratch(kv_heads, width // (kv_heads * head_dim), head_dim, qkv_TF.device),
-        out=out[:count],
-        settled=ctx.settled,
-        wide=ctx.wide,
-    )
-    branch.join(aside)
+    aside = branch.fork(qkv_TF.device) if ctx.prefill is not None else None
+    try:
+        if ctx.prefill is not None:
+            with torch.cuda.stream(aside):
+                _attend_chunks(qkv_TF[count:], norms, k_cache, v_cache, ctx, scale, out[count:])
+        attention.decode_attention(
+            qkv_TF[:count],
+            *norms,
+            ctx.positions_T[:count],
+            k_cache,
+            v_cache,
+            ctx.cache_slots_T[:count],
+            ctx.tables_SM,
+            ctx.decode_slots_B,
+            ctx.decode_lengths_B,
+            scale,
+            _scratch(kv_heads, width // (kv_heads * head_dim), head_dim, qkv_TF.device),
+            out=out[:count],
+            settled=ctx.settled,
+            wide=ctx.wide,
+        )
+    finally:
+        branch.join(aside)
     return out
 
 

@@ -2,8 +2,8 @@
 
 T tokens (batch rows), H hidden, I inputs or inner width, O outputs, F = 2I, K the summed width. The kernels stream each
 weight once; each asks for the next kernel's launch, starts its own weight loads, and only then waits for the previous
-one (programmatic dependent launch): weights never depend on an earlier kernel. From 65 rows on a product runs in larger
-tiles (gemm_tiles.py) or by cuBLAS, whichever was faster; above 256 rows cuBLAS does all.
+one (programmatic dependent launch): weights never depend on an earlier kernel. With 65 rows or more, products of 16-bit
+weights run in larger tiles (gemm_tiles.py) or by cuBLAS, whichever was faster; above 256 rows cuBLAS does all.
 
 int8 weights become the activations' type in registers, which is exact, and their rows' scales multiply the fp32 sums.
 Above 256 rows, where tensor cores and not memory set the pace, the weight is written out for cuBLAS (dequantize.py).
@@ -23,7 +23,7 @@ import triton.language as tl
 from tpqwen.kernels.dequantize import dequantize
 from tpqwen.kernels.gemm_table import ADD, PLAIN, SILU, Config, Numbers, choose, fit, padded_rows
 from tpqwen.kernels.gemm_tiles import tile_product
-from tpqwen.kernels.launch import launch_options, prefetch_weights, release_next, wait_previous
+from tpqwen.kernels.launch import launch_options, pdl_supported, prefetch_weights, release_next, wait_previous
 from tpqwen.kernels.norm import rms_norm, silu_mul
 
 
@@ -437,6 +437,8 @@ def _wide(weight: torch.Tensor, scale: torch.Tensor | None, x_TK: torch.Tensor) 
 
 def _config(given: Config | None, operation: str, x_TK: torch.Tensor, weight: torch.Tensor) -> Config:
     numbers = Numbers(x_TK.itemsize, weight.itemsize)
-    if given is None:
-        return choose(operation, len(x_TK), *weight.shape, numbers)
-    return fit(given, len(x_TK), weight.shape[1], numbers)
+    if given is not None:
+        return fit(given, len(x_TK), weight.shape[1], numbers)
+    config = choose(operation, len(x_TK), *weight.shape, numbers)
+    has_tma = not x_TK.is_cuda or pdl_supported(x_TK.device)
+    return config if has_tma or config.path != "tile" else Config("torch")

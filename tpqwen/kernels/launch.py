@@ -12,6 +12,9 @@ its gdc_wait returns when the predecessor has completed and its writes are visib
    is not, unless a plain launch follows it: a kernel that advances the lengths must be followed by a plain launch
    before any kernel reads them early, or end the graph before.
 3. All writes come after gdc_wait, since the predecessor may still read what is overwritten.
+4. Where two branches of a graph join (kernels/branch.py) a kernel has two predecessors. gdc_wait waits for both (shown
+   by tests/device/test_branch.py, said nowhere that we know of). A plain launch settles what its own branch and what
+   came before the fork have written, not the other branch.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
