@@ -26,15 +26,14 @@ from tpqwen.bench.serve import measure, summary
 from tpqwen.config import EMBEDDED_MODEL, ScheduleOptions
 from tpqwen.engine import cadence
 from tpqwen.engine.client import EngineClient
-from tpqwen.engine.messages import Abort, Add, Batch, decode_command, encode
+from tpqwen.engine.messages import Abort, Add, Batch, decode_command, each, encode
 from tpqwen.metrics import ServerMetrics
-from tpqwen.request import Delta, FinishReason, GenerateRequest
+from tpqwen.request import Delta, Deltas, FinishReason, GenerateRequest
 from tpqwen.step import Capacity, StepStats
 from tpqwen.text.chat import ChatFormat, GenerationDefaults
 from tpqwen.text.sequences import Limits
 from tpqwen.text.tokenizer import Tokenizer
-from tpqwen.transport.channel import RingAddress
-from tpqwen.transport.ring import RingReader, RingWriter
+from tpqwen.transport.ring import RingAddress, RingReader, RingWriter
 
 CAPACITY = Capacity(num_blocks=100_000, block_size=16, max_num_seqs=1024, max_model_len=2048, max_batched_tokens=8192)
 CONNECT_S = 30.0
@@ -50,11 +49,11 @@ def play_engine(pipe: Connection, step_s: float) -> None:
     try:
         while True:
             while data := commands.recv(max(due - time.monotonic(), 0.0)):
-                command = decode_command(data)
-                if isinstance(command, Add):
-                    running[command.request.id] = (command.request, 0)
-                elif isinstance(command, Abort):
-                    running.pop(command.id, None)
+                for command in each(decode_command(data)):
+                    if isinstance(command, Add):
+                        running[command.request.id] = (command.request, 0)
+                    elif isinstance(command, Abort):
+                        running.pop(command.id, None)
             due = max(due + step_s, time.monotonic())
             if running:
                 reports.send(encode(step(running)), 10.0)
@@ -79,7 +78,7 @@ def step(running: dict[str, tuple[GenerateRequest, int]]) -> Batch:
         blocks_cached=0, blocks_free=90_000, preemptions=0, prefix_queried_tokens=0, prefix_hit_tokens=0,
         prompt_tokens=0, output_tokens=len(deltas), busy_s=0.0,
     )  # fmt: skip
-    return Batch(deltas, stats)
+    return Batch(Deltas(others=deltas), stats)
 
 
 def serve(pipe: Connection, addresses: Connection, writes_per_s: float) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from tpqwen.bench.load import Case
 from tpqwen.bench.serve import parse, percentiles
 from tpqwen.engine.core import EngineCore
+from tpqwen.engine.line import TOGETHER
 from tpqwen.request import GenerateRequest, SamplingParams
 from tpqwen.step import TOKEN_BUCKETS, Capacity, RankStats, StepInput, StepOutput, ints, packed, token_bucket
 from tpqwen.worker.slots import MIXED_CHUNKS
@@ -96,9 +97,11 @@ class Device:
         return seconds if size else max(seconds, LAUNCH_S)
 
 
-def simulate(case: Case, pass_s: float, think_s: float, serve_s: float) -> dict[str, float | None]:
+def simulate(
+    case: Case, pass_s: float, think_s: float, serve_s: float, together: int = TOGETHER
+) -> dict[str, float | None]:
     """Figures of one case. A client asks again think_s after its answer's end; serve_s: of the server's process for
-    each request, one after another."""
+    each request, one after another. Of those whose answers ended in one step so many go to the engine at once."""
     device, chance = Device(pass_s), random.Random(1)
     core = EngineCore(device, CAPACITY, clock=lambda: device.now)
     begun: dict[str, float] = {}
@@ -118,15 +121,24 @@ def simulate(case: Case, pass_s: float, think_s: float, serve_s: float) -> dict[
             begun[name] = heapq.heappop(arrivals)
             ids = [chance.randrange(10_000) for _ in range(case.prompt_tokens)]
             core.add(GenerateRequest(id=name, prompt_ids=ids, params=PARAMS, max_tokens=case.output_tokens, seed=1))
+        again: list[float] = []
         for delta in core.step().deltas:
             (gaps if delta.id in last else ttft).append(device.now - last.get(delta.id, begun[delta.id]))
             last[delta.id] = device.now
-            if delta.finish_reason is not None and case.kind == "closed" and len(begun) + len(arrivals) < case.requests:
+            asked = len(begun) + len(arrivals) + len(again)
+            if delta.finish_reason is not None and case.kind == "closed" and asked < case.requests:
                 busy_until = max(busy_until, device.now + think_s) + serve_s
-                heapq.heappush(arrivals, busy_until)
+                again.append(busy_until)
+        for at_s in _gathered(again, together):
+            heapq.heappush(arrivals, at_s)
     figures = {f"{name}_{key}": ms for name, v in (("ttft", ttft), ("itl", gaps)) for key, ms in percentiles(v).items()}
     padding = 1 - device.prompt_tokens / device.padded_tokens
     return {"tok_s": round(len(begun) * case.output_tokens / device.now), "padding": round(padding, 3)} | figures
+
+
+def _gathered(times: list[float], together: int) -> list[float]:
+    """Each waits for the last one of its group."""
+    return [times[min(i - i % together + together, len(times)) - 1] for i in range(len(times))]
 
 
 def main() -> None:
@@ -136,10 +148,11 @@ def main() -> None:
     parser.add_argument("--pass-ms", type=float, default=1.1, help="of a pass with prompts, besides its tokens")
     parser.add_argument("--think-ms", type=float, default=3.0, help="between an answer and the next request")
     parser.add_argument("--serve-ms", type=float, default=1.0, help="of the server's process for each request")
+    parser.add_argument("--together", type=int, default=TOGETHER, help="requests that reach the engine at once at most")
     args = parser.parse_args()
     for text in args.cases:
         case, _ = parse(text)
-        figures = simulate(case, args.pass_ms / 1e3, args.think_ms / 1e3, args.serve_ms / 1e3)
+        figures = simulate(case, args.pass_ms / 1e3, args.think_ms / 1e3, args.serve_ms / 1e3, args.together)
         shown = ("tok_s", "ttft_p50", "ttft_p99", "itl_p50", "itl_p99", "padding")
         print(case.name, " ".join(f"{name}={figures[name]}" for name in shown), flush=True)
 

@@ -134,7 +134,14 @@ FAMILIES = (
 
 
 class CountingHistogram(Histogram):
-    """A histogram that takes many equal observations at once: under load a delta holds several tokens."""
+    """A histogram that takes many equal observations at once: under load a delta holds several tokens.
+
+    It finds the bucket by bisection, where the library tries one after the other.
+    """
+
+    def observe(self, amount: float, exemplar: dict[str, str] | None = None) -> None:
+        """One observation. exemplar: none are kept."""
+        self.observe_many(amount, 1)
 
     def observe_many(self, amount: float, count: int) -> None:
         """The same as `count` times observe(amount), at the price of one."""

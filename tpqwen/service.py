@@ -59,6 +59,7 @@ from tpqwen.text.tokenizer import Tokenizer
 CPU_SHARE = 0.1  # of a core, per process, where ranks compute on the CPU: a laptop's cores are shared, not reserved
 RANK_STATS_EVERY_S = 5.0
 DRAIN_POLL_S = 0.05
+YOUNG_OBJECTS = 10_000  # more than before the garbage collector looks at them; its 700 are less than two requests
 DRAIN_FLUSH_S = 5.0  # for clients to read how their requests ended
 
 _log = logging.getLogger(__name__)
@@ -141,7 +142,8 @@ class Qwen3Server:
         self._text: TextProcesses | None = None
         self._grammars = GrammarService(self._folder, self._model.vocab_size)
         self._tasks: list[asyncio.Task[None]] = []
-        logs.configure(self._config.server.log, "replica", sys.__stderr__)  # sys.stderr may lead to Serve's logger
+        # sys.stderr may lead to Serve's logger
+        logs.configure(self._config.server.log, "replica", sys.__stderr__, asyncio.get_running_loop())
         keep_title("tpqwen replica")
 
     @property
@@ -183,6 +185,7 @@ class Qwen3Server:
         )
         gc.collect()
         gc.freeze()  # a million objects of torch, Ray and transformers: looking through them was a fifth of a request
+        gc.set_threshold(YOUNG_OBJECTS)
         return app
 
     def check_health(self) -> None:

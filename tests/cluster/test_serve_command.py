@@ -1,4 +1,5 @@
-"""`tpqwen serve` as a process of its own: a signal lets running streams end and tells everybody else why not.
+"""`tpqwen serve` as a process of its own: a signal lets running streams end and tells everybody else why not, with both
+ingresses, until the port is closed.
 
 The signal comes to the process alone, as from a pod's kubelet, or to its whole process group, as from a terminal's
 Ctrl-C, from `timeout` and from an init that forwards to the group.
@@ -12,14 +13,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.cluster.processes import children_of, title, until
+from tpqwen.console.ray_settings import HAPROXY_PORTS
 
 pytestmark = pytest.mark.ray
 
@@ -28,15 +32,17 @@ REQUEST = {"prompt": "one two three", "max_tokens": 1500, "temperature": 0, "ign
 
 
 @pytest.fixture
-def command(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
-    """The process, its URL and what it writes."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+def command(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
+    """The process, its URL and what it writes. A test's parameter may name the ingress."""
+    ingress = getattr(request, "param", "serve")
+    port, *others = free_ports(1 + len(HAPROXY_PORTS))
     log = tmp_path / "log"
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    environment |= {name: str(number) for name, number in zip(HAPROXY_PORTS, others, strict=True)}
+    environment["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"] = str(others[-1] + 100)
     run = [sys.executable, "-c", "from tpqwen.cli import main; raise SystemExit(main())", "serve", "--port", str(port)]
     with log.open("wb") as output:
-        words = [*run, *OPTIONS]
+        words = [*run, "--ingress", ingress, *OPTIONS]
         process = subprocess.Popen(words, stdout=output, stderr=output, env=environment, start_new_session=True)
     yield process, f"http://127.0.0.1:{port}", log
     for _ in range(2):  # a test that failed: end at once, and take Ray along
@@ -54,6 +60,12 @@ def status(url: str) -> tuple[int, str]:
     return answer.status_code, answer.json()["status"] if answer.status_code in (200, 503) else ""
 
 
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [probe.getsockname()[1] for probe in probes]
+
+
 def to_process(pid: int) -> None:
     os.kill(pid, signal.SIGTERM)
 
@@ -68,8 +80,55 @@ def ctrl_c(pid: int) -> None:
     os.killpg(pid, signal.SIGINT)
 
 
+class Clients:
+    """Two that ask again and again, one over a new connection each time, one over a kept one; what they were told."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(kept,)) for kept in (False, True)]
+        self.told: dict[bool, list[tuple[int, str]]] = {False: [], True: []}
+
+    def __enter__(self) -> Clients:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _ask(self, kept: bool) -> None:
+        """0: nobody is there, or not any more."""
+        client = httpx.Client(timeout=30)
+        body = REQUEST | {"max_tokens": 1, "stream": False}
+        while not self._over.is_set():
+            try:
+                answer = client.post(f"{self._url}/v1/completions", json=body)
+                code = answer.json()["error"]["code"] if answer.status_code == 503 else ""
+                said = answer.status_code, code + (" again later" if "retry-after" in answer.headers else "")
+            except httpx.HTTPError:
+                said = 0, ""
+            if self.told[kept][-1:] != [said]:
+                self.told[kept].append(said)
+            if not kept:
+                client.close()
+                client = httpx.Client(timeout=30)
+            time.sleep(0.02)
+        client.close()
+
+
 @pytest.mark.parametrize(
-    "stop", [pytest.param(to_process, marks=pytest.mark.slow), to_group, pytest.param(ctrl_c, marks=pytest.mark.slow)]
+    ("command", "stop"),
+    [
+        ("haproxy", to_process),
+        ("serve", to_group),
+        pytest.param("serve", to_process, marks=pytest.mark.slow),
+        pytest.param("serve", ctrl_c, marks=pytest.mark.slow),
+        pytest.param("haproxy", to_group, marks=pytest.mark.slow),
+    ],
+    indirect=["command"],
 )
 def test_a_signal_drains_before_the_application_goes(command, stop: Callable[[int], None]):
     process, url, log = command
@@ -77,18 +136,20 @@ def test_a_signal_drains_before_the_application_goes(command, stop: Callable[[in
     assert process.poll() is None, log.read_text()
     children = children_of({process.pid})
     until(lambda: "tpqwen replica" in map(title, children), "the replica's title")
-    with httpx.stream("POST", f"{url}/v1/completions", json=REQUEST, timeout=120) as running:
-        lines = (line.removeprefix("data: ") for line in running.iter_lines() if line.startswith("data: "))
-        events = [next(lines)]
-        stop(process.pid)
-        until(lambda: status(url) == (503, "draining"), "/ready says so", 60)
-        refused = httpx.post(f"{url}/v1/completions", json=REQUEST, timeout=30)
-        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
-        assert "retry-after" in refused.headers
-        events += lines
+    with Clients(url) as clients:
+        with httpx.stream("POST", f"{url}/v1/completions", json=REQUEST, timeout=120) as running:
+            lines = (line.removeprefix("data: ") for line in running.iter_lines() if line.startswith("data: "))
+            events = [next(lines)]
+            until(lambda: all(told == [(200, "")] for told in clients.told.values()), "both clients' first answers")
+            stop(process.pid)
+            until(lambda: status(url) == (503, "draining"), "/ready says so", 60)
+            events += lines
+        assert process.wait(120) == 0, log.read_text()
     assert events[-1] == "[DONE]"
     assert [c["finish_reason"] for c in json.loads(events[-2])["choices"]] == ["length"]
-    assert process.wait(120) == 0, log.read_text()
+    for told in clients.told.values():  # never 404, which clients take for an answer
+        assert told[:2] == [(200, ""), (503, "draining again later")]
+        assert told[2:] in ([], [(0, "")])
     until(lambda: not any(title(pid) for pid in children), "the end of every process")
     with socket.create_server(("127.0.0.1", int(url.rpartition(":")[2]))):
         pass  # nobody listens there any more

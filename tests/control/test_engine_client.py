@@ -13,13 +13,15 @@ import pytest
 
 from tests.fakes import FakeExecutor, expected_tokens, tiny_capacity
 from tpqwen.config import ScheduleOptions
+from tpqwen.engine import line
+from tpqwen.engine.cadence import Cadence
 from tpqwen.engine.client import EngineClient
 from tpqwen.engine.core import EngineCore
 from tpqwen.engine.local import start_local_engine
 from tpqwen.engine.loop import EngineLoop
-from tpqwen.engine.messages import Add, RanksLost, decode_command
+from tpqwen.engine.messages import Abort, Add, Batch, RanksLost, Several, decode_command, encode
 from tpqwen.errors import EngineError, Overloaded, RankDied, RequestError
-from tpqwen.request import Delta, FinishReason, GenerateRequest, SamplingParams
+from tpqwen.request import Delta, Deltas, FinishReason, GenerateRequest, SamplingParams
 from tpqwen.step import StepOutput, StepStats
 from tpqwen.transport.channel import QueueChannel
 from tpqwen.transport.ring import RingReader, RingWriter
@@ -286,7 +288,101 @@ def test_what_the_scheduler_refuses_is_raised_to_the_caller():
     run(main)
 
 
-def test_commands_wait_in_order_while_the_engine_is_too_busy_to_read_them():
+def test_requests_that_come_together_reach_the_engine_together_eight_at_most(monkeypatch: pytest.MonkeyPatch):
+    async def main() -> None:
+        commands = QueueChannel()
+        client = EngineClient(commands, QueueChannel(), tiny_capacity(), ScheduleOptions())
+        tasks = [asyncio.create_task(deltas_of(client, request(f"r{i}"))) for i in range(line.TOGETHER + 3)]
+        await until(lambda: client.num_open == len(tasks))
+        await asyncio.sleep(0)
+        messages = [decode_command(data) for data in iter(lambda: commands.recv(0.0) or b"", b"")]
+        assert all(isinstance(m, Several) for m in messages)
+        found = [m.commands for m in messages if isinstance(m, Several)]
+        assert [len(c) for c in found] == [line.TOGETHER, 3]
+        assert [*found[0], *found[1]] == [Add(request(f"r{i}")) for i in range(len(tasks))]
+        tasks[1].cancel()
+        await until(commands.poll)
+        assert decode_command(commands.recv(0.0) or b"") == Abort("r1")  # alone: as it is
+        monkeypatch.setattr(line, "TOGETHER_BYTES", 1)
+        more = [asyncio.create_task(deltas_of(client, request(f"m{i}"))) for i in range(2)]
+        await until(lambda: client.num_open == len(tasks) + 1)
+        await asyncio.sleep(0)
+        assert [decode_command(commands.recv(0.0) or b"") for _ in more] == [Add(request(f"m{i}")) for i in range(2)]
+        await client.close()
+        await asyncio.gather(*tasks, *more, return_exceptions=True)
+
+    run(main)
+
+
+def test_a_broken_channel_ends_what_was_sent_together():
+    async def main() -> None:
+        commands = QueueChannel()
+        client = EngineClient(commands, QueueChannel(), tiny_capacity(), ScheduleOptions())
+        commands.close()
+        for deltas in await asyncio.gather(*(deltas_of(client, request(f"r{i}")) for i in range(3))):
+            assert [d.error_code for d in deltas] == ["engine_dead"]
+        assert client.state.name == "dead"
+        await client.close()
+
+    run(main)
+
+
+@pytest.mark.parametrize("interval_s", [60.0, 0.001])
+def test_under_load_tokens_after_the_first_wait_for_the_next_moment_of_writing_or_the_end(
+    interval_s: float, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Cadence, "interval_s", lambda self, num_streams: interval_s)
+
+    async def main() -> None:
+        reports, taken = QueueChannel(), list[list[int]]()
+        client = EngineClient(QueueChannel(), reports, tiny_capacity(), ScheduleOptions())
+
+        async def read() -> None:
+            async for delta in client.generate(request("a")):
+                taken.append(delta.token_ids)
+
+        def report(index: int, reason: FinishReason | None = None) -> None:
+            delta = Delta(id="a", index=index, token_ids=[index], finish_reason=reason)
+            reports.send(encode(Batch(Deltas(others=[delta]))), 1.0)
+
+        task = asyncio.create_task(read())
+        await until(lambda: client.num_open == 1)
+        report(0)
+        await until(lambda: taken == [[0]])
+        for index in range(1, 4):
+            report(index)
+        if interval_s < 1:
+            await until(lambda: sum(map(len, taken)) == 4)
+        report(4, FinishReason.LENGTH)
+        await task
+        assert [token for tokens in taken for token in tokens] == [0, 1, 2, 3, 4]
+        assert interval_s < 1 or taken == [[0], [1, 2, 3, 4]]
+        await client.close()
+
+    run(main)
+
+
+def test_a_broken_channel_is_reported_once():
+    async def main() -> None:
+        faults: list[Any] = []
+        commands = QueueChannel()
+        client = EngineClient(commands, QueueChannel(), tiny_capacity(), ScheduleOptions(), on_fault=faults.append)
+        commands.close()
+        tasks = [asyncio.create_task(deltas_of(client, request(f"r{i}"))) for i in range(2 * line.TOGETHER + 1)]
+        await until(lambda: client.num_open == len(tasks))
+        await asyncio.sleep(0)
+        client.drain()
+        await asyncio.sleep(0)
+        assert [f.code for f in faults] == ["engine_dead"]
+        await client.close()
+        assert [deltas[-1].error_code for deltas in await asyncio.gather(*tasks)] == ["shut_down"] * len(tasks)
+
+    run(main)
+
+
+def test_commands_wait_in_order_while_the_engine_is_too_busy_to_read_them(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(line, "TOGETHER_BYTES", 300)  # the ring is small too
+
     async def main() -> None:
         commands = RingWriter(1, capacity=600)
         inbox = RingReader(commands.address(0))

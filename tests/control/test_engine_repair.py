@@ -274,6 +274,7 @@ def test_what_has_ended_but_was_not_read_yet_is_neither_waited_for_nor_begun_aga
             assert client.silent_s == 0.0
             commands = QueueChannel()
             client.reattach(commands, QueueChannel(), tiny_capacity())
+            await asyncio.sleep(0)
             assert told(commands) == [("Add", "late")]
             rest = [d async for d in stream]
             assert [d.finish_reason for d in rest] == [end["finish_reason"]]

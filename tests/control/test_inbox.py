@@ -32,7 +32,7 @@ def test_a_late_reader_gets_all_at_once_with_what_first_and_last_delta_say() -> 
         box.put_nowait(delta(1, 2, logprobs=[score(-2)]))
         box.put_nowait(delta(2, 3, 4, finish_reason=FinishReason.STOP, stop_id=4, resumed=1))
         assert box.unread == 4
-        got = await box.get(pause_s=60)
+        got = await box.get()
         assert (got.index, got.token_ids, got.cached_tokens, got.queue_s) == (0, [1, 2, 3, 4], 3, 0.5)
         assert (got.finish_reason, got.stop_id, got.resumed) == (FinishReason.STOP, 4, 1)
         assert got.logprobs == [score(-1), score(-2), None, None]
@@ -72,25 +72,32 @@ def test_a_reader_that_waits_gets_each_delta_when_it_comes() -> None:
     run(main)
 
 
-def test_a_pause_collects_what_comes_and_ends_early_for_the_end_only() -> None:
+def test_what_is_held_waits_for_its_release_or_for_the_end() -> None:
     async def main() -> None:
         box = Inbox()
-        reader = asyncio.create_task(box.get(pause_s=60))
-        await asyncio.sleep(0)
-        for i in range(5):
-            box.put_nowait(delta(i, i))
+        reader = asyncio.create_task(box.get())
+        for i in range(3):
+            box.put_nowait(delta(i, i), hold=True)
             await asyncio.sleep(0)
             assert not reader.done()
-        box.put_nowait(delta(5, 5, finish_reason=FinishReason.LENGTH))
-        assert (await reader).token_ids == [0, 1, 2, 3, 4, 5]
-        short = asyncio.create_task(box.get(pause_s=0.01))
-        box.put_nowait(delta(6, 6))
-        assert (await short).token_ids == [6]
-        nothing = asyncio.create_task(box.get(pause_s=0.01))
-        await asyncio.sleep(0.05)
-        assert not nothing.done()
-        box.put_nowait(delta(7, 7))
-        assert (await nothing).token_ids == [7]
+        box.release()
+        assert (await reader).token_ids == [0, 1, 2]
+        box.release()  # nothing has come since
+        late = asyncio.create_task(box.get())
+        await asyncio.sleep(0)
+        box.put_nowait(delta(3, 3), hold=True)
+        box.put_nowait(delta(4, 4, finish_reason=FinishReason.LENGTH), hold=True)
+        assert (await late).token_ids == [3, 4]
+
+    run(main)
+
+
+def test_what_need_not_be_held_any_more_brings_along_what_was() -> None:
+    async def main() -> None:
+        box = Inbox()
+        box.put_nowait(delta(0, 0), hold=True)
+        box.put_nowait(delta(1, 1))
+        assert (await box.get()).token_ids == [0, 1]
 
     run(main)
 
@@ -100,8 +107,8 @@ def test_tokens_go_out_before_the_failure_that_ended_them() -> None:
         box = Inbox()
         box.put_nowait(delta(0, 1))
         box.put_nowait(delta(1, finish_reason=FinishReason.ERROR, error="rank 1 died", error_code="rank_dead"))
-        assert (await box.get(pause_s=60)).token_ids == [1]
-        assert (await box.get(pause_s=60)).error == "rank 1 died"
+        assert (await box.get()).token_ids == [1]
+        assert (await box.get()).error == "rank 1 died"
         refused = Inbox()
         refused.put_nowait(ValueError("no"))
         with pytest.raises(ValueError, match="no"):
@@ -113,12 +120,11 @@ def test_tokens_go_out_before_the_failure_that_ended_them() -> None:
 def test_a_cancelled_reader_loses_nothing() -> None:
     async def main() -> None:
         box = Inbox()
-        for pause_s in (0.0, 60.0):
-            reader = asyncio.create_task(box.get(pause_s))
-            await asyncio.sleep(0)
-            reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
+        reader = asyncio.create_task(box.get())
+        await asyncio.sleep(0)
         box.put_nowait(delta(0, 1))
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
         assert (await box.get()).token_ids == [1]
 
     run(main)

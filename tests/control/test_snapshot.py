@@ -46,7 +46,8 @@ def test_the_engine_answers_between_steps_and_only_when_asked() -> None:
             executor.go.release(3)
             await until(lambda: client.work.steps == 3)
             asked = asyncio.create_task(client.look(10.0))
-            await asyncio.sleep(0)  # the question is on its way before the engine may go on
+            for _ in range(2):  # turns of the loop: it is asked, it goes out; before the engine may go on
+                await asyncio.sleep(0)
             executor.go.release(100)
             seen = await asked
             assert seen is not None and [s.phase for s in seen.slots] == ["decode"] and seen.slots[0].num_tokens > 6

@@ -60,8 +60,8 @@ def with_template(tmp_path: Path, source: str) -> TextProcesses:
 @pytest.mark.parametrize("work", WORKS, ids=lambda w: type(w).__name__)
 def test_the_process_gives_what_this_one_would(folder: Path, service: TextProcesses, work: Work) -> None:
     here = Renderer(ChatFormat(Tokenizer(folder)), MAX_LEN)
-    assert render(service, work) == here.run(work)
-    assert render(service, work, truncate=2) == here.run(work, truncate=2)
+    assert render(service, work) == here.run(work).packed()
+    assert render(service, work, truncate=2) == here.run(work, truncate=2).packed()
 
 
 def test_long_work_is_done_beside_the_short_and_too_long_prompts_are_counted_only(service: TextProcesses) -> None:

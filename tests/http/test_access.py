@@ -33,7 +33,7 @@ def ask(server: Server, key: str = ALICE, **body: Any) -> Any:
 
 def test_every_route_but_health_and_static_pages_is_closed_without_a_key() -> None:
     server = closed()
-    routes = server.app.routes
+    routes = server.app.served
     assert {path for _, path in routes} >= {CHAT, COMPLETIONS, "/v1/models", "/metrics", "/version", *OPEN_PATHS}
     assert {"/health", "/ready", "/", "/docs"} == OPEN_PATHS
     for method, path in [*routes, ("GET", "/nothing"), ("DELETE", CHAT), ("GET", "/healthy"), ("GET", "/health/x")]:

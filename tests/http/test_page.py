@@ -48,7 +48,7 @@ def test_it_loads_nothing_and_sets_text_as_text() -> None:
 def test_it_asks_for_paths_that_exist() -> None:
     paths = {"/" + path for path in re.findall(r'["`](v1/[\w/]+|version|health|ready)["`]', page())}
     assert paths >= {"/v1/chat/completions", "/v1/models", "/v1/engine/events"}
-    assert paths <= {path for _, path in make_server().app.routes}
+    assert paths <= {path for _, path in make_server().app.served}
 
 
 def test_the_embedded_model_is_called_what_it_is() -> None:

@@ -135,6 +135,24 @@ def test_cancelled_app_stops_the_request(n: int) -> None:
     assert server.hooks.named("http") == [(CHAT, "POST", 499)]
 
 
+def test_a_client_that_leaves_while_the_server_is_cancelled_does_not_hide_that() -> None:
+    server = make_server(slow)
+
+    async def work() -> None:
+        connection = Connection(server.app, CHAT, {"messages": HELLO, "stream": True})
+        task = asyncio.create_task(connection.run())
+        await connection.until('"content":"a"')
+        connection.leave()
+        await asyncio.sleep(0)  # it is being told
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not server.engine.live
+
+    run(work())
+    assert server.hooks.named("http") == [(CHAT, "POST", 499)]
+
+
 def test_stop_string_stops_the_engine_while_the_client_still_reads() -> None:
     server = make_server(lambda request: [*ids("one STOP"), ENDLESS])
     answer = post(server.app, CHAT, messages=HELLO, stream=True, stop=["STOP"])

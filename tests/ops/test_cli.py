@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
@@ -287,6 +288,42 @@ def test_log_lines_are_key_value_and_stay_one_line():
     line = out.getvalue()
     assert line.count("\n") == 1
     assert line.endswith('level=info process="rank 0/2" logger=tpqwen.some.module request=a text=two\\nlines\n')
+
+
+def test_an_event_loops_lines_are_written_once_a_turn_and_in_order():
+    class Written(io.StringIO):
+        writes = 0
+
+        def write(self, text: str) -> int:
+            self.writes += 1
+            return super().write(text)
+
+    out = Written()
+
+    def words() -> list[str]:
+        return [line.split()[-1] for line in out.getvalue().splitlines()]
+
+    async def main() -> None:
+        logs.configure("info", "replica", out, asyncio.get_running_loop())
+        log = logging.getLogger("tpqwen.some.module")
+        for word in "abc":
+            log.info(word)
+        assert not out.writes
+        await asyncio.sleep(0)
+        assert (words(), out.writes) == (["a", "b", "c"], 1)
+        log.info("d")
+        log.warning("e")  # at once, after what was said before
+        assert words() == ["a", "b", "c", "d", "e"]
+        log.info("f")
+        await asyncio.to_thread(log.info, "g")
+        assert words()[5:] == ["f", "g"]
+        log.info("h")
+        logging.getLogger("tpqwen").handlers[0].flush()  # as at the process's end
+        assert words()[7:] == ["h"]
+
+    asyncio.run(main())
+    logging.getLogger("tpqwen.some.module").info("i")  # its loop is over
+    assert words()[8:] == ["i"]
 
 
 def test_tracebacks_follow_their_line():

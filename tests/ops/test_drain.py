@@ -12,9 +12,10 @@ import pytest
 from ray._private import services
 from rich.console import Console
 
-from tpqwen import ending
+from tpqwen import cli, ending
 from tpqwen.console import serve as command
 from tpqwen.console import signals
+from tpqwen.console import stop as stopping
 from tpqwen.console.signals import ECHO_S, Interrupts, sessions_of_their_own
 from tpqwen.service import Qwen3Server, end_all
 
@@ -31,37 +32,77 @@ class FakeServe:
         return SimpleNamespace(applications={"tpqwen": SimpleNamespace(status=SimpleNamespace(value=self._status))})
 
     def get_app_handle(self, name: str) -> Any:
-        return SimpleNamespace(drain=SimpleNamespace(remote=self._asked))
+        return SimpleNamespace(broadcast=self._asked)
 
-    def _asked(self, grace_s: float) -> Any:
-        self.calls.append(f"drain within {grace_s:g} s")
-        return SimpleNamespace(result=self._drained)
+    def _asked(self, method: str, grace_s: float) -> Any:
+        self.calls.append(f"{method} every replica within {grace_s:g} s")
+        return SimpleNamespace(results=lambda timeout_s: self._drained(timeout_s - grace_s))
 
-    def _drained(self, timeout_s: float) -> None:
-        assert timeout_s > command.DRAIN_S
+    def _drained(self, margin_s: float) -> None:
+        assert margin_s > 0
         if self._failure is not None:
             raise self._failure
+
+    def shutdown(self) -> None:
+        self.calls.append("end Serve")
 
     def delete(self, name: str, _blocking: bool = True) -> None:
         self.calls.append(f"delete {name}" if _blocking else f"delete {name} without waiting")
 
 
+DRAIN = "drain every replica within 90 s"
+
+
 @pytest.mark.parametrize(
-    ("status", "failure", "expected"),
+    ("own_cluster", "status", "failure", "expected"),
     [
-        ("RUNNING", None, ["drain within 90 s", "delete tpqwen", "shutdown"]),
-        ("RUNNING", TimeoutError, ["drain within 90 s", "delete tpqwen", "shutdown"]),
-        ("RUNNING", KeyboardInterrupt, ["drain within 90 s", "delete tpqwen without waiting", "shutdown"]),
-        ("DEPLOYING", None, ["delete tpqwen", "shutdown"]),
+        (True, "RUNNING", None, [DRAIN, "end Serve", "shutdown"]),
+        (False, "RUNNING", None, [DRAIN, "delete tpqwen", "shutdown"]),
+        (True, "RUNNING", TimeoutError, [DRAIN, "end Serve", "shutdown"]),
+        (True, "RUNNING", KeyboardInterrupt, [DRAIN, "delete tpqwen without waiting", "shutdown"]),
+        (False, "DEPLOYING", None, ["delete tpqwen", "shutdown"]),
     ],
 )
-def test_the_replica_drains_before_the_application_goes_unless_interrupted(monkeypatch, status, failure, expected):
+def test_the_replica_drains_before_the_application_goes_unless_interrupted(
+    monkeypatch, own_cluster, status, failure, expected
+):
     fake = FakeServe(status, failure)
-    monkeypatch.setattr(command, "serve", fake)
+    for module in (command, stopping):
+        monkeypatch.setattr(module, "serve", fake)
     monkeypatch.setattr(command.ray, "is_initialized", lambda: True)
     monkeypatch.setattr(command.ray, "shutdown", lambda: fake.calls.append("shutdown"))
-    command.stop(Console(quiet=True), Interrupts())
+    command.stop(Console(quiet=True), Interrupts(), own_cluster=own_cluster)
     assert fake.calls == expected
+
+
+def on_a_cluster(monkeypatch: pytest.MonkeyPatch, fake: FakeServe) -> None:
+    """`tpqwen stop` meets this Serve."""
+    monkeypatch.setattr(cli, "set_ray_defaults", lambda environ, words: None)
+    monkeypatch.setattr(cli.logs, "configure", lambda level, process: None)
+    monkeypatch.setattr(stopping, "serve", fake)
+    monkeypatch.setattr(stopping.ray, "init", lambda **options: fake.calls.append(f"join {options['address']}"))
+    monkeypatch.setattr(stopping.ray, "shutdown", lambda: fake.calls.append("leave"))
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+
+
+@pytest.mark.parametrize("failure", [None, TimeoutError])
+def test_the_stop_command_drains_every_replica_and_then_tells_serve(monkeypatch, failure):
+    fake = FakeServe("RUNNING", failure)
+    on_a_cluster(monkeypatch, fake)
+    assert cli.main(["stop", "--grace", "7"]) == 0
+    assert fake.calls == ["join auto", "drain every replica within 7 s", "delete tpqwen", "leave"]
+
+
+def test_the_stop_command_refuses_what_it_cannot_stop(monkeypatch, capsys):
+    fake = FakeServe("RUNNING")
+    on_a_cluster(monkeypatch, fake)
+    assert cli.main(["stop", "--app", "other"]) == 2
+    assert "no application 'other'" in capsys.readouterr().err
+    assert fake.calls == ["join auto", "leave"]
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert cli.main(["stop"]) == 2
+    assert "RAY_ADDRESS" in capsys.readouterr().err
+    assert fake.calls == ["join auto", "leave"]
 
 
 def test_a_signal_interrupts_once_and_its_echo_does_nothing():

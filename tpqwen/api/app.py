@@ -144,8 +144,11 @@ class _Api:
         }
 
     @property
-    def routes(self) -> list[tuple[str, str]]:
-        """Every (method, path) that is answered; a path may hold {id}."""
+    def served(self) -> list[tuple[str, str]]:
+        """Every (method, path) that is answered; a path may hold {id}.
+
+        Not "routes": what has such, Serve takes for an app of Starlette's, and looks through them at every request.
+        """
         return [(method, path) for path, handlers in self._routes.items() for method in handlers]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -205,8 +208,7 @@ class _Api:
                 self._check_state()
                 self._engine.check_room()  # a refusal must cost less than an answer, or refusing takes all there is
                 call = await read_json(exchange.headers, exchange.receive, most, read=read, long=self._long)
-                work = asyncio.create_task(self._answer(exchange, endpoint, call, running))
-                if not await exchange.until_client_leaves(work):
+                if not await exchange.until_client_leaves(self._answer(exchange, endpoint, call, running)):
                     exchange.counted_status = CLIENT_LEFT
         except (RequestError, EngineError) as error:
             if not running or isinstance(error, RequestError):
@@ -240,7 +242,7 @@ class _Api:
         answer = endpoint.answer(frame)
         deadline = Deadline(exchange.arrived, call.timeout_s, self._settings)
         if call.stream:
-            stream = EventStream(exchange.send, self._settings, lambda: run.timing)
+            stream = EventStream(exchange.send, self._settings, lambda: run.timing, exchange.give_up)
             status = await send_events(run, cast(Answer, answer), call, stream, deadline, exchange.request_id)
             exchange.counted_status = status
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import secrets
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ from tpqwen.text.tools import CallSyntax, Tools, call_syntax
 from tpqwen.text.work import ChatWork, PromptWork, Rendered, Work
 
 _log = logging.getLogger(__name__)
+_run = secrets.token_hex(4)
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -155,8 +158,7 @@ def prepare(call: Call, rendered: Rendered, chat: ChatFormat, info: ModelInfo) -
         checked_max_tokens(rendered.longest, params, info.limits, call.param)
     all_ids = rendered.prompts
     _check_ids(all_ids, params, info)
-    # The client's request id is no key: two requests may carry the same one.
-    key = secrets.token_hex(8)
+    key = f"{_run}{next(_numbers):08x}"  # the client's request id is none: two requests may carry the same one
     common: dict[str, Any] = {
         "priority": call.priority,
         "cache_salt": call.cache_salt,

@@ -46,7 +46,7 @@ class EngineEvents:
             raise Overloaded(f"{self._viewers} streams of engine events are open already", code="concurrency")
         self._viewers += 1
         try:
-            await exchange.until_client_leaves(asyncio.create_task(self._stream(exchange)))
+            await exchange.until_client_leaves(self._stream(exchange))
         finally:
             self._viewers -= 1
             if not self._viewers and self._next is not None:
@@ -54,9 +54,9 @@ class EngineEvents:
                 self._next = self._before = None
 
     async def _stream(self, exchange: Exchange) -> None:
-        stream = EventStream(exchange.send, self._settings, lambda: "")
+        stream = EventStream(exchange.send, self._settings, lambda: "", exchange.give_up)
         end = time.monotonic() + self._settings.events_for_s
-        async with stream.watched():
+        async with stream:
             last = False
             while not last:
                 event = await self._event()

@@ -6,7 +6,8 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -35,10 +36,9 @@ class Exchange:
         self.method: str = scope["method"]
         self.path = _path(scope)
         self.query: str = scope.get("query_string", b"").decode("latin-1")
-        self.header_bytes = sum(len(name) + len(value) for name, value in scope["headers"])
-        self.headers: Mapping[str, str] = {
-            k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]
-        }
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        self.header_bytes = sum([len(name) + len(value) for name, value in headers])
+        self.headers: Mapping[str, str] = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in headers}
         given = self.headers.get("x-request-id", "")
         self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         self.status: int | None = None
@@ -51,13 +51,13 @@ class Exchange:
         self.lease: Lease | None = None  # what it counts as
         self._receive = receive
         self._body_timeout_s = body_timeout_s
-        self._has_body = False
+        self._task: asyncio.Task[Any] | None = None  # that runs the answer, until it is given up
         self._send = send
         self._send_request_id = send_request_id
 
     async def receive(self) -> Message:
         """The ASGI receive of this exchange. Raises RequestError 408 when the body does not come to its end in time."""
-        if self._has_body or not self._body_timeout_s:
+        if not self._body_timeout_s:
             return await self._receive()
         left = self.arrived + self._body_timeout_s - time.monotonic()
         try:
@@ -66,7 +66,8 @@ class Exchange:
         except TimeoutError:
             text = f"the body was not here after {self._body_timeout_s:g} s"
             raise RequestError(text, code="body_timeout", status=408) from None
-        self._has_body = not message.get("more_body", False)
+        if not message.get("more_body", False):
+            self._body_timeout_s = 0.0  # it is here
         return message
 
     async def send(self, message: Message) -> None:
@@ -101,26 +102,37 @@ class Exchange:
                 headers["connection"] = "close"  # the rest of the body is not read
             await self.reply(self.error_body(failed), failed.status, **headers)
 
-    async def client_left(self) -> None:
-        """Returns when the client's connection has ended; to be awaited after the body was read."""
-        while (await self.receive())["type"] != "http.disconnect":
-            pass
+    async def until_client_leaves(self, work: Coroutine[Any, Any, None]) -> bool:
+        """Run `work`, after the body was read, but cancel it when the client leaves: then False. Raises what it raises.
 
-    async def until_client_leaves(self, work: asyncio.Task[None]) -> bool:
-        """Await `work`, but cancel it when the client leaves. False if it was cancelled. Raises what work raises."""
-        leaving = asyncio.create_task(self.client_left())
+        It runs in the caller's task: one task less for each request.
+        """
+        task = self._task = asyncio.current_task()
+        assert task is not None
+        cancelled_before = task.cancelling()
+        watch = asyncio.create_task(self._watch())
         try:
-            await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if self.complete:  # servers report a disconnect after every complete answer
-                await asyncio.wait({work})
-        finally:
-            for task in (work, leaving):
-                task.cancel()
-            await asyncio.gather(work, leaving, return_exceptions=True)
-        if work.cancelled():
+            await work
+        except asyncio.CancelledError:
+            if self._task is task or task.uncancel() > cancelled_before:  # by somebody else
+                raise
             return False
-        work.result()
+        finally:
+            self._task = None
+            watch.cancel()
         return True
+
+    def give_up(self) -> None:
+        """Nobody reads any more: what runs within until_client_leaves is cancelled, unless the answer is complete."""
+        if self._task is not None and not self.complete:
+            self._task.cancel()
+            self._task = None
+
+    async def _watch(self) -> None:
+        with suppress(Exception):  # a proxy that is gone has taken its client along
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+        self.give_up()  # servers report a disconnect after every complete answer too
 
 
 def _path(scope: Scope) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from tpqwen.api.formats import ResponseFormat, StructuredOutputs
@@ -61,6 +62,26 @@ class Field:
     maps_to: str = ""
     required: bool = False
     says: str = ""
+
+
+class Table(tuple[Field, ...]):
+    """The fields of one endpoint, in the order in which they are shown; what every request asks of it is found once."""
+
+    def __new__(cls, *fields: Field) -> Table:
+        return super().__new__(cls, fields)
+
+    @cached_property
+    def by_name(self) -> dict[str, Field]:
+        return {f.name: f for f in self}
+
+    @cached_property
+    def required(self) -> list[str]:
+        return [f.name for f in self if f.required]
+
+    @cached_property
+    def mapped(self) -> list[tuple[str, str]]:
+        """(field, attribute of SamplingParams) where one becomes the other as it is."""
+        return [(f.name, f.maps_to) for f in self if f.maps_to]
 
 
 _ROOM = "what the context leaves"
@@ -138,7 +159,7 @@ _COMMON = (
     Field("service_tier", Only(("auto",)), "auto", "there is one tier"),
 )
 
-CHAT = (
+CHAT = Table(
     Field(
         "messages",
         Messages(MAX_MESSAGES),
@@ -187,7 +208,7 @@ CHAT = (
     Field("parallel_tool_calls", Boolean(), "true", "false: the answer ends after its first call; needs tools"),
 )
 
-COMPLETIONS = (
+COMPLETIONS = Table(
     Field(
         "prompt",
         Prompts(MAX_PROMPTS),
@@ -226,7 +247,7 @@ _FORMAT = (
     ("strict", Boolean()),
 )
 
-RESPONSES = (
+RESPONSES = Table(
     Field(
         "input",
         Either(Objects(MAX_MESSAGES, _ITEMS, 1)),
@@ -276,7 +297,7 @@ RESPONSES = (
 
 _OUTPUT = Record((("type", Only(("json_schema",))), ("schema", AnyObject())), required=("type", "schema"))
 
-COUNT_TOKENS = (
+COUNT_TOKENS = Table(
     Field(
         "messages",
         Objects(MAX_MESSAGES, (), 1),
@@ -316,7 +337,7 @@ COUNT_TOKENS = (
     ),
 )
 
-MESSAGES = (
+MESSAGES = Table(
     *COUNT_TOKENS,
     Field("max_tokens", Integer(1), "", "prompt and max_tokens must fit into the context", required=True),
     _EITHER["temperature"],
@@ -330,7 +351,7 @@ MESSAGES = (
 
 _POOLED = tuple(f for f in _COMMON if f.name in ("priority", "cache_salt", "timeout", "user"))
 
-EMBEDDINGS = (
+EMBEDDINGS = Table(
     Field(
         "input",
         Prompts(MAX_INPUTS),
@@ -346,7 +367,7 @@ EMBEDDINGS = (
     *_POOLED,
 )
 
-RERANK = (
+RERANK = Table(
     Field("query", Text(1), "", "what is asked for", required=True),
     Field(
         "documents",
@@ -370,7 +391,7 @@ TOKENIZE_CHAT = tuple(
     in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "reasoning_effort", "tools")
 )
 
-TOKENIZE = (
+TOKENIZE = Table(
     _MODEL,
     Field("prompt", Text(), "none", "text; control tokens in it count as such. Either this or messages"),
     Field(
@@ -384,7 +405,7 @@ TOKENIZE = (
     Field("return_token_strs", Boolean(), "false", "the tokens as text too"),
 )
 
-DETOKENIZE = (
+DETOKENIZE = Table(
     _MODEL,
     Field("tokens", Items(Integer(0), 1 << 20), "", "token ids", required=True),
 )
@@ -406,9 +427,9 @@ UNSUPPORTED = frozenset({
 # fmt: on
 
 
-def validate(fields: Iterable[Field], body: dict[str, Any]) -> dict[str, Any]:
+def validate(table: Table, body: dict[str, Any]) -> dict[str, Any]:
     """Checked values by field name, only those that the client gave. Raises RequestError naming the first bad field."""
-    by_name = {f.name: f for f in fields}
+    by_name = table.by_name
     values: dict[str, Any] = {}
     for name, value in body.items():
         field = by_name.get(name)
@@ -418,15 +439,15 @@ def validate(fields: Iterable[Field], body: dict[str, Any]) -> dict[str, Any]:
             raise _not_taken(name)
         if value is not None:
             values[name] = field.shape.check(value, name)
-    for field in by_name.values():
-        if field.required and field.name not in values:
-            raise RequestError(f"{field.name} is missing", param=field.name, code="missing_field")
+    for name in table.required:
+        if name not in values:
+            raise RequestError(f"{name} is missing", param=name, code="missing_field")
     return values
 
 
-def sampling_values(fields: Iterable[Field], values: dict[str, Any]) -> dict[str, Any]:
+def sampling_values(table: Table, values: dict[str, Any]) -> dict[str, Any]:
     """Attributes of SamplingParams that the given fields set directly."""
-    return {f.maps_to: values[f.name] for f in fields if f.maps_to and f.name in values}
+    return {attribute: values[name] for name, attribute in table.mapped if name in values}
 
 
 def schema(fields: Iterable[Field]) -> dict[str, Any]:

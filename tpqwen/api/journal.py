@@ -50,7 +50,9 @@ class Journal:
             numbers = "".join(f" {k}={v}" for k, v in exchange.numbers.items())
             text = "request=%s route=%s method=%s status=%d code=%s ms=%.1f%s"
             ms = (now - exchange.arrived) * 1e3
-            _log.log(level, text, exchange.request_id, route, method, status, exchange.code, ms, numbers)
+            words = exchange.request_id, route, method, status, exchange.code, ms, numbers
+            # Made here, since _log.log looks through the stack for its caller, and Ray has added to what makes records.
+            _log.handle(logging.LogRecord(_log.name, level, __file__, 0, text, words, None))
 
     def _is_due(self, exchange: Exchange, now: float) -> bool:
         """Whether this refusal gets a line; then it is told for how many."""

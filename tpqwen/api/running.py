@@ -130,13 +130,13 @@ class Running:
     @property
     def usage(self) -> Usage:
         """Counts so far."""
-        first_choices = self.sequences[:: self._prepared.params.n]
-        return Usage(
-            prompt=self._prepared.num_prompt_tokens,
-            completion=sum(s.text.num_tokens for s in self.sequences),
-            cached=sum(s.cached_tokens for s in first_choices),
-            reasoning=sum(s.text.num_reasoning_tokens for s in self.sequences),
-        )
+        n, completion, cached, reasoning = self._prepared.params.n, 0, 0, 0
+        for index, sequence in enumerate(self.sequences):
+            completion += sequence.text.num_tokens
+            reasoning += sequence.text.num_reasoning_tokens
+            if index % n == 0:  # a prompt is looked up once, for its first choice
+                cached += sequence.cached_tokens
+        return Usage(self._prepared.num_prompt_tokens, completion, cached, reasoning)
 
     @property
     def timing(self) -> str:

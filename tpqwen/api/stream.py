@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Callable
+from contextlib import aclosing, suppress
 
 from starlette.types import Send
 
@@ -27,15 +27,20 @@ _EVENT_STREAM = [
 class EventStream:
     """A response of events that is begun late: nothing is sent until the first event or the first long silence.
 
-    So whatever goes wrong before is an ordinary JSON error. `watch` runs beside the writer; it writes a comment after
-    each comment_every_s of silence, and calls give_up when one write has hung for drop_client_after_s.
+    So whatever goes wrong before is an ordinary JSON error. Within `async with stream` a comment is written after each
+    comment_every_s of silence, and give_up is called when one write has hung for drop_client_after_s.
     """
 
-    def __init__(self, send: Send, settings: ApiSettings, timing: Callable[[], str]) -> None:
+    def __init__(
+        self, send: Send, settings: ApiSettings, timing: Callable[[], str], give_up: Callable[[], None]
+    ) -> None:
         self.begun = False
         self._send = send
         self._settings = settings
         self._timing = timing
+        self._give_up = give_up
+        self._timer: asyncio.TimerHandle | None = None
+        self._comment: asyncio.Task[None] | None = None
         self._lock = asyncio.Lock()
         self._writing_since: float | None = None
         self._last_write = time.monotonic()
@@ -53,31 +58,34 @@ class EventStream:
             self._last_write = time.monotonic()
             self._writing_since = None
 
-    @asynccontextmanager
-    async def watched(self) -> AsyncIterator[None]:
-        """`watch` runs beside the block; whoever does not read ends the task as if they had left."""
-        task = asyncio.current_task()
-        assert task is not None
-        watcher = asyncio.create_task(self.watch(task.cancel))
-        try:
-            yield
-        finally:
-            watcher.cancel()
-            await asyncio.gather(watcher, return_exceptions=True)
+    async def __aenter__(self) -> None:
+        self._look_later()
 
-    async def watch(self, give_up: Callable[[], object]) -> None:
-        """Runs until cancelled, or until give_up was called."""
+    async def __aexit__(self, *_error: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._comment is not None:
+            self._comment.cancel()
+            await asyncio.gather(self._comment, return_exceptions=True)
+
+    def _look_later(self) -> None:
         every = self._settings.comment_every_s
-        while True:
-            silent = time.monotonic() - self._last_write
-            await asyncio.sleep(max(every - silent, every / 10))
-            since = self._writing_since
-            if since is not None:
-                if time.monotonic() - since > self._settings.drop_client_after_s:
-                    give_up()
-                    return
-            elif time.monotonic() - self._last_write >= every:
-                await self.write(COMMENT)
+        silent = time.monotonic() - self._last_write
+        self._timer = asyncio.get_running_loop().call_later(max(every - silent, every / 10), self._look)
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        if self._writing_since is not None:
+            if now - self._writing_since > self._settings.drop_client_after_s:
+                self._give_up()
+                return
+        elif now - self._last_write >= self._settings.comment_every_s:
+            self._comment = asyncio.create_task(self._write_comment())
+        self._look_later()
+
+    async def _write_comment(self) -> None:
+        with suppress(Exception):  # whoever writes the answer meets it too
+            await self.write(COMMENT)
 
 
 async def send_events(
@@ -92,7 +100,7 @@ async def send_events(
 
     An error before the first byte is raised; after it, it is one event and the stream ends without [DONE].
     """
-    async with stream.watched():
+    async with stream:
         try:
             await _write_events(running, answer, call, stream, deadline)
         except Exception as error:
@@ -107,7 +115,7 @@ async def send_events(
 async def collect(running: Running, deadline: Deadline) -> list[TextDelta]:
     """One complete delta for each choice. Raises EngineError, RequestError."""
     parts: list[list[TextDelta]] = [[] for _ in running.sequences]
-    async with deadline.kept(), aclosing(running.outputs()) as outputs:
+    async with deadline, aclosing(running.outputs()) as outputs:
         async for index, delta in outputs:
             deadline.began()
             parts[index].append(delta)
@@ -118,7 +126,7 @@ async def _write_events(running: Running, answer: Answer, call: Call, stream: Ev
     opened: set[int] = set()
     left = len(running.sequences)
     data = b""
-    async with deadline.kept(), aclosing(running.outputs()) as outputs:
+    async with deadline, aclosing(running.outputs()) as outputs:
         async for index, delta in outputs:
             deadline.began()
             if index not in opened:

@@ -7,13 +7,14 @@ running requests end; a second one does not wait for them.
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import shutil
 import socket
 import threading
 import time
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,13 @@ from tpqwen.config import Config, api_keys_text, resolve_device
 from tpqwen.console.ray_settings import haproxy_ports
 from tpqwen.console.signals import Interrupts, sessions_of_their_own
 from tpqwen.console.startup import LOOPBACK, Watch, banner, is_ready, server_url
+from tpqwen.console.stop import APP, CALL_TIMEOUT_S, DRAIN_S, drain
 from tpqwen.errors import ConfigError, EngineError
 from tpqwen.gpu import count_gpus
 from tpqwen.keyfile import find_keys
 from tpqwen.service import build_app
 
-APP = "tpqwen"
 POLL_S = 0.2
-CALL_TIMEOUT_S = 30.0
-DRAIN_S = 90.0  # running requests may go on for so long after a signal
 DISK_BYTES = 256 * 1024 * 1024  # for Ray's session: its logs, and the object store where /dev/shm is too small
 OBJECT_STORE_BYTES = 128 * 1024 * 1024  # Serve's own messages only; no tensor ever travels through it
 
@@ -71,7 +70,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
         except KeyboardInterrupt:
             console.print("stopping: running requests may end (once more to stop at once)")
         finally:
-            stop(console, interrupts)
+            stop(console, interrupts, own_cluster=here)
     return 0
 
 
@@ -179,33 +178,33 @@ def failure(details: str) -> ConfigError | EngineError:
     return EngineError(f"the server did not start: {details.strip()}")
 
 
-def stop(console: Console, interrupts: Interrupts) -> None:
-    """Let the replica drain and end it; a cluster of our own ends with it.
+def stop(console: Console, interrupts: Interrupts, *, own_cluster: bool) -> None:
+    """Let the replica drain and end it; a cluster of our own ends with it."""
+    if not ray.is_initialized():
+        return
+    with redirect_stdout(io.StringIO()):  # Ray tells it that Serve's controller, which has ended, does not answer
+        end_application(own_cluster)
+        interrupts.ignore()
+        ray.shutdown()
+    console.print("stopped")
+
+
+def end_application(own_cluster: bool) -> None:
+    """On a cluster of our own Serve ends as a whole, since that closes the port at once: a deleted application is a 404
+    until then, which clients take for an answer.
 
     An interrupt in here skips the drain, but not the end: on a cluster that goes on the application would refuse
     requests for ever.
     """
-    if not ray.is_initialized():
-        return
     try:
         with suppress(Exception):  # what is already gone needs no ending
-            drain()
+            drain(APP, DRAIN_S)
         with suppress(Exception):
-            serve.delete(APP)
+            if own_cluster:
+                serve.shutdown()
+            else:
+                serve.delete(APP)
     except KeyboardInterrupt:
         with suppress(KeyboardInterrupt, Exception):
             serve.delete(APP, _blocking=False)
             serve.status()  # comes after it on the same way: once it is answered, the deletion has arrived
-    interrupts.ignore()
-    ray.shutdown()
-    console.print("stopped")
-
-
-def drain() -> None:
-    """New requests and /ready are answered 503 `draining` until the running ones have ended.
-
-    After DRAIN_S these end with an error.
-    """
-    status = serve.status().applications.get(APP)
-    if status is not None and str(status.status.value) == "RUNNING":
-        serve.get_app_handle(APP).drain.remote(DRAIN_S).result(timeout_s=DRAIN_S + CALL_TIMEOUT_S)

@@ -1,4 +1,7 @@
-"""How often a stream is written to: at every token while there is time for that, in intervals when there is not."""
+"""How often streams are written to: at every token while there is time for that, in intervals when there is not.
+
+All streams are written to at the same moments, so that an interval costs the event loop one timer and one turn.
+"""
 
 from __future__ import annotations
 
@@ -24,5 +27,5 @@ class Cadence:
         self._count += num_tokens
 
     def interval_s(self, num_streams: int) -> float:
-        """Pause of each stream between two writes, so that all together write WRITES_PER_S times a second at most."""
+        """From one moment of writing to the next, so that all together write WRITES_PER_S times a second at most."""
         return min(num_streams / WRITES_PER_S, LONGEST_S) if self._rate > WRITES_PER_S else 0.0

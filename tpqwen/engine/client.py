@@ -103,6 +103,7 @@ class EngineClient:
         self._closed = False
         self._work = Work()
         self._resuming = False  # the engine has got its ranks back and has not said yet that they work
+        self._tick: asyncio.TimerHandle | None = None  # when what the streams hold back goes out
         self._look: asyncio.Future[Snapshot | None] | None = None  # what the engine was asked and has not answered
         self._line: Line | None = Line(commands, reports, self._loop, self._take)
 
@@ -140,18 +141,17 @@ class EngineClient:
         Under load a delta after the first holds all tokens of an interval (`Cadence`).
         """
         opened = self._admit(request)
-        finished, pause_s = False, 0.0
+        finished = False
         try:
             self.send(Add(request))
             while not finished:
                 try:
-                    delta = await opened.queue.get(pause_s)
+                    delta = await opened.queue.get()
                 except Exception:
                     finished = True
                     raise
                 finished = delta.finish_reason is not None
                 yield delta
-                pause_s = self._cadence.interval_s(len(self._open))
         finally:
             self._forget(opened)
             if not finished:
@@ -225,15 +225,12 @@ class EngineClient:
                 self.send(Abort(opened.request.id))
 
     def send(self, command: Command) -> None:
-        """Tell the engine, in order, now or as soon as it has room. A dead engine is told nothing."""
+        """Tell the engine, in order, when this turn of the loop ends and it has room. A dead one is told nothing."""
         if self._closed or self._line is None or self._life.dead is not None:
             return
         if isinstance(command, Resume):
             self._resuming, self._heard = True, time.monotonic()
-        try:
-            self._line.send(command)
-        except ConnectionError as error:
-            self._take(Dead(f"the engine cannot be reached: {error}", "engine_dead"))
+        self._line.send(command)
 
     async def close(self) -> None:
         """End what is open, stop the engine's loop and this end of the channels. Idempotent."""
@@ -243,8 +240,12 @@ class EngineClient:
         if line is not None:
             line.drop_unsent()
         self.send(Stop())
+        if line is not None:
+            line.flush()
         self.fail("the server was shut down", "shut_down")
         self._closed = True
+        if self._tick is not None:
+            self._tick.cancel()
         self.detach()
         if line is not None:
             await asyncio.to_thread(line.join)
@@ -320,15 +321,24 @@ class EngineClient:
 
     def _take_batch(self, batch: Batch) -> None:
         self._cadence.observe(len(batch.deltas), self._heard)
+        interval_s = self._cadence.interval_s(len(self._open))
         for delta in batch.deltas:
-            self._take_delta(delta)
+            self._take_delta(delta, hold=interval_s > 0)
+        if interval_s > 0 and self._tick is None:
+            self._tick = self._loop.call_later(interval_s, self._release)
         if batch.stats is not None:
             self._work = self._work.plus(batch.stats)
             self._gate.observe(batch.stats)
             if self._on_stats is not None:
                 self._on_stats(batch.stats)
 
-    def _take_delta(self, delta: Delta) -> None:
+    def _release(self) -> None:
+        self._tick = None
+        for opened in self._open.values():
+            opened.queue.release()
+
+    def _take_delta(self, delta: Delta, hold: bool) -> None:
+        """hold: its reader need not have it before the next tick, unless it is the request's first."""
         opened = self._open.get(delta.id)
         if opened is None or opened.ended:
             return
@@ -339,7 +349,7 @@ class EngineClient:
             self.send(Abort(delta.id))
             return
         if opened.waiting:
-            opened.waiting = False
+            opened.waiting = hold = False
             self._gate.leave(opened.place, served=bool(token_ids))
         else:  # said once, though a new engine says it again
             delta.cached_tokens = delta.queue_s = None
@@ -349,7 +359,8 @@ class EngineClient:
         if delta.resumed > opened.crashes:
             opened.crashes = delta.resumed
         opened.ended = delta.finish_reason is not None
-        if opened.queue.put_nowait(delta) > MAX_UNREAD:  # neither its pages nor its text are to be held any longer
+        unread = opened.queue.put_nowait(delta, hold=hold)
+        if unread > MAX_UNREAD:  # neither its pages nor its text are to be held any longer
             del self._open[delta.id]
             self._end(opened, f"the client is {MAX_UNREAD} tokens behind", "client_too_slow")
             self.send(Abort(delta.id))

@@ -8,20 +8,23 @@ from tpqwen.request import Delta, TokenLogprob
 
 
 class Inbox:
-    """One writer, one reader, one event loop. Takes deltas in order, or the exception that refused the request."""
+    """One writer, one reader, one event loop. Takes deltas in order, or the exception that refused the request.
+
+    What is put to be held waits for `release`, or for something that is not held: the end of a request never is.
+    """
 
     def __init__(self) -> None:
         self._delta: Delta | None = None
         self._failure: Delta | Exception | None = None  # comes after _delta: tokens go out before what ended them
         self._reader: asyncio.Future[None] | None = None
-        self._pausing = False
+        self._is_free = False  # what is here may be read
 
     @property
     def unread(self) -> int:
         """Tokens that nobody has read."""
         return len(self._delta.token_ids) if self._delta is not None else 0
 
-    def put_nowait(self, item: Delta | Exception) -> int:
+    def put_nowait(self, item: Delta | Exception, *, hold: bool = False) -> int:
         """Add to what is there. The delta is ours from now on. Returns how many tokens nobody has read."""
         if isinstance(item, Exception) or item.error is not None:
             self._failure = item
@@ -29,21 +32,28 @@ class Inbox:
             self._delta = item
         else:
             _append(self._delta, item)
-        if not self._pausing or self._is_over:
-            self._wake()
+        if not hold or self._is_over:
+            self.release()
         return self.unread
 
-    async def get(self, pause_s: float = 0.0) -> Delta:
-        """All that has come: when there is something and pause_s are over, but the end of a request at once.
+    def release(self) -> None:
+        """What has come may be read."""
+        if self._delta is not None or self._failure is not None:
+            self._is_free = True
+            if self._reader is not None and not self._reader.done():
+                self._reader.set_result(None)
 
-        Raises the exception that was put.
-        """
-        if pause_s > 0 and not self._is_over:
-            await self._pause(pause_s)
-        while self._delta is None and self._failure is None:
-            await self._wait()
-        if self._delta is not None:
-            delta, self._delta = self._delta, None
+    async def get(self) -> Delta:
+        """All that has come, when there is something that may be read. Raises the exception that was put."""
+        while not self._is_free:
+            self._reader = asyncio.get_running_loop().create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        delta, self._delta = self._delta, None
+        self._is_free = self._failure is not None
+        if delta is not None:
             return delta
         if isinstance(self._failure, Exception):
             raise self._failure
@@ -53,26 +63,6 @@ class Inbox:
     @property
     def _is_over(self) -> bool:
         return self._failure is not None or (self._delta is not None and self._delta.finish_reason is not None)
-
-    async def _pause(self, seconds: float) -> None:
-        timer = asyncio.get_running_loop().call_later(seconds, self._wake)
-        self._pausing = True
-        try:
-            await self._wait()
-        finally:
-            self._pausing = False
-            timer.cancel()
-
-    async def _wait(self) -> None:
-        self._reader = asyncio.get_running_loop().create_future()
-        try:
-            await self._reader
-        finally:
-            self._reader = None
-
-    def _wake(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
 
 
 def _append(delta: Delta, later: Delta) -> None:

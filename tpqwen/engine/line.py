@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections import deque
 from collections.abc import Callable
 
-from tpqwen.engine.messages import Command, Dead, Report, decode_report, encode
+from tpqwen.engine.messages import Command, Dead, Report, decode_report, encode, together
 from tpqwen.transport.channel import Receiver, Sender
 
 POLL_S = 0.5
 RETRY_S = 0.005  # while the engine is too busy to read its commands
 JOIN_S = 5.0
+TOGETHER = 8  # commands in one message at most: prompts for one pass, while the next ones are read
+TOGETHER_BYTES = 512 * 1024  # the same, if it is not one command alone: a ring holds several such messages
 
 
 class Line:
@@ -29,16 +30,42 @@ class Line:
         self._reports = reports
         self._loop = loop
         self._take = take
-        self._unsent: deque[bytes] = deque()
+        self._unsent: list[bytes] = []
+        self._flushing: asyncio.Handle | None = None  # what will send them
+        self._is_broken = False
         self._closed = False
         self._thread = threading.Thread(target=self._read, name="engine-reports", daemon=True)
         self._thread.start()
 
     def send(self, command: Command) -> None:
-        """Now, or as soon as the engine has room, in order. Raises ConnectionError."""
+        """When this turn of the event loop ends, or enough have come, or the engine has room for it; in order.
+
+        Nothing any more once the engine could not be reached, which is reported once, as Dead.
+        """
+        if self._is_broken:
+            return
         self._unsent.append(encode(command))
-        if len(self._unsent) == 1:
-            self._flush()
+        if self._flushing is None:
+            self._flushing = self._loop.call_soon(self.flush)
+        elif len(self._unsent) == TOGETHER:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send now what is waiting, several in one message: they come in crowds, and each message wakes the engine."""
+        if self._flushing is not None:
+            self._flushing.cancel()
+            self._flushing = None
+        try:
+            while self._unsent:
+                count = self._num_together()
+                self._commands.send(together(self._unsent[:count]), 0.0)
+                del self._unsent[:count]
+        except TimeoutError:
+            self._flushing = self._loop.call_later(RETRY_S, self.flush)
+        except ConnectionError as error:
+            self._is_broken = True
+            self._unsent.clear()
+            self._deliver(Dead(f"the engine cannot be reached: {error}", "engine_dead"))
 
     def drop_unsent(self) -> None:
         """Forget what the engine had no room for."""
@@ -55,19 +82,14 @@ class Line:
         """Wait for the reading thread, after `close`."""
         self._thread.join(JOIN_S)
 
-    def _flush(self) -> None:
-        try:
-            while self._unsent:
-                self._commands.send(self._unsent[0], 0.0)
-                self._unsent.popleft()
-        except TimeoutError:
-            self._loop.call_later(RETRY_S, self._retry)
-
-    def _retry(self) -> None:
-        try:
-            self._flush()
-        except ConnectionError as error:
-            self._deliver(Dead(f"the engine cannot be reached: {error}", "engine_dead"))
+    def _num_together(self) -> int:
+        """How many of the waiting commands go into the next message."""
+        size = 0
+        for count, data in enumerate(self._unsent[:TOGETHER]):
+            size += len(data)
+            if size > TOGETHER_BYTES:
+                return max(count, 1)
+        return min(len(self._unsent), TOGETHER)
 
     def _read(self) -> None:
         """The reader thread: one hand-over to the event loop per message."""

@@ -29,6 +29,7 @@ from tpqwen.engine.messages import (
     Seen,
     Started,
     decode_command,
+    each,
     encode,
 )
 from tpqwen.errors import EngineError, RankDied, RequestError
@@ -99,7 +100,8 @@ class EngineLoop:
         """All commands that are here; waits for one when there is nothing to run."""
         data = self._commands.recv(self._wait_s)
         while data is not None and not self._stopped:
-            self._handle(decode_command(data))
+            for command in each(decode_command(data)):
+                self._handle(command)
             data = self._commands.recv(0.0)
         if self._lost:  # nobody steps, so the ends of aborted requests are told here
             self._send_deltas()

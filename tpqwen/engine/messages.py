@@ -53,6 +53,12 @@ class Drain(msgspec.Struct, frozen=True, array_like=True, tag=7):
     """Nobody else will come. What is here goes on."""
 
 
+class Several(msgspec.Struct, frozen=True, array_like=True, tag=8):
+    """What came together, in this order: the engine wakes up once for it and sees all of it before its next step."""
+
+    commands: list[Command]
+
+
 class Batch(msgspec.Struct, frozen=True, array_like=True, tag=11):
     """All that one step brought."""
 
@@ -108,9 +114,19 @@ class Started(msgspec.Struct, frozen=True, array_like=True, tag=17):
     ids: list[str]
 
 
-Command = Add | Abort | RanksLost | Stop | Resume | Look | Drain
+Command = Add | Abort | RanksLost | Stop | Resume | Look | Drain | Several
 Report = Batch | Refused | Dead | Lost | Resumed | Seen | Started
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(Command).decode
 decode_report = msgspec.msgpack.Decoder(Report).decode
+
+
+def each(command: Command) -> list[Command]:
+    """The commands of one message."""
+    return command.commands if isinstance(command, Several) else [command]
+
+
+def together(commands: list[bytes]) -> bytes:
+    """One message of encoded commands."""
+    return commands[0] if len(commands) == 1 else encode(Several([msgspec.Raw(c) for c in commands]))  # type: ignore[misc]

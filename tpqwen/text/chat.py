@@ -109,7 +109,14 @@ class ChatFormat:
         self.vocabulary = model.vocabulary
         self.model = model
         self.call_format = detect_format(model)
-        self._generation = generation or GenerationDefaults()
+        generation = generation or GenerationDefaults()
+        # A hybrid's generation_config.json holds the values of its thinking mode only, so they do not count without it.
+        is_hybrid = self.variant is Variant.HYBRID
+        self._defaults = {
+            None: generation.over(SamplingDefaults()),
+            True: generation.over(_WHEN_THINKING),
+            False: _WHEN_ANSWERING if is_hybrid else generation.over(_WHEN_ANSWERING),
+        }
         controls = sorted(self.vocabulary.control, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, controls))) if controls else None
         special = {t for t, i in self.vocabulary.control.items() if i in self.vocabulary.special_ids}
@@ -167,15 +174,8 @@ class ChatFormat:
         return ThinkingBudget(tokens, inside, opening, closing, tuple(self.model.encode(CLOSING)))
 
     def defaults(self, thinking: bool | None = None) -> SamplingDefaults:
-        """Sampling defaults by mode; thinking None is plain completion.
-
-        A hybrid's generation_config.json holds the values of its thinking mode only, so they do not count without it.
-        """
-        if thinking is None:
-            return self._generation.over(SamplingDefaults())
-        if thinking:
-            return self._generation.over(_WHEN_THINKING)
-        return _WHEN_ANSWERING if self.variant is Variant.HYBRID else self._generation.over(_WHEN_ANSWERING)
+        """Sampling defaults by mode; thinking None is plain completion."""
+        return self._defaults[thinking]
 
     def _render(self, messages: list[dict[str, Any]], tools: list[Mapping[str, Any]], **options: Any) -> list[int]:
         fence = self._fence_for([messages, tools])

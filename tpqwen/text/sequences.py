@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import secrets
+import random
 from dataclasses import dataclass
 
 from tpqwen.errors import RequestError
 from tpqwen.request import GenerateRequest, SamplingParams, ThinkingBudget
 
 _MASK64 = (1 << 64) - 1
+_seeds = random.Random()  # from the system's entropy once, not for each request
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def expand(
     Raises RequestError: prompt empty, over the context, or with ids outside the vocabulary.
     """
     max_tokens = checked_max_tokens(len(prompt_ids), params, limits, field)
-    seed = secrets.randbits(63) if params.seed is None else params.seed & _MASK64
+    seed = _seeds.getrandbits(63) if params.seed is None else params.seed & _MASK64
     end_ids: tuple[int, ...] = params.stop_token_ids if params.ignore_eos else (*limits.end_ids, *params.stop_token_ids)
     return [
         GenerateRequest(

@@ -49,12 +49,13 @@ Work = ChatWork | PromptWork | EmbedWork | RerankWork
 
 
 class Rendered(msgspec.Struct, frozen=True, kw_only=True):
-    """ids: int32 bytes of each prompt; none at all when one is longer than the context. longest: tokens of that one.
+    """ids: of each prompt, a list or int32 bytes; none at all when one is longer than the context. longest: tokens of
+    that one.
 
     start, thinking and budget: see text.chat.ChatPrompt; None for plain prompts.
     """
 
-    ids: list[bytes]
+    ids: list[list[int] | bytes]
     longest: int
     start: State | None = None
     thinking: bool | None = None
@@ -62,7 +63,11 @@ class Rendered(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def prompts(self) -> list[list[int]]:
-        return [np.frombuffer(data, "<i4").tolist() for data in self.ids]
+        return [np.frombuffer(ids, "<i4").tolist() if isinstance(ids, bytes) else ids for ids in self.ids]
+
+    def packed(self) -> Rendered:
+        """The same for a pipe: a million ids are read from bytes at once."""
+        return msgspec.structs.replace(self, ids=[np.asarray(ids, "<i4").tobytes() for ids in self.prompts])
 
 
 def size_of(work: Work) -> int:
@@ -118,8 +123,7 @@ class Renderer:
         longest = max(map(len, prompts), default=0)
         if limited and longest > self._max_len:
             prompts = []
-        ids = [np.asarray(ids, "<i4").tobytes() for ids in prompts]
-        return Rendered(ids=ids, longest=longest, start=start, thinking=thinking, budget=budget)
+        return Rendered(ids=[*prompts], longest=longest, start=start, thinking=thinking, budget=budget)
 
 
 class TextService(Protocol):

@@ -73,7 +73,7 @@ def answer(renderer: Renderer, data: bytes) -> Answer:
     """Do one job; whatever it raises is told as a refusal."""
     job = _decode_job(data)
     try:
-        return Done(renderer.run(job.work, job.truncate, job.limited))
+        return Done(renderer.run(job.work, job.truncate, job.limited).packed())
     except RequestError as error:
         return Refusal(str(error), error.param, error.code, error.status)
     except MemoryError:
