@@ -35,7 +35,6 @@ class Command:
 
 COMMANDS = {
     "serve": Command("serve a model over HTTP", "tpqwen.console.serve", sections=(*ENGINE_SECTIONS, "server")),
-    "stop": Command("drain and end the application on a running Ray cluster", "tpqwen.console.stop"),
     "generate": Command("continue prompts and print the results", "tpqwen.console.generate"),
     "chat": Command("talk to a model in the terminal", "tpqwen.console.chat"),
     "compare": Command("measure naive, cached and batched generation", "tpqwen.bench.compare"),

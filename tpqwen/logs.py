@@ -10,6 +10,7 @@ import asyncio
 import logging
 import sys
 import threading
+from contextlib import nullcontext, suppress
 from datetime import datetime
 from typing import TextIO
 
@@ -59,16 +60,15 @@ class TurnHandler(logging.StreamHandler[TextIO]):
 
     def flush(self) -> None:
         """Write what waits."""
-        self.acquire()
-        try:
+        with self.lock or nullcontext():
             self._write_waiting()
-            super().flush()
-        finally:
-            self.release()
+            with suppress(OSError, ValueError):
+                super().flush()
 
     def _write_waiting(self) -> None:
+        """A stream that takes nothing, closed or on a full disk, must not fail whoever has something to say."""
         lines, self._lines = self._lines, []
-        if lines:
+        with suppress(OSError, ValueError):
             self.stream.write("".join(lines))
 
 

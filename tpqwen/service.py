@@ -98,23 +98,30 @@ def bundles(config: Config) -> list[dict[str, float]]:
     return [{"CPU": CPU_SHARE} for _ in range(2 + config.parallel.tp)]
 
 
-async def all_ended(client: EngineClient, timeout_s: float) -> bool:
-    """Wait until no request is open, timeout_s at most; whether it is so."""
+async def none_left(count: Callable[[], int], timeout_s: float) -> bool:
+    """Wait until there is nothing to count, timeout_s at most; whether it is so."""
     deadline = time.monotonic() + timeout_s
-    while client.num_open:
+    while count():
         if time.monotonic() >= deadline:
             return False
         await asyncio.sleep(DRAIN_POLL_S)
     return True
 
 
-async def end_all(client: EngineClient, grace_s: float) -> None:
-    """Wait until no request is open; what still is after grace_s ends with an error, and nothing new is taken then."""
-    if not await all_ended(client, grace_s):
+async def end_all(client: EngineClient, answering: Callable[[], int], grace_s: float) -> None:
+    """Wait until no request is open; what still is after grace_s ends with an error, and nothing new is taken then.
+
+    answering: how many answers are being written, for a request's tokens are all there before its client has them.
+    """
+
+    def num_open() -> int:
+        return client.num_open + answering()
+
+    if not await none_left(num_open, grace_s):
         reason = f"the server is shutting down and this request had not ended after {grace_s:g} s"
         client.drain()
         client.give_up(reason, "draining")
-        await all_ended(client, DRAIN_FLUSH_S)
+        await none_left(num_open, DRAIN_FLUSH_S)
 
 
 @serve.deployment(
@@ -142,6 +149,7 @@ class Qwen3Server:
         self._text: TextProcesses | None = None
         self._grammars = GrammarService(self._folder, self._model.vocab_size)
         self._tasks: list[asyncio.Task[None]] = []
+        self._answering: Callable[[], int] = lambda: 0
         # sys.stderr may lead to Serve's logger
         logs.configure(self._config.server.log, "replica", sys.__stderr__, asyncio.get_running_loop())
         keep_title("tpqwen replica")
@@ -183,6 +191,7 @@ class Qwen3Server:
             elsewhere=Elsewhere(self._text, self._grammars, self._readings.latest),
             access=self._access(),
         )
+        self._answering = lambda: app.num_answering
         gc.collect()
         gc.freeze()  # a million objects of torch, Ray and transformers: looking through them was a fifth of a request
         gc.set_threshold(YOUNG_OBJECTS)
@@ -217,7 +226,7 @@ class Qwen3Server:
         assert self._client is not None
         self._client.drain()
         self._metrics.engine_state("draining")
-        await end_all(self._client, grace_s)
+        await end_all(self._client, self._answering, grace_s)
 
     async def __del__(self) -> None:
         """Serve calls this after the drain: end everything this replica started."""
@@ -239,7 +248,7 @@ class Qwen3Server:
         grace_s = await shutdown_begins()
         assert self._client is not None
         if grace_s is not None:
-            await end_all(self._client, grace_s)
+            await end_all(self._client, self._answering, grace_s)
 
     def _settings(self) -> ApiSettings:
         options = self._config.server

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,7 +39,7 @@ def url(ray_cluster: None) -> Iterator[str]:
 
 
 @contextmanager
-def application(timeout_s: float, num_replicas: int = 1) -> Iterator[None]:
+def application(timeout_s: float) -> Iterator[None]:
     """Served with this graceful_shutdown_timeout_s; gone with all its processes at the end."""
     from ray import serve
 
@@ -50,7 +48,6 @@ def application(timeout_s: float, num_replicas: int = 1) -> Iterator[None]:
 
     where = service.bundles(Config.load(OPTIONS, {}))
     deployment = service.Qwen3Server.options(
-        num_replicas=num_replicas,
         graceful_shutdown_timeout_s=timeout_s,
         ray_actor_options={"num_cpus": where[0]["CPU"], "num_gpus": 0},
         placement_group_bundles=where,
@@ -65,9 +62,10 @@ def application(timeout_s: float, num_replicas: int = 1) -> Iterator[None]:
         assert not [name for name in os.listdir("/dev/shm") if name.startswith("tpqwen")]
 
 
-@contextmanager
-def streams(url: str, count: int, max_tokens: int) -> Iterator[list[Future[list[Any]]]]:
-    """So many streams that have begun; the events of each."""
+def delete_under_streams(url: str, count: int, max_tokens: int) -> list[list[Any]]:
+    """Begin the streams, have Serve delete the application, read on; the events of each."""
+    from ray import serve
+
     body = {"prompt": "one two three", "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
     begun: list[int] = []
 
@@ -81,44 +79,13 @@ def streams(url: str, count: int, max_tokens: int) -> Iterator[list[Future[list[
                     begun.append(index)
         return events
 
-    with ThreadPoolExecutor(count) as pool:
-        futures = [pool.submit(read, index) for index in range(count)]
+    with ThreadPoolExecutor(count + 1) as pool:
+        streams = [pool.submit(read, index) for index in range(count)]
         until(lambda: len(set(begun)) == count, "every stream's first token", 60)
-        yield futures
-
-
-def delete_under_streams(url: str, count: int, max_tokens: int) -> list[list[Any]]:
-    """Begin the streams, have Serve delete the application, read on; the events of each."""
-    from ray import serve
-
-    with streams(url, count, max_tokens) as begun, ThreadPoolExecutor(1) as pool:
         deleted = pool.submit(serve.delete, "tpqwen")
-        events = [stream.result() for stream in begun]
+        events = [stream.result() for stream in streams]
         deleted.result()
     return events
-
-
-def test_the_stop_command_refuses_at_every_replica_what_is_new_until_the_rest_has_ended(url):
-    import ray
-
-    def ready() -> bool:
-        return httpx.get(f"{url}/ready", timeout=60).status_code == 200
-
-    words = [sys.executable, "-m", "tpqwen.cli", "stop", "--grace", "150"]
-    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    body = {"prompt": "one", "max_tokens": 1}
-    with application(60, num_replicas=2), httpx.Client(timeout=60) as kept:
-        assert kept.post(f"{url}/v1/completions", json=body).status_code == 200
-        with streams(url, 8, 500) as begun:  # of eight each replica has some
-            command = subprocess.Popen(words, env=environment)
-            until(lambda: not any(ready() for _ in range(8)), "all replicas refuse", 60)
-            for post in (kept.post, httpx.post):  # over a kept connection and over a new one
-                answer = post(f"{url}/v1/completions", json=body)
-                assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
-                assert "retry-after" in answer.headers
-            assert [stream.result()[-1] for stream in begun] == ["[DONE]"] * 8
-        assert command.wait(60) == 0
-        assert httpx.get(f"{url}/ready", timeout=60).status_code == 404  # Serve's word for an application that is gone
 
 
 @pytest.mark.slow

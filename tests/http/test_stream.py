@@ -213,6 +213,22 @@ def test_client_that_reads_nothing_is_dropped() -> None:
     assert server.hooks.named("http") == [(CHAT, "POST", 499)]
 
 
+def test_an_answer_counts_until_it_is_written_though_the_engine_has_long_ended() -> None:
+    server = make_server(lambda request: ids("a"))
+
+    async def work() -> None:
+        connection = Connection(server.app, CHAT, {"messages": HELLO})
+        connection.stuck = True
+        task = asyncio.create_task(connection.run())
+        await until(lambda: bool(server.engine.requests) and not server.engine.live)
+        assert server.app.num_answering == 1
+        connection.leave()
+        await task
+        assert server.app.num_answering == 0
+
+    run(work())
+
+
 def test_client_that_leaves_during_its_body_is_forgotten() -> None:
     server = make_server()
 

@@ -326,6 +326,24 @@ def test_an_event_loops_lines_are_written_once_a_turn_and_in_order():
     assert words()[8:] == ["i"]
 
 
+def test_a_stream_that_takes_nothing_does_not_fail_who_has_something_to_say(monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+
+    async def main() -> None:
+        logs.configure("info", "replica", Full(), asyncio.get_running_loop())
+        log = logging.getLogger("tpqwen.some.module")
+        log.info("a")
+        log.warning("b")
+        log.info("c")
+        await asyncio.sleep(0)
+
+    asyncio.run(main(), debug=False)
+
+
 def test_tracebacks_follow_their_line():
     out = io.StringIO()
     logs.configure("error", "engine", out)

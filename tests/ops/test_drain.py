@@ -12,10 +12,9 @@ import pytest
 from ray._private import services
 from rich.console import Console
 
-from tpqwen import cli, ending
+from tpqwen import ending
 from tpqwen.console import serve as command
 from tpqwen.console import signals
-from tpqwen.console import stop as stopping
 from tpqwen.console.signals import ECHO_S, Interrupts, sessions_of_their_own
 from tpqwen.service import Qwen3Server, end_all
 
@@ -32,14 +31,14 @@ class FakeServe:
         return SimpleNamespace(applications={"tpqwen": SimpleNamespace(status=SimpleNamespace(value=self._status))})
 
     def get_app_handle(self, name: str) -> Any:
-        return SimpleNamespace(broadcast=self._asked)
+        return SimpleNamespace(drain=SimpleNamespace(remote=self._asked))
 
-    def _asked(self, method: str, grace_s: float) -> Any:
-        self.calls.append(f"{method} every replica within {grace_s:g} s")
-        return SimpleNamespace(results=lambda timeout_s: self._drained(timeout_s - grace_s))
+    def _asked(self, grace_s: float) -> Any:
+        self.calls.append(f"drain within {grace_s:g} s")
+        return SimpleNamespace(result=self._drained)
 
-    def _drained(self, margin_s: float) -> None:
-        assert margin_s > 0
+    def _drained(self, timeout_s: float) -> None:
+        assert timeout_s > command.DRAIN_S
         if self._failure is not None:
             raise self._failure
 
@@ -50,7 +49,7 @@ class FakeServe:
         self.calls.append(f"delete {name}" if _blocking else f"delete {name} without waiting")
 
 
-DRAIN = "drain every replica within 90 s"
+DRAIN = "drain within 90 s"
 
 
 @pytest.mark.parametrize(
@@ -67,42 +66,12 @@ def test_the_replica_drains_before_the_application_goes_unless_interrupted(
     monkeypatch, own_cluster, status, failure, expected
 ):
     fake = FakeServe(status, failure)
-    for module in (command, stopping):
-        monkeypatch.setattr(module, "serve", fake)
+    monkeypatch.setattr(command, "serve", fake)
+    monkeypatch.setattr(command, "PROXY_S", 0.0)
     monkeypatch.setattr(command.ray, "is_initialized", lambda: True)
     monkeypatch.setattr(command.ray, "shutdown", lambda: fake.calls.append("shutdown"))
     command.stop(Console(quiet=True), Interrupts(), own_cluster=own_cluster)
     assert fake.calls == expected
-
-
-def on_a_cluster(monkeypatch: pytest.MonkeyPatch, fake: FakeServe) -> None:
-    """`tpqwen stop` meets this Serve."""
-    monkeypatch.setattr(cli, "set_ray_defaults", lambda environ, words: None)
-    monkeypatch.setattr(cli.logs, "configure", lambda level, process: None)
-    monkeypatch.setattr(stopping, "serve", fake)
-    monkeypatch.setattr(stopping.ray, "init", lambda **options: fake.calls.append(f"join {options['address']}"))
-    monkeypatch.setattr(stopping.ray, "shutdown", lambda: fake.calls.append("leave"))
-    monkeypatch.setenv("RAY_ADDRESS", "auto")
-
-
-@pytest.mark.parametrize("failure", [None, TimeoutError])
-def test_the_stop_command_drains_every_replica_and_then_tells_serve(monkeypatch, failure):
-    fake = FakeServe("RUNNING", failure)
-    on_a_cluster(monkeypatch, fake)
-    assert cli.main(["stop", "--grace", "7"]) == 0
-    assert fake.calls == ["join auto", "drain every replica within 7 s", "delete tpqwen", "leave"]
-
-
-def test_the_stop_command_refuses_what_it_cannot_stop(monkeypatch, capsys):
-    fake = FakeServe("RUNNING")
-    on_a_cluster(monkeypatch, fake)
-    assert cli.main(["stop", "--app", "other"]) == 2
-    assert "no application 'other'" in capsys.readouterr().err
-    assert fake.calls == ["join auto", "leave"]
-    monkeypatch.delenv("RAY_ADDRESS")
-    assert cli.main(["stop"]) == 2
-    assert "RAY_ADDRESS" in capsys.readouterr().err
-    assert fake.calls == ["join auto", "leave"]
 
 
 def test_a_signal_interrupts_once_and_its_echo_does_nothing():
@@ -165,12 +134,21 @@ class FakeClient:
 @pytest.mark.parametrize(("stubborn", "grace_s", "given_up"), [(0, 60.0, 0), (1, 0.2, 1)])
 def test_draining_takes_nothing_new_and_waits_for_what_is_open(stubborn, grace_s, given_up):
     client, states = FakeClient(stubborn), []
-    replica = SimpleNamespace(_client=client, _metrics=SimpleNamespace(engine_state=states.append))
+    metrics = SimpleNamespace(engine_state=states.append)
+    replica = SimpleNamespace(_client=client, _answering=lambda: 0, _metrics=metrics)
     asyncio.run(Qwen3Server.func_or_class.drain(replica, grace_s))
     assert states == ["draining"]
     assert client._open == 0
     assert len(client.given_up) == given_up
     assert all(reason.startswith("draining: the server is shutting down") for reason in client.given_up)
+
+
+def test_an_answer_that_is_still_being_written_is_waited_for():
+    client, counts = FakeClient(0), iter([2, 1, 1, 0])
+    client.draining = True
+    asyncio.run(end_all(client, lambda: next(counts), 60.0))
+    assert next(counts, None) is None
+    assert not client.given_up
 
 
 def test_when_serves_patience_is_over_late_requests_are_refused_before_the_others_are_given_up():
@@ -187,14 +165,14 @@ def test_when_serves_patience_is_over_late_requests_are_refused_before_the_other
             calls.append(code)
             self.num_open = 0
 
-    asyncio.run(end_all(Late(), 0.0))
+    asyncio.run(end_all(Late(), lambda: 0, 0.0))
     assert calls == ["drain", "draining"]
 
 
 @pytest.mark.parametrize("actors", [{}, {"id": SimpleNamespace(_replica_impl=SimpleNamespace())}])
 def test_a_serve_that_looks_otherwise_costs_a_warning_and_nothing_else(monkeypatch, caplog, actors):
     monkeypatch.setattr(ending, "global_worker", SimpleNamespace(actors=actors))
-    replica = SimpleNamespace(_client=FakeClient(0))
+    replica = SimpleNamespace(_client=FakeClient(0), _answering=lambda: 0)
     asyncio.run(Qwen3Server.func_or_class._end_in_time(replica))
     assert [r.levelname for r in caplog.records] == ["WARNING"]
     assert "torn" in caplog.text

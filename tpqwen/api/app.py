@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from tpqwen.api import messages, pooled, responses
 from tpqwen.api.access import Access
@@ -66,7 +66,7 @@ def build_app(
     all_metrics: Callable[[], Awaitable[str]] | None = None,
     elsewhere: Elsewhere | None = None,
     access: Access | None = None,
-) -> ASGIApp:
+) -> Api:
     """The application over one engine.
 
     all_metrics: the metrics of all replicas, for /metrics; without it, or with ?scope=local: hooks.metrics_text().
@@ -74,7 +74,7 @@ def build_app(
     access: who may ask; without it, everyone.
     """
     elsewhere = elsewhere or Elsewhere(ThreadText(text, info.limits.max_model_len))
-    return _Api(engine, text, info, hooks, settings or ApiSettings(), all_metrics, elsewhere, access or Access())
+    return Api(engine, text, info, hooks, settings or ApiSettings(), all_metrics, elsewhere, access or Access())
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ _EMBEDDINGS = _Endpoint(pooled.read_embeddings, pooled.EmbeddingsAnswer, Task.EM
 _RERANK = _Endpoint(pooled.read_rerank, pooled.RerankAnswer, Task.RERANK)
 
 
-class _Api:
-    """The ASGI callable. Holds no state of its own; its journal does."""
+class Api:
+    """The ASGI callable. Holds no state of its own but a number; its journal does."""
 
     def __init__(
         self,
@@ -121,6 +121,7 @@ class _Api:
         tokens = TokenRoutes(text, elsewhere.text, info, settings, self._long)
         self._access = access
         events = EngineEvents(engine, elsewhere.ranks, settings)
+        self.num_answering = 0  # generations that are not answered to the last byte
         self._routes: dict[str, dict[str, Handler]] = {
             "/v1/chat/completions": {"POST": lambda exchange: self._generate(exchange, _CHAT)},
             "/v1/completions": {"POST": lambda exchange: self._generate(exchange, _COMPLETION)},
@@ -200,6 +201,7 @@ class _Api:
     async def _generate(self, exchange: Exchange, endpoint: _Endpoint) -> None:
         limits = self._settings
         running: list[Running] = []
+        self.num_answering += 1
         try:
             self._check_task(endpoint)
             read: Callable[[dict[str, Any]], Call] = lambda body: endpoint.read(body, self._info)  # noqa: E731
@@ -215,6 +217,7 @@ class _Api:
                 self._hooks.on_rejected(failure(error, exchange.request_id).reject_reason)
             raise
         finally:
+            self.num_answering -= 1
             for r in running:
                 usage = r.usage
                 exchange.numbers |= {"prompt": usage.prompt, "output": usage.completion, "cached": usage.cached}

@@ -13,6 +13,7 @@ ALWAYS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # today's notice about CUDA_VISIBLE_DEVICES of actors without GPU
     "RAY_DEDUP_LOGS": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",  # else, with throughput settings, handles want an event loop here
 }
 PRIVATE_CLUSTER = {
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # a hung replica frees its GPUs 10 s earlier
@@ -23,7 +24,6 @@ HAPROXY = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # else 1000 lines are written at once, while streams wait
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",  # else handles want an event loop; requests use none
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # HAProxy looks 4 times a second; the default waits 30 s
 }
 HAPROXY_FILES = {

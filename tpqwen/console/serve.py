@@ -29,13 +29,16 @@ from tpqwen.config import Config, api_keys_text, resolve_device
 from tpqwen.console.ray_settings import haproxy_ports
 from tpqwen.console.signals import Interrupts, sessions_of_their_own
 from tpqwen.console.startup import LOOPBACK, Watch, banner, is_ready, server_url
-from tpqwen.console.stop import APP, CALL_TIMEOUT_S, DRAIN_S, drain
 from tpqwen.errors import ConfigError, EngineError
 from tpqwen.gpu import count_gpus
 from tpqwen.keyfile import find_keys
 from tpqwen.service import build_app
 
+APP = "tpqwen"
 POLL_S = 0.2
+CALL_TIMEOUT_S = 30.0
+DRAIN_S = 90.0  # running requests may go on for so long after a signal
+PROXY_S = 0.5  # for what is answered to pass through the proxy, before Serve ends with it
 DISK_BYTES = 256 * 1024 * 1024  # for Ray's session: its logs, and the object store where /dev/shm is too small
 OBJECT_STORE_BYTES = 128 * 1024 * 1024  # Serve's own messages only; no tensor ever travels through it
 
@@ -198,9 +201,10 @@ def end_application(own_cluster: bool) -> None:
     """
     try:
         with suppress(Exception):  # what is already gone needs no ending
-            drain(APP, DRAIN_S)
+            drain()
         with suppress(Exception):
             if own_cluster:
+                time.sleep(PROXY_S)
                 serve.shutdown()
             else:
                 serve.delete(APP)
@@ -208,3 +212,13 @@ def end_application(own_cluster: bool) -> None:
         with suppress(KeyboardInterrupt, Exception):
             serve.delete(APP, _blocking=False)
             serve.status()  # comes after it on the same way: once it is answered, the deletion has arrived
+
+
+def drain() -> None:
+    """New requests and /ready are answered 503 `draining` until the running ones have been answered.
+
+    After DRAIN_S these end with an error.
+    """
+    status = serve.status().applications.get(APP)
+    if status is not None and str(status.status.value) == "RUNNING":
+        serve.get_app_handle(APP).drain.remote(DRAIN_S).result(timeout_s=DRAIN_S + CALL_TIMEOUT_S)

@@ -68,7 +68,7 @@ class Line:
             self._deliver(Dead(f"the engine cannot be reached: {error}", "engine_dead"))
 
     def drop_unsent(self) -> None:
-        """Forget what the engine had no room for."""
+        """Forget what has not been sent yet."""
         self._unsent.clear()
 
     def close(self) -> None:
