@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import socket
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.cluster.background import Background
 from tests.cluster.processes import until
 from tests.cluster.replica import SMALL
 
@@ -45,29 +45,18 @@ def url(ray_cluster: None) -> Iterator[str]:
     serve.shutdown()
 
 
-class Load:
+class Load(Background):
     """Clients that ask one request after the other, each over a connection of its own, until told to stop."""
 
     def __init__(self, url: str) -> None:
+        super().__init__(*[self._ask] * CLIENTS)
         self._url = url
-        self._over = threading.Event()
-        self._threads = [threading.Thread(target=self._ask) for _ in range(CLIENTS)]
         self.answers = 0
         self.failures: list[str] = []
 
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._over.set()
-        for thread in self._threads:
-            thread.join()
-
     def _ask(self) -> None:
         body = {"prompt": [5, 6, 7], "max_tokens": 60, "temperature": 0, "ignore_eos": True, "stream": True}
-        while not self._over.is_set():
+        while not self.over.is_set():
             try:
                 answer = httpx.post(f"{self._url}/v1/completions", json=body, timeout=120)
                 ok = answer.status_code == 200 and answer.text.endswith("data: [DONE]\n\n")

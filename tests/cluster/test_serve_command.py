@@ -13,15 +13,16 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
 
+from tests.cluster.background import Background
 from tests.cluster.processes import children_of, title, until
 from tpqwen.console.ray_settings import HAPROXY_PORTS
 
@@ -80,30 +81,19 @@ def ctrl_c(pid: int) -> None:
     os.killpg(pid, signal.SIGINT)
 
 
-class Clients:
+class Clients(Background):
     """Two that ask again and again, one over a new connection each time, one over a kept one; what they were told."""
 
     def __init__(self, url: str) -> None:
+        super().__init__(partial(self._ask, kept=False), partial(self._ask, kept=True))
         self._url = url
-        self._over = threading.Event()
-        self._threads = [threading.Thread(target=self._ask, args=(kept,)) for kept in (False, True)]
         self.told: dict[bool, list[tuple[int, str]]] = {False: [], True: []}
-
-    def __enter__(self) -> Clients:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._over.set()
-        for thread in self._threads:
-            thread.join()
 
     def _ask(self, kept: bool) -> None:
         """0: nobody is there, or not any more."""
         client = httpx.Client(timeout=30)
         body = REQUEST | {"max_tokens": 1, "stream": False}
-        while not self._over.is_set():
+        while not self.over.is_set():
             try:
                 answer = client.post(f"{self._url}/v1/completions", json=body)
                 code = answer.json()["error"]["code"] if answer.status_code == 503 else ""

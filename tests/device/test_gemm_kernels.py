@@ -11,6 +11,7 @@ from tpqwen.kernels.gemm_table import TABLE, Config, Numbers, choose, default_co
 EPS = 1e-6
 GEMV = Config("gemv", 4, 128, warps=4, stages=2)
 DOT = Config("dot", 32, 64, warps=4, stages=2)
+TILE = Config("tile", 32, 64, warps=4, stages=3, fuse_norm=False, block_m=32)
 
 
 def draw(*shape: int, device: torch.device, scale: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -47,6 +48,11 @@ CASES = [
     (16, 72, 320, DOT),
     (33, 64, 384, DOT._replace(block_n=64, split=3, fuse_norm=False)),
     (64, 50, 256, DOT._replace(block_k=128, split=4)),
+    (65, 96, 256, TILE),
+    (70, 50, 320, TILE._replace(block_n=48)),  # nothing divides anything
+    (33, 72, 192, TILE._replace(block_n=96)),
+    (100, 40, 384, TILE._replace(block_n=64, block_k=128, block_m=128)),  # a tile holds more than all of it
+    (128, 24, 64, TILE._replace(block_n=48, block_m=64, warps=8)),
 ]
 
 

@@ -1,49 +1,14 @@
-"""Products in tiles by TMA against float64, with fresh random inputs and poisoned outputs."""
+"""Products in tiles by TMA: what is theirs alone. test_gemm_kernels.py compares them with float64."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests.device.test_gemm_kernels import EPS, assert_near, draw, exact_norm, poisoned
+from tests.device.test_gemm_kernels import EPS, TILE, assert_near, draw, exact_norm
 from tpqwen.kernels import gemm, reference
 from tpqwen.kernels.gemm_table import TABLE, Config, Numbers, choose, fit, padded_rows, shared_bytes
 from tpqwen.kernels.gemm_tiles import whole_tiles
-
-TILE = Config("tile", 32, 64, warps=4, stages=3, fuse_norm=False, block_m=32)
-
-CASES = [
-    (65, 96, 256, TILE),
-    (70, 50, 320, TILE._replace(block_n=48)),  # nothing divides anything
-    (33, 72, 192, TILE._replace(block_n=96)),
-    (100, 40, 384, TILE._replace(block_n=64, block_k=128, block_m=128)),  # a tile holds more than all of it
-    (128, 24, 64, TILE._replace(block_n=48, block_m=64, warps=8)),
-]
-
-
-@pytest.mark.parametrize(("rows", "columns", "width", "config"), CASES)
-def test_products_match_float64(rows: int, columns: int, width: int, config: Config, device: torch.device) -> None:
-    torch.manual_seed(rows + columns)
-    x, w = draw(rows, width, device=device), draw(columns, width, device=device, scale=0.1)
-    residual, scale = draw(rows, columns, device=device), draw(width, device=device) + 1
-    out = gemm.linear(x, w, out_TO=poisoned(rows, columns, x), config=config)
-    assert_near(out, x.double() @ w.double().T, reference.linear(x, w))
-    out = gemm.linear_add(x, w, residual, out_TH=poisoned(rows, columns, x), config=config)
-    assert_near(out, residual.double() + x.double() @ w.double().T, reference.linear_add(x, w, residual))
-    out = gemm.norm_linear(x, scale, EPS, w, out_TO=poisoned(rows, columns, x), config=config)
-    assert_near(out, exact_norm(x, scale) @ w.double().T, reference.norm_linear(x, scale, EPS, w))
-
-
-@pytest.mark.parametrize(("rows", "columns", "width", "config"), CASES)
-def test_norm_gate_up_matches_float64(
-    rows: int, columns: int, width: int, config: Config, device: torch.device
-) -> None:
-    torch.manual_seed(rows + columns)
-    h, scale = draw(rows, width, device=device, scale=30), draw(width, device=device) + 1
-    w = draw(2 * columns, width, device=device, scale=0.1)
-    gate, up = (exact_norm(h, scale) @ w.double().T).chunk(2, dim=-1)
-    out = gemm.norm_gate_up(h, scale, EPS, w, out_TI=poisoned(rows, columns, h), config=config)
-    assert_near(out, torch.nn.functional.silu(gate) * up, reference.norm_gate_up(h, scale, EPS, w))
 
 
 def test_linear_add_may_write_its_residual(device: torch.device) -> None:

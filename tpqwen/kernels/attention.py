@@ -104,7 +104,6 @@ def _decode_kernel(
     this layer that matter were written one step ago, by this kernel. Its own write of the new token is not read by any
     program: the owner of the row's last split takes it from registers, all programs mask it out.
     """
-    P: tl.constexpr = SHAPE[0]
     D: tl.constexpr = SHAPE[1]
     TILE: tl.constexpr = SHAPE[2]
     caches = (k_cache, v_cache)
@@ -140,9 +139,8 @@ def _decode_kernel(
         if EARLY:
             wait_previous(PDL)
         token = new_token(qkv + row.to(tl.int64) * qkv_stride, head, g, every, K, G, D)
-        target = slot // P * block_stride + head * (P * D) + slot % P * D + every
-        written = owner & (slot >= 0) & (g == 0) & (every >= 0)
-        q, state = begin_row(token, weights, cos_and_sin, caches, target, owner, written, eps, qk_scale, GP, SHAPE)
+        place = (slot, head, block_stride, every)
+        q, state = begin_row(token, weights, cos_and_sin, caches, place, owner, eps, qk_scale, GP, SHAPE)
         if HOLD:
             if first < last:
                 state = tile_step(q, k_held, v_held, held_valid, state, qk_scale)

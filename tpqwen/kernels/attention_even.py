@@ -59,7 +59,6 @@ def even_kernel(
     mask it out. Part number p + n of the scratch is program p's of the n-th row and head: these are different for
     different pairs, since a program goes from one row and head to the next, and parts of one row and head lie together.
     """
-    P: tl.constexpr = SHAPE[0]
     D: tl.constexpr = SHAPE[1]
     TILE: tl.constexpr = SHAPE[2]
     release_next(PDL)
@@ -93,10 +92,8 @@ def even_kernel(
         slot = tl.load(slots + row).to(tl.int64)
         cos_and_sin = two_halves(cos_sin + position * D + every, D)
         owner = (last == count) & (length > 0)
-        target = slot // P * block_stride + head * (P * D) + slot % P * D + every
-        written = owner & (slot >= 0) & (g == 0) & (every >= 0)
-        caches = (k_cache, v_cache)
-        q, state = begin_row(token, weights, cos_and_sin, caches, target, owner, written, eps, qk_scale, GP, SHAPE)
+        caches, place = (k_cache, v_cache), (slot, head, block_stride, every)
+        q, state = begin_row(token, weights, cos_and_sin, caches, place, owner, eps, qk_scale, GP, SHAPE)
         tiles_end, past = tl.minimum(last, num_tiles), length - 1
         state = attend(q, state, caches, table, first, tiles_end, past, head, block_stride, qk_scale, SHAPE, STAGES)
         pair = row * K + head

@@ -71,9 +71,8 @@ def begin_row(
     weights,
     cos_sin,
     caches,
-    target,
+    place,
     owner,
-    written,
     eps,
     qk_scale,
     GP: tl.constexpr,
@@ -81,11 +80,16 @@ def begin_row(
 ):
     """Norm and rotate the new token's query and key, write key and value, begin the softmax: q [GP, D] and state.
 
-    target: the token's place in the caches, [GS, D / 2], written where `written`. owner: the token is this program's.
+    place: the token's slot, -1 for none, its KV head, the caches' stride of a block, the places of half a head. owner:
+    the token is this program's.
     """
+    P: tl.constexpr = SHAPE[0]
     D: tl.constexpr = SHAPE[1]
     TILE: tl.constexpr = SHAPE[2]
-    GS: tl.constexpr = target.shape[0]
+    slot, head, block_stride, every = place
+    GS: tl.constexpr = every.shape[0]
+    target = slot // P * block_stride + head * (P * D) + slot % P * D + every
+    written = owner & (slot >= 0) & (tl.arange(0, GS)[:, None] == 0) & (every >= 0)
     dtype: tl.constexpr = token[1][0].dtype
     q = _rope_halves(token[0], weights[0], cos_sin, eps, D, dtype)
     k = _rope_halves(token[1], weights[1], cos_sin, eps, D, dtype)

@@ -34,9 +34,8 @@ class Config(NamedTuple):
     them, by TMA) or "torch" (cuBLAS, kernels around it).
 
     block_n weight rows by block_k columns make a tile. stages: tiles that gemv holds in registers before it waits for
-    the previous kernel, or the others' pipeline depth. split: dot programs that share one tile's K, or tile programs
-    that share all of it. prefetch: columns per weight row asked into L2 before the wait. fuse_norm: else rms_norm runs
-    first; it does for "tile".
+    the previous kernel, or the others' pipeline depth. split: dot programs that share one tile's K. prefetch: columns
+    per weight row asked into L2 before the wait. fuse_norm: else rms_norm runs first; it does for "tile".
     """
 
     path: str

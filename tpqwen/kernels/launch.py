@@ -111,12 +111,5 @@ def prefetch_weights(w, rows, K, start, BLOCK_N: tl.constexpr, COLUMNS: tl.const
     # One piece of one row per thread, so that the pieces cover the tile exactly once.
     PIECES: tl.constexpr = WARPS * 32 // BLOCK_N
     pieces = w + rows * K + (start + tl.arange(0, PIECES)[None, :] * (COLUMNS // PIECES))
-    size = tl.full([BLOCK_N, PIECES], COLUMNS // PIECES * (w.dtype.element_ty.primitive_bitwidth // 8), tl.int32)
-    tl.inline_asm_elementwise(
-        "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r",
-        [pieces.to(tl.int64), size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    size = COLUMNS // PIECES * (w.dtype.element_ty.primitive_bitwidth // 8)
+    prefetch_l2(pieces, tl.full([BLOCK_N, PIECES], size, tl.int32))
