@@ -37,6 +37,7 @@ CAPACITY = Capacity(
     max_batched_tokens=16_640,
     graph_tokens=TOKEN_BUCKETS[-1],
     graph_chunks=MIXED_CHUNKS,
+    launch_tokens=12_000,
 )
 
 

@@ -201,6 +201,7 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     context_cost: float = 0.0  # how much a token of context adds to the computation of a prompt token
     graph_tokens: int = 0  # prompt tokens of the largest pass that is quickly launched, as a graph; 0: all are alike
     graph_chunks: int = 0  # and the chunks that it may have
+    launch_tokens: int = 0  # prompt tokens that are computed in the time that launching kernel by kernel takes
     kv_dtype: str = ""
     load_seconds: dict[str, float] = {}  # stage -> seconds: weights, kernels, warmup, kv_alloc
 

@@ -150,15 +150,33 @@ def test_beside_streams_a_gentle_step_is_one_that_has_a_graph() -> None:
     assert pair.step().num_chunk_tokens == 236, "it is not to be gentle"
 
 
+def test_a_crowd_of_short_prompts_runs_as_graphs_where_launching_would_take_longer() -> None:
+    sizes = {"max_batched_tokens": 4096, "max_model_len": 4000, "graph_tokens": 2048, "graph_chunks": 8}
+    pair = Pair(tiny_capacity(num_blocks=4000, max_num_seqs=24, launch_tokens=12_000, **sizes))
+    pair.add(*(request(f"short {i}", 600) for i in range(5)), request("long", 2500), request("last", 100))
+    steps = [[c.num_tokens for c in pair.step().chunks] for _ in range(3)]
+    assert steps == [[600, 600, 600, 248], [352, 600], [2500, 100]], "the long one at once, and others with it"
+    pair.add(*(request(f"more {i}", 650) for i in range(3)), *(request(f"tiny {i}", 10) for i in range(9)))
+    steps = [[c.num_tokens for c in pair.step().chunks] for _ in range(2)]
+    assert steps == [[650] * 3 + [10] * 5, [10] * 4], "what is left is not worth a part, and a graph has but so many"
+
+
+def test_a_crowd_is_computed_at_once_where_computing_takes_longer() -> None:
+    sizes = {"max_batched_tokens": 4096, "max_model_len": 4000, "graph_tokens": 2048, "graph_chunks": 8}
+    pair = Pair(tiny_capacity(num_blocks=4000, max_num_seqs=24, launch_tokens=1000, **sizes))
+    pair.add(*(request(f"short {i}", 600) for i in range(5)))
+    assert [c.num_tokens for c in pair.step().chunks] == [600] * 5
+
+
 def test_a_graph_is_filled_while_that_adds_little_attention() -> None:
     cost = 0.001
     capacity = msgspec.structs.replace(tiny_capacity(graph_tokens=2048, graph_chunks=8), context_cost=cost)
     for start, tokens in ((0, 512), (200, 256), (20_000, LEAST)):
-        assert Room(4000, 300.0, capacity).tokens(start) == tokens
+        assert Room(4000, 300.0, capacity).tokens(start, 10_000) == tokens
     within = tokens_within(300, 1000, cost)  # where a token's attention is as much as its matrices
     assert 128 < within < 256
-    assert Room(4000, 300.0, capacity).tokens(1000) == within
-    assert Room(4000, None, capacity).tokens(1000) == 4000
+    assert Room(4000, 300.0, capacity).tokens(1000, 10_000) == within
+    assert Room(4000, None, capacity).tokens(1000, 10_000) == 4000
 
 
 @pytest.mark.parametrize(
@@ -192,7 +210,7 @@ def test_filling_never_takes_a_larger_graph_than_the_limit_would(
     for length in prompts:
         if room.is_full:
             break
-        chunks.append(min(length, room.tokens(0)))
+        chunks.append(min(length, room.tokens(0, length)))
         room.take(0, chunks[-1])
     assert len(chunks) <= 8 and sum(chunks) <= min(budget, 2048)
     assert min(chunks, default=1) > 0

@@ -35,31 +35,38 @@ class Room:
 
     budget: tokens. gentle: work beside running streams, as Pace.limit; None: the budget alone counts. A gentle step is
     one that has a graph (a larger one is launched kernel by kernel, for which the streams would wait), and the
-    matrices of what fills the graph up are computed anyway.
+    matrices of what fills the graph up are computed anyway. So is a step that begins with a short prompt, where
+    launching takes longer than computing: a crowd's prompts are done sooner in several graphs.
     """
 
     def __init__(self, budget: int, gentle: float | None, capacity: Capacity) -> None:
-        self._graphed = gentle is not None and capacity.graph_tokens > 0
-        self._left = min(budget, capacity.graph_tokens) if self._graphed else budget
+        self._left = budget
         self._gentle = gentle
         self._capacity = capacity
         self._tokens = 0  # taken
         self._chunks = 0
+        self._graphed = False
+        if gentle is not None and capacity.graph_tokens:
+            self._be_graphed()
 
     @property
     def is_full(self) -> bool:
         """Whether no chunk is to be added. Behind others none is begun for less than LEAST work; the first one may."""
-        if self._left <= 0 or self._gentle is None:
-            return self._left <= 0
-        too_many = 0 < self._capacity.graph_chunks <= self._chunks
-        return too_many or (self._gentle < LEAST if self._chunks else self._gentle <= 0)
+        if self._left <= 0 or (self._graphed and 0 < self._capacity.graph_chunks <= self._chunks):
+            return True
+        return self._gentle is not None and (self._gentle < LEAST if self._chunks else self._gentle <= 0)
 
     def is_scrap(self, num_tokens: int) -> bool:
         """Whether what is left is too little to begin a prompt with: computed at once it is cheaper."""
+        if self._graphed and self._gentle is None:
+            return self._left < min(num_tokens, LEAST) or num_tokens >= self._capacity.graph_tokens
         return self._chunks > 0 and self._left < min(num_tokens, SCRAP * self._capacity.max_batched_tokens)
 
-    def tokens(self, start: int) -> int:
-        """Of the next chunk at most, which begins at position `start` of its sequence."""
+    def tokens(self, start: int, missing: int) -> int:
+        """Of the next chunk at most, which begins at position `start` of a sequence that lacks so many."""
+        launched = self._capacity.launch_tokens > self._capacity.graph_tokens > missing
+        if launched and not self._chunks and not self._graphed:
+            self._be_graphed()
         if self._gentle is None:
             return self._left
         cost = self._capacity.context_cost
@@ -67,6 +74,10 @@ class Room:
         spare = token_bucket(self._tokens + most) - self._tokens - most if self._graphed else 0
         fills = spare > 0 and spare * cost * start <= FILLING * self._gentle
         return min(self._left, most + spare if fills else most)
+
+    def _be_graphed(self) -> None:
+        self._graphed = True
+        self._left = min(self._left, self._capacity.graph_tokens)
 
     def take(self, start: int, num_tokens: int) -> None:
         """A chunk has been added."""

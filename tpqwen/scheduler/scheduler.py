@@ -301,7 +301,7 @@ class Scheduler:
                     continue
                 self._announce(sequence, draft, now)
             start = int(self._rows.computed[sequence.slot])
-            room.take(start, self._chunk(sequence, room.tokens(start), draft))
+            room.take(start, self._chunk(sequence, room.tokens(start, sequence.num_prefill - start), draft))
 
     def _announce(self, sequence: Sequence, draft: Draft, now: float) -> None:
         """Tell the ranks of a sequence that has just entered."""

@@ -28,6 +28,9 @@ from tpqwen.worker.runner import Runner
 from tpqwen.worker.sampler import LogitEdits, SampleKind, Sampler
 from tpqwen.worker.slots import MIXED_CHUNKS, SlotState
 
+LAYER_LAUNCH_S = 0.8e-3  # launching a layer kernel by kernel, on an H200's host; an H100's took half of that
+FLOPS = 500e12  # what a GPU reaches in passes of some thousand tokens
+
 _log = logging.getLogger(__name__)
 
 
@@ -75,6 +78,7 @@ def load(config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, 
         max_batched_tokens=sizes.max_batched_tokens,
         graph_tokens=TOKEN_BUCKETS[-1] if sizes.device == "cuda" else 0,
         graph_chunks=MIXED_CHUNKS if sizes.device == "cuda" else 0,
+        launch_tokens=_launch_tokens(model_config, group.size) if sizes.device == "cuda" else 0,
         graphs_ahead=len(ahead),
         context_cost=_context_cost(model_config),
         kv_dtype=sizes.dtype,
@@ -110,9 +114,18 @@ def _with_weights(
 def _context_cost(c: ModelConfig) -> float:
     """Attention's multiplications with one token of context over those of a token's matrices, of one layer; doubled,
     because attention runs at about half the matrices' rate."""
+    return 2.0 * 2 * c.num_attention_heads * c.head_dim / _layer_parameters(c)
+
+
+def _launch_tokens(c: ModelConfig, ranks: int) -> int:
+    """Tokens whose matrices in one layer take as long as launching its kernels one by one."""
+    return int(LAYER_LAUNCH_S * FLOPS * ranks / (2 * _layer_parameters(c)))
+
+
+def _layer_parameters(c: ModelConfig) -> int:
+    """Of the matrices of one layer, of all ranks."""
     heads, kv_heads, d, h = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size
-    matrices = h * (heads + 2 * kv_heads) * d + heads * d * h + 3 * h * c.intermediate_size
-    return 2.0 * 2 * heads * d / matrices
+    return h * (heads + 2 * kv_heads) * d + heads * d * h + 3 * h * c.intermediate_size
 
 
 class _Stages:
