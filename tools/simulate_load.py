@@ -21,8 +21,17 @@ from tpqwen.bench.serve import parse, percentiles
 from tpqwen.engine.core import EngineCore
 from tpqwen.engine.line import TOGETHER
 from tpqwen.request import GenerateRequest, SamplingParams
-from tpqwen.step import TOKEN_BUCKETS, Capacity, RankStats, StepInput, StepOutput, ints, packed, token_bucket
-from tpqwen.worker.slots import MIXED_CHUNKS
+from tpqwen.step import (
+    MANY_CHUNKS,
+    TOKEN_BUCKETS,
+    Capacity,
+    RankStats,
+    StepInput,
+    StepOutput,
+    ints,
+    packed,
+    token_bucket,
+)
 
 STEP_S, ROW_S, CONTEXT_TOKEN_S = 1.1e-3, 1.8e-6, 3.95e-8  # of a decode step: its own, per row, per token of context
 PROMPT_TOKEN_S = 2.1e-6
@@ -36,7 +45,7 @@ CAPACITY = Capacity(
     max_model_len=40_960,
     max_batched_tokens=16_640,
     graph_tokens=TOKEN_BUCKETS[-1],
-    graph_chunks=MIXED_CHUNKS,
+    graph_chunks=MANY_CHUNKS,
     launch_tokens=12_000,
 )
 
@@ -91,7 +100,7 @@ class Device:
         tokens = step.num_chunk_tokens
         if not tokens:
             return STEP_S + decode
-        size = token_bucket(tokens) if len(step.chunks) <= MIXED_CHUNKS else 0
+        size = token_bucket(tokens, len(step.chunks))
         self.prompt_tokens += tokens
         self.padded_tokens += max(size, tokens)
         seconds = STEP_S + decode + self._pass_s + max(size, tokens) * PROMPT_TOKEN_S

@@ -15,6 +15,7 @@ from tpqwen.request import Guide, Pooling, TokenLogprob
 
 Ints = NDArray[np.int32]
 TOKEN_BUCKETS = (64, 128, 256, 512, 768, 1024, 1536, 2048)  # prompt tokens of the passes that ranks have as graphs
+FEW_CHUNKS, MANY_CHUNKS = 8, 32  # of a smaller one of them and of a larger one
 LONG_ROW = 4096  # tokens of context beyond which a row that decodes counts as long
 DRAFT_ROWS = 16  # rows of a speculative step at most: the weights dominate a pass of up to 128 tokens
 FEW_CANDIDATES = 64  # the largest top_k that ranks answer from a row's best candidates alone
@@ -43,9 +44,14 @@ def row_bucket(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def token_bucket(tokens: int) -> int:
-    """The size that so many prompt tokens run as, where that is a graph; 0 where it is none."""
-    return next((size for size in TOKEN_BUCKETS if size >= tokens), 0)
+def token_bucket(tokens: int, chunks: int = 1) -> int:
+    """The size that so many prompt tokens in so many chunks run as, where that is a graph; 0 where it is none."""
+    return next((size for size in TOKEN_BUCKETS if size >= tokens and chunk_places(size) >= chunks), 0)
+
+
+def chunk_places(size: int) -> int:
+    """Chunks that a graph of so many prompt tokens has room for. Each costs a row of logits, even where none is."""
+    return FEW_CHUNKS if size <= 512 else MANY_CHUNKS
 
 
 class RowParams(msgspec.Struct, frozen=True, array_like=True):

@@ -161,11 +161,28 @@ def test_a_crowd_of_short_prompts_runs_as_graphs_where_launching_would_take_long
     assert steps == [[650] * 3 + [10] * 5, [10] * 4], "what is left is not worth a part, and a graph has but so many"
 
 
-def test_a_crowd_is_computed_at_once_where_computing_takes_longer() -> None:
+@pytest.mark.parametrize(
+    ("launch_tokens", "watched", "first"),
+    [
+        (1000, True, [600] * 5),  # computing takes longer
+        (2999, False, [600] * 5),  # so it does with all of them, and nobody waits for the first
+        (3001, False, [600, 600, 600, 248]),
+        (2999, True, [600, 600, 600, 248]),
+    ],
+)
+def test_a_crowd_is_computed_at_once_where_launching_costs_nothing(
+    launch_tokens: int, watched: bool, first: list[int]
+) -> None:
     sizes = {"max_batched_tokens": 4096, "max_model_len": 4000, "graph_tokens": 2048, "graph_chunks": 8}
-    pair = Pair(tiny_capacity(num_blocks=4000, max_num_seqs=24, launch_tokens=1000, **sizes))
+    pair = Pair(tiny_capacity(num_blocks=4000, max_num_seqs=24, launch_tokens=launch_tokens, **sizes))
     pair.add(*(request(f"short {i}", 600) for i in range(5)))
-    assert [c.num_tokens for c in pair.step().chunks] == [600] * 5
+    step = pair.scheduler.schedule(0.0, watched=watched)
+    assert step is not None and [c.num_tokens for c in step.chunks] == first
+
+
+def test_a_graph_has_room_for_so_many_chunks() -> None:
+    assert [token_bucket(300, n) for n in (1, 8, 9, 32, 33)] == [512, 512, 768, 768, 0]
+    assert (token_bucket(2048, 32), token_bucket(2049), token_bucket(64)) == (2048, 0, 64)
 
 
 def test_a_graph_is_filled_while_that_adds_little_attention() -> None:

@@ -20,13 +20,13 @@ from tpqwen.executor.rank_process import RankProcess
 from tpqwen.offline import OfflineEngine
 from tpqwen.parallel.group import TPGroup
 from tpqwen.request import SamplingParams
-from tpqwen.step import GIVEN_UP, LONG_ROW, TOKEN_BUCKETS, Chunk, packed
+from tpqwen.step import GIVEN_UP, LONG_ROW, MANY_CHUNKS, TOKEN_BUCKETS, Chunk, chunk_places, packed
 from tpqwen.worker.ahead import Ahead, Pass, Prompt, least_free, planned, prompts, wide_variants, with_drafts
 from tpqwen.worker.batch import Stager, chunk_parts, eager_chunks
 from tpqwen.worker.graphs import DecodeGraphs, buckets
 from tpqwen.worker.mixed import MixedGraphs, row_buckets
 from tpqwen.worker.sampler import USUAL_KINDS, SampleKind
-from tpqwen.worker.slots import MIXED_CHUNKS, SlotState
+from tpqwen.worker.slots import SlotState
 from tpqwen.worker.worker import Worker
 
 GREEDY = SampleKind()
@@ -38,9 +38,9 @@ def possible(max_rows: int, max_tokens: int, max_length: int) -> set[tuple[int, 
     found = {(min(b for b in buckets(max_rows) if b >= rows), 0) for rows in range(1, at_most + 1)}
     for rows in range(at_most):
         width = min(b for b in row_buckets(max_rows) if b >= rows)
-        for chunks in range(1, min(MIXED_CHUNKS, at_most - rows) + 1):
+        for chunks in range(1, min(MANY_CHUNKS, at_most - rows) + 1):
             for tokens in range(chunks, min(max_tokens - rows, chunks * max_length, TOKEN_BUCKETS[-1]) + 1):
-                found.add((width, min(t for t in TOKEN_BUCKETS if t >= tokens)))
+                found.add((width, min(t for t in TOKEN_BUCKETS if t >= tokens and chunk_places(t) >= chunks)))
     return found
 
 

@@ -18,13 +18,12 @@ from tpqwen.kernels import ops
 from tpqwen.offline import OfflineEngine
 from tpqwen.parallel.group import TPGroup
 from tpqwen.scheduler import rows
-from tpqwen.step import Chunk, packed
+from tpqwen.step import FEW_CHUNKS, MANY_CHUNKS, Chunk, packed
 from tpqwen.worker.batch import Stager, chunk_parts
 from tpqwen.worker.graphs import DecodeGraphs
 from tpqwen.worker.mixed import MixedGraphs, pad
 from tpqwen.worker.runner import Runner, Sampled
 from tpqwen.worker.sampler import SampleKind
-from tpqwen.worker.slots import MIXED_CHUNKS
 from tpqwen.worker.worker import Where
 
 GREEDY = SampleKind()
@@ -36,10 +35,10 @@ def test_padding_computes_and_samples_nothing() -> None:
     assert ids.tolist() == [7, 8, 9, 4, 5, 0, 0, 0]
     assert positions.tolist() == [10, 11, 12, 0, 1, 0, 0, 0]
     assert token_slots.tolist() == [3, 3, 3, 1, 1, 99, 99, 99]
-    assert slots.tolist() == [3, 1] + [99] * (MIXED_CHUNKS - 2)
-    assert query_start.tolist() == [0, 3, 5] + [5] * (MIXED_CHUNKS - 2), "chunks of padding are empty"
-    assert lengths.tolist() == [13, 2] + [0] * (MIXED_CHUNKS - 2)
-    assert (sampled.tolist()[0], sampled_slots.tolist()) == (2, [3] + [99] * (MIXED_CHUNKS - 1))
+    assert slots.tolist() == [3, 1] + [99] * (FEW_CHUNKS - 2)
+    assert query_start.tolist() == [0, 3, 5] + [5] * (FEW_CHUNKS - 2), "chunks of padding are empty"
+    assert lengths.tolist() == [13, 2] + [0] * (FEW_CHUNKS - 2)
+    assert (sampled.tolist()[0], sampled_slots.tolist()) == (2, [3] + [99] * (FEW_CHUNKS - 1))
 
 
 def test_the_tokens_of_a_padded_pass_are_found_in_the_ring() -> None:
@@ -133,7 +132,7 @@ def test_a_graph_answers_as_single_launches_do(monkeypatch: pytest.MonkeyPatch) 
     [(0, 3, 0), (1, 3, 8), (9, 0, 32), (33, 20, 40), (33, 30, 33), (40, 8, 40)],
 )
 def test_rows_beside_chunks_are_padded_where_the_ring_has_room(count: int, sampled: int, width: int) -> None:
-    state = SimpleNamespace(tensors=SimpleNamespace(ring=torch.zeros(8, 40 + MIXED_CHUNKS + 12)))
+    state = SimpleNamespace(tensors=SimpleNamespace(ring=torch.zeros(8, 40 + MANY_CHUNKS - 12)))
     decode = SimpleNamespace(num_rows=count, slots=torch.arange(40), rows=torch.arange(40)[:count])
     graphs: Any = (SimpleNamespace(state=state), decode, 40, 16)
     assert len(MixedGraphs(*graphs, enabled=True).rows(sampled)) == width

@@ -125,7 +125,8 @@ class EngineCore:
         self._deltas += self.scheduler.expire(self._clock())
         step = None
         if len(self._in_flight) < self._depth:
-            step = self.scheduler.schedule(self._clock(), self._pace.limit if self.paced else None)
+            gentle = self._pace.limit if self.paced else None
+            step = self.scheduler.schedule(self._clock(), gentle, watched=self.paced)
         if step is not None:
             if step.admits and self.on_started is not None:
                 self.on_started([self.scheduler.rows.holder(a.slot) for a in step.admits])

@@ -77,7 +77,8 @@ class Deadlines:
             self._kinds |= kinds
             self._shapes.clear()
         tokens = step.num_chunk_tokens
-        chunks = (len(step.chunks).bit_length(), token_bucket(tokens) if tokens else 0, tokens.bit_length())
+        size = token_bucket(tokens, len(step.chunks)) if tokens else 0
+        chunks = (len(step.chunks).bit_length(), size, tokens.bit_length())
         shape = (row_bucket(self._rows), *chunks, step.wide, step.speculate)
         if shape in self._shapes:
             return False

@@ -37,15 +37,17 @@ class Room:
     one that has a graph (a larger one is launched kernel by kernel, for which the streams would wait), and the
     matrices of what fills the graph up are computed anyway. So is a step that begins with a short prompt, where
     launching takes longer than computing: a crowd's prompts are done sooner in several graphs.
+    crowd: tokens of prompts that may as well be computed all at once, because nobody waits for the first of them.
     """
 
-    def __init__(self, budget: int, gentle: float | None, capacity: Capacity) -> None:
+    def __init__(self, budget: int, gentle: float | None, capacity: Capacity, crowd: int = 0) -> None:
         self._left = budget
         self._gentle = gentle
         self._capacity = capacity
         self._tokens = 0  # taken
         self._chunks = 0
         self._graphed = False
+        self._prefers_graphs = capacity.launch_tokens > max(capacity.graph_tokens, crowd)
         if gentle is not None and capacity.graph_tokens:
             self._be_graphed()
 
@@ -64,14 +66,14 @@ class Room:
 
     def tokens(self, start: int, missing: int) -> int:
         """Of the next chunk at most, which begins at position `start` of a sequence that lacks so many."""
-        launched = self._capacity.launch_tokens > self._capacity.graph_tokens > missing
-        if launched and not self._chunks and not self._graphed:
+        short = missing < self._capacity.graph_tokens
+        if short and self._prefers_graphs and not self._chunks and not self._graphed:
             self._be_graphed()
         if self._gentle is None:
             return self._left
         cost = self._capacity.context_cost
         most = tokens_within(self._gentle, start, cost)
-        spare = token_bucket(self._tokens + most) - self._tokens - most if self._graphed else 0
+        spare = token_bucket(self._tokens + most, self._chunks + 1) - self._tokens - most if self._graphed else 0
         fills = spare > 0 and spare * cost * start <= FILLING * self._gentle
         return min(self._left, most + spare if fills else most)
 

@@ -168,11 +168,11 @@ class Scheduler:
                 deltas.append(self._end(s, FinishReason.ERROR, text, "context_length_exceeded"))
         return deltas
 
-    def schedule(self, now: float, gentle: float | None = None) -> StepInput | None:
+    def schedule(self, now: float, gentle: float | None = None, *, watched: bool = True) -> StepInput | None:
         """The next step, or None when there is nothing to run before an earlier step's result is in.
 
-        Decode rows come first, one token each; prefill chunks share what is left of the budget in order. While streams
-        outnumber the prompts still to compute, those get about `gentle` work (scheduler/pace.py).
+        Decode rows come first, one token each; prefill chunks share the rest of the budget in order. While streams
+        outnumber the prompts to compute, these get about `gentle` work (pace.py). watched: each token is waited for.
         """
         if self._drafts_may_free_blocks():
             return None
@@ -184,7 +184,9 @@ class Scheduler:
             if gentle is not None and len(decode) < OUTNUMBER * prompts:
                 gentle = None
             measures = gentle == 0.0  # a step of decode rows alone is wanted, to see what it takes
-            self._prefill(draft, Room(budget, gentle, self.capacity), now, admit=not preempted)
+            waiting = [] if preempted else self._admission.candidates()
+            crowd = 0 if watched else sum(s.num_tokens for s in waiting)
+            self._prefill(draft, Room(budget, gentle, self.capacity, crowd), waiting, now)
         if not len(decode) and not draft.chunks:
             return None
         return self._commit(draft, decode, 0 if draft.chunks or measures else self._drafts(draft, decode))
@@ -285,9 +287,8 @@ class Scheduler:
         self._tally.preemptions += 1
         self._admission.push(sequence)
 
-    def _prefill(self, draft: Draft, room: Room, now: float, *, admit: bool) -> None:
+    def _prefill(self, draft: Draft, room: Room, waiting: list[Sequence], now: float) -> None:
         """Chunks in order, (priority, arrival): having begun earlier gives no right of way."""
-        waiting = self._admission.candidates() if admit else []
         full = False
         for sequence in heapq.merge(self._prefilling[:], waiting, key=by_order):
             if room.is_full:

@@ -16,12 +16,11 @@ import torch
 
 from tpqwen.kernels.attention_table import planned_lengths
 from tpqwen.parallel.group import TPGroup
-from tpqwen.step import DRAFT_ROWS, GIVEN_UP, LONG_ROW, TOKEN_BUCKETS, row_bucket
+from tpqwen.step import DRAFT_ROWS, GIVEN_UP, LONG_ROW, TOKEN_BUCKETS, chunk_places, row_bucket
 from tpqwen.worker.drafts import DraftGraphs
 from tpqwen.worker.graphs import DecodeGraphs, buckets
 from tpqwen.worker.mixed import MixedGraphs, row_buckets
 from tpqwen.worker.sampler import USUAL_KINDS, SampleKind
-from tpqwen.worker.slots import MIXED_CHUNKS
 
 FEW = 8  # decode rows; passes with no more come first, with prompts of all lengths
 GRAPHS_SHARE = 0.5  # of the memory that memory_fraction leaves: what graphs captured ahead may take
@@ -51,9 +50,12 @@ def planned(max_rows: int, max_tokens: int, max_length: int) -> list[Pass]:
     at_most = min(max_rows, max_tokens)
     sizes = [(rows, 0) for fewest, rows in _ranges(1, buckets(max_rows)) if fewest <= at_most]
     for fewest, rows in _ranges(0, row_buckets(max_rows)):
-        chunks = min(MIXED_CHUNKS, at_most - fewest)  # each has a slot of its own
-        longest = min(max_tokens - fewest, chunks * max_length)
-        sizes += [(rows, tokens) for shortest, tokens in _ranges(1, TOKEN_BUCKETS) if shortest <= longest]
+        fewer = 0  # chunks that a smaller graph has room for
+        for shortest, tokens in _ranges(1, TOKEN_BUCKETS):
+            chunks = min(chunk_places(tokens), at_most - fewest)  # each has a slot of its own
+            if chunks > fewer or shortest <= min(max_tokens - fewest, chunks * max_length):
+                sizes.append((rows, tokens))
+            fewer = chunk_places(tokens)
     sizes.sort(key=lambda size: (False, *reversed(size)) if size[0] <= FEW else (True, *size))
     return [Pass(*size, kind) for size in sizes for kind in USUAL_KINDS]
 

@@ -21,12 +21,11 @@ import torch
 from tpqwen.kernels import ops
 from tpqwen.parallel.group import TPGroup
 from tpqwen.parallel.peers import compile_exchange
-from tpqwen.step import TOKEN_BUCKETS, Chunk, packed
+from tpqwen.step import TOKEN_BUCKETS, Chunk, chunk_places, packed
 from tpqwen.worker.batch import ChunkBatch, Stager, blank_prompt, chunk_batch, chunk_parts
-from tpqwen.worker.mixed import pad
+from tpqwen.worker.mixed import graph_lengths, pad
 from tpqwen.worker.runner import Runner
 from tpqwen.worker.sampler import USUAL_KINDS, SampleKind
-from tpqwen.worker.slots import MIXED_CHUNKS
 
 WHOLE = 2048  # tokens of a prompt that is launched kernel by kernel
 NUM_BLOCKS = 2  # of the runner's cache; what is written goes to the null block
@@ -100,7 +99,8 @@ def first_parts(runner: Runner, drafts: int = 0) -> list[Part]:
     """
     device = runner.state.tensors.length.device
     none, first = (torch.arange(n, dtype=torch.int32, device=device) for n in (0, 1))
-    few = torch.full((MIXED_CHUNKS,), runner.state.tensors.padding_slot, dtype=torch.int32, device=device)
+    nobody = runner.state.tensors.padding_slot
+    few = torch.full((chunk_places(TOKEN_BUCKETS[0]),), nobody, dtype=torch.int32, device=device)
     parts: list[Part] = []
     parts.append(partial(runner.model.embed.embed, first))
     contexts = [(1, runner.decode_context(first)[1])]
@@ -140,5 +140,4 @@ def _padded_chunks(runner: Runner) -> ChunkBatch:
     chunk = Chunk(0, 0, packed([0] * TOKEN_BUCKETS[0]), True)
     parts = pad(chunk_parts((chunk,)), TOKEN_BUCKETS[0], state.tensors.padding_slot)
     sent = Stager(state.tensors.length.device, 1).send(parts)
-    lengths = ((TOKEN_BUCKETS[0], *[0] * (MIXED_CHUNKS - 1)), (TOKEN_BUCKETS[0] + 1, *[1] * (MIXED_CHUNKS - 1)))
-    return chunk_batch(sent, lengths, state, size)
+    return chunk_batch(sent, graph_lengths(TOKEN_BUCKETS[0]), state, size)

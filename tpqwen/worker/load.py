@@ -19,14 +19,14 @@ from tpqwen.model.sizing import DTYPE_BYTES, Sizes
 from tpqwen.model.weights import allocate, load_weights, random_weights, weight_bytes
 from tpqwen.parallel.group import TPGroup
 from tpqwen.quant.schemes import SCHEMES
-from tpqwen.step import DRAFT_ROWS, TOKEN_BUCKETS, Admit, Capacity, Chunk, RowParams, StepInput, packed
+from tpqwen.step import DRAFT_ROWS, MANY_CHUNKS, TOKEN_BUCKETS, Admit, Capacity, Chunk, RowParams, StepInput, packed
 from tpqwen.worker.ahead import Ahead, Pass, Prompt, least_free, planned, prompts, wide_variants, with_drafts
 from tpqwen.worker.batch import Stager, chunk_parts, eager_chunks, stage
 from tpqwen.worker.early import NUM_BLOCKS, Alone, Part, compiled_beside, first_parts
 from tpqwen.worker.kv_cache import KVCache, block_bytes, blocks_on_cpu, blocks_on_gpu
 from tpqwen.worker.runner import Runner
 from tpqwen.worker.sampler import LogitEdits, SampleKind, Sampler
-from tpqwen.worker.slots import MIXED_CHUNKS, SlotState
+from tpqwen.worker.slots import SlotState
 
 LAYER_LAUNCH_S = 0.8e-3  # launching a layer kernel by kernel, on an H200's host; an H100's took half of that
 FLOPS = 500e12  # what a GPU reaches in passes of some thousand tokens
@@ -77,7 +77,7 @@ def load(config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, 
         max_model_len=sizes.max_model_len,
         max_batched_tokens=sizes.max_batched_tokens,
         graph_tokens=TOKEN_BUCKETS[-1] if sizes.device == "cuda" else 0,
-        graph_chunks=MIXED_CHUNKS if sizes.device == "cuda" else 0,
+        graph_chunks=MANY_CHUNKS if sizes.device == "cuda" else 0,
         launch_tokens=_launch_tokens(model_config, group.size) if sizes.device == "cuda" else 0,
         graphs_ahead=len(ahead),
         context_cost=_context_cost(model_config),

@@ -1,8 +1,8 @@
 """Passes over prompt chunks, with or without decode rows, as CUDA graphs: one per bucket of rows, tokens and sampling.
 
 A pass of a few hundred tokens is over before Python has launched it kernel by kernel. Chunks are padded up to a bucket:
-T tokens of which the last may be none's, C chunks of which the last may be empty. Longer passes run eagerly, where the
-device is the slower of the two. Wide passes as in worker/graphs.py.
+T tokens of which the last may be none's, C chunks (step.chunk_places) of which the last may be empty. Longer passes run
+eagerly; the scheduler makes them where the device is the slower of the two. Wide passes as in worker/graphs.py.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from tpqwen.step import TOKEN_BUCKETS, Ints, token_bucket
+from tpqwen.step import Ints, chunk_places, token_bucket
 from tpqwen.worker.batch import Stager, blank_prompt, chunk_batch
 from tpqwen.worker.graphs import DecodeGraphs, capture
 from tpqwen.worker.runner import Runner, Sampled
 from tpqwen.worker.sampler import SampleKind
-from tpqwen.worker.slots import MIXED_CHUNKS
 
 ROWS = (0, 8, 32, 64, 128, 256, 512)
 Key = tuple[int, int, SampleKind, bool]  # buckets of rows and tokens, sampling, wide
@@ -42,7 +41,7 @@ class MixedGraphs:
 
     def fits(self, num_tokens: int, num_chunks: int, kind: SampleKind) -> bool:
         """Whether a pass over these chunks has a graph."""
-        return self._enabled and num_tokens <= TOKEN_BUCKETS[-1] and num_chunks <= MIXED_CHUNKS and kind.in_graph
+        return self._enabled and token_bucket(num_tokens, num_chunks) > 0 and kind.in_graph
 
     def rows(self, num_sampled: int) -> torch.Tensor:
         """The decode rows for a pass that is launched kernel by kernel and samples so many chunks: padded as with a
@@ -55,7 +54,7 @@ class MixedGraphs:
 
     def run(self, parts: Sequence[Ints], kind: SampleKind, stager: Stager) -> int:
         """One pass over the decode rows and these chunks. Returns the row from which on the chunks' tokens stand."""
-        tokens = token_bucket(parts[0].size)
+        tokens = token_bucket(parts[0].size, parts[3].size)
         width = next(r for r in self._rows if r >= self._decode.num_rows)
         padding = self._runner.state.tensors.padding_slot
         padded = pad(parts, tokens, padding)
@@ -103,18 +102,17 @@ class MixedGraphs:
         sizes = [p.size for p in pad(_nothing(), tokens, 0)]
         parts = list(torch.split(self._buffer(tokens), sizes))
         state, size = self._runner.state, self._block_size
-        # No chunk counts as a whole prompt: which of them is one changes from pass to pass.
-        lengths = ((tokens, *[0] * (MIXED_CHUNKS - 1)), (tokens + 1, *[1] * (MIXED_CHUNKS - 1)))
 
         def run(slots_B: torch.Tensor) -> Sampled | None:
-            chunks = chunk_batch(parts, lengths, state, size)
+            chunks = chunk_batch(parts, graph_lengths(tokens), state, size)
             return self._runner.mixed(slots_B, chunks, kind, (), wide=wide)
 
         return capture(self._decode, width, run)
 
 
 def pad(parts: Sequence[Ints], tokens: int, padding_slot: int) -> list[Ints]:
-    """chunk_parts filled up to `tokens` tokens and MIXED_CHUNKS chunks that compute and sample nothing."""
+    """chunk_parts filled up to `tokens` tokens and a graph's places with chunks that compute and sample nothing."""
+    places = chunk_places(tokens)
     ids, positions, token_slots, slots, query_start, lengths, sampled, sampled_slots = parts
 
     def filled(part: Ints, size: int, value: int) -> Ints:
@@ -124,12 +122,19 @@ def pad(parts: Sequence[Ints], tokens: int, padding_slot: int) -> list[Ints]:
         filled(ids, tokens, 0),
         filled(positions, tokens, 0),
         filled(token_slots, tokens, padding_slot),
-        filled(slots, MIXED_CHUNKS, padding_slot),
-        filled(query_start, MIXED_CHUNKS + 1, ids.size),
-        filled(lengths, MIXED_CHUNKS, 0),
-        filled(sampled, MIXED_CHUNKS, 0),
-        filled(sampled_slots, MIXED_CHUNKS, padding_slot),
+        filled(slots, places, padding_slot),
+        filled(query_start, places + 1, ids.size),
+        filled(lengths, places, 0),
+        filled(sampled, places, 0),
+        filled(sampled_slots, places, padding_slot),
     ]
+
+
+def graph_lengths(tokens: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """num_query and num_context of a graph's chunks, as its capture takes them. None counts as a whole prompt: which of
+    them is one changes from pass to pass."""
+    others = chunk_places(tokens) - 1
+    return (tokens, *[0] * others), (tokens + 1, *[1] * others)
 
 
 def _nothing() -> list[Ints]:

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 
 from tpqwen.kernels.context import SlotTensors
-from tpqwen.step import DRAFT_ROWS, Admit, Ints, RowParams
+from tpqwen.step import DRAFT_ROWS, MANY_CHUNKS, Admit, Ints, RowParams
 
 INT_FIELDS = ("top_k", "choice", "min_tokens")
 FLOAT_FIELDS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
-MIXED_CHUNKS = 8  # chunks of a pass that runs as a graph; they may be padding, and so may its decode rows
 RING = 8  # passes whose tokens the ring keeps: more than are ever in flight
 NUM_FIELDS = len(INT_FIELDS) + len(FLOAT_FIELDS)
 ADMIT_INTS = NUM_FIELDS + 4  # slot, out_index, seed low, seed high come first
@@ -62,7 +61,7 @@ class SlotState:
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
-        width = max(num_slots + MIXED_CHUNKS, min(num_slots, DRAFT_ROWS) * (drafts + 1))
+        width = max(num_slots + MANY_CHUNKS, min(num_slots, DRAFT_ROWS) * (drafts + 1))
         self.tensors = SlotTensors(
             tables_SM=zeros(size, table_width),
             length=zeros(size),
