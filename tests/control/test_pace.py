@@ -152,10 +152,12 @@ def test_beside_streams_a_gentle_step_is_one_that_has_a_graph() -> None:
 
 def test_a_crowd_of_short_prompts_runs_as_graphs_where_launching_would_take_longer() -> None:
     sizes = {"max_batched_tokens": 4096, "max_model_len": 4000, "graph_tokens": 2048, "graph_chunks": 8}
-    pair = Pair(tiny_capacity(num_blocks=4000, max_num_seqs=24, launch_tokens=12_000, **sizes))
+    pair = Pair(tiny_capacity(num_blocks=4000, max_num_seqs=24, launch_tokens=7_500, **sizes))
     pair.add(*(request(f"short {i}", 600) for i in range(5)), request("long", 2500), request("last", 100))
     steps = [[c.num_tokens for c in pair.step().chunks] for _ in range(3)]
     assert steps == [[600, 600, 600, 248], [352, 600], [2500, 100]], "the long one at once, and others with it"
+    pair.add(request("middling", 2400))
+    assert [[c.num_tokens for c in pair.step().chunks] for _ in range(2)] == [[2048], [352]]
     pair.add(*(request(f"more {i}", 650) for i in range(3)), *(request(f"tiny {i}", 10) for i in range(9)))
     steps = [[c.num_tokens for c in pair.step().chunks] for _ in range(2)]
     assert steps == [[650] * 3 + [10] * 5, [10] * 4], "what is left is not worth a part, and a graph has but so many"

@@ -17,6 +17,7 @@ FRESH = 32  # steps with prompts for which the time of a decode step holds, whil
 OUTLIER = 4.0  # a measurement counts for at most so many times what was known: a step may have compiled a kernel
 FILLING = 0.25  # of a gentle step's work: what tokens that fill a graph up may add by looking at their context
 SCRAP = 1 / 16  # of a step's tokens
+SHORT = 1 / 3  # of what computes as long as launching takes: a longer prompt gains more by attending to all at once
 
 
 def work_of(start: int, num_tokens: int, context_cost: float) -> float:
@@ -66,8 +67,8 @@ class Room:
 
     def tokens(self, start: int, missing: int) -> int:
         """Of the next chunk at most, which begins at position `start` of a sequence that lacks so many."""
-        short = missing < self._capacity.graph_tokens
-        if short and self._prefers_graphs and not self._chunks and not self._graphed:
+        short = max(self._capacity.graph_tokens, SHORT * self._capacity.launch_tokens)
+        if missing < short and self._prefers_graphs and not self._chunks and not self._graphed:
             self._be_graphed()
         if self._gentle is None:
             return self._left
