@@ -9,6 +9,7 @@ and sampling after FlashSampling (arXiv 2603.15854): the logits never reach memo
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -27,6 +28,8 @@ COLDEST = tl.constexpr(GREEDY_BELOW)
 LISTED = 1024  # ids that one program of gumbel_noise draws for
 SLICE = 4096  # logits that one program of noisy_slices looks at
 FEW = tl.constexpr(MAX_CANDIDATES)
+LN2 = tl.constexpr(math.log(2))
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 FAN = 16  # ids per group and groups per supergroup in top_candidates
 SUPERS = MAX_CANDIDATES * FAN
 MAX_FUSED_ROWS = 64
@@ -40,12 +43,24 @@ def random_words(seed, out_index, choice, group):
     c0, c1, c2, c3 = zero + out_index.to(tl.uint32), zero + group.to(tl.uint32), zero + choice.to(tl.uint32), zero
     k0, k1 = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
     for _ in range(10):  # a loop on the GPU too: unrolled it would be most of the kernel's code and compile time
-        high0, low0 = tl.umulhi(c0, 0xD2511F53), tl.mul(c0, 0xD2511F53, sanitize_overflow=False)
-        high1, low1 = tl.umulhi(c2, 0xCD9E8D57), tl.mul(c2, 0xCD9E8D57, sanitize_overflow=False)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        p0 = tl.mul(c0.to(tl.uint64), 0xD2511F53, sanitize_overflow=False)  # one instruction for both halves
+        p1 = tl.mul(c2.to(tl.uint64), 0xCD9E8D57, sanitize_overflow=False)
+        high0, high1 = (p0 >> 32).to(tl.uint32), (p1 >> 32).to(tl.uint32)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, p1.to(tl.uint32), high0 ^ c3 ^ k1, p0.to(tl.uint32)
         k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
         k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
     return c0, c1, c2, c3
+
+
+@triton.jit
+def _log(x):
+    """Natural logarithm, on a GPU by its special function unit: off by 4e-6 at most for what gumbel asks for."""
+    if INTERPRETED:
+        result = tl.log(x)
+    else:
+        asm: tl.constexpr = "lg2.approx.ftz.f32 $0, $1;"
+        result = tl.inline_asm_elementwise(asm, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1) * LN2
+    return result
 
 
 @triton.jit
@@ -54,7 +69,7 @@ def gumbel(word):
     u = tl.minimum((word.to(tl.float32) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)
     tail = u * (1 / 4 + u * (1 / 5 + u * (1 / 6 + u * (1 / 7))))
     series = u * (1.0 + u * (1 / 2 + u * (1 / 3 + tail)))
-    return -tl.log(tl.where(u < 1 / 16, series, -tl.log(1.0 - u)))
+    return -_log(tl.where(u < 1 / 16, series, -_log(1.0 - u)))
 
 
 @triton.jit
@@ -150,6 +165,7 @@ def _head_row_kernel(
     out_index,
     best,
     best_id,
+    scores,
     eps,
     V,
     base,
@@ -158,9 +174,14 @@ def _head_row_kernel(
     K: tl.constexpr,
     WIDTH: tl.constexpr,
     IDS: tl.constexpr,
+    TILES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """LM head of one row: a program takes every num_programs-th tile of IDS ids and loads the next one early."""
+    """LM head of one row: a program takes every num_programs-th tile of IDS ids and loads the next one early.
+
+    Its scores go through memory, so that noise is drawn for all of its ids at once, by all threads, and not tile by tile
+    by every thread the same.
+    """
     release_next(PDL)
     first = tl.program_id(0)
     stride = tl.num_programs(0)
@@ -175,24 +196,30 @@ def _head_row_kernel(
     x = tl.load(h + k, mask=inside, other=0.0).to(tl.float32)
     rstd = tl.rsqrt(tl.sum(tl.sum(x * x, axis=1), axis=0) / K + eps)
     x = x * scale * rstd
-    top = float("-inf")
-    top_id = base + SHIFT + tl.maximum(first * IDS - SHIFT, 0)
-    for tile in range(first, tl.cdiv(V + SHIFT, IDS), stride):
+    num_tiles = tl.cdiv(V + SHIFT, IDS)
+    mine = scores + first * (TILES * IDS)
+    at = mine + lane
+    for tile in range(first, num_tiles, stride):
         weights = ahead
         v = tl.minimum(tl.maximum((tile + stride) * IDS - SHIFT + lane, 0), V - 1)
         ahead = tl.load(w + v[:, None] * K + k, mask=inside, other=0.0, eviction_policy="evict_first")
-        score = tl.sum(weights.to(tl.float32) * x, axis=1)
-        score = tl.where(score == score, score, float("inf"))
-        if heat >= COLDEST:
-            score = score / heat + _row_noise(seed, index, choice, (base + tile * IDS) // 4, IDS)
-        v = tile * IDS - SHIFT + lane
-        score = tl.where((v >= 0) & (v < V) & (base + SHIFT + v < num_valid), score, float("-inf"))
-        tile_top = tl.max(score, axis=0)
-        tile_id = tl.min(tl.where((score == tile_top) & (v >= 0), base + SHIFT + v, NO_ID), axis=0)
-        top_id = tl.where(tile_top > top, tile_id, top_id)
-        top = tl.maximum(top, tile_top)
+        tl.store(at, tl.sum(weights.to(tl.float32) * x, axis=1))
+        at += IDS
+    tl.debug_barrier()
+    tile = first + tl.arange(0, TILES)[:, None] * stride
+    v = tile * IDS - SHIFT + lane[None, :]
+    known = (tile < num_tiles) & (v >= 0) & (v < V) & (base + SHIFT + v < num_valid)
+    score = tl.load(mine + tl.arange(0, TILES)[:, None] * IDS + lane[None, :], mask=tile < num_tiles, other=0.0)
+    score = tl.where(score == score, score, float("inf"))
+    if heat >= COLDEST:
+        group = (base + tile * IDS) // 4 + tl.arange(0, IDS // 4)[None, :]
+        w0, w1, w2, w3 = random_words(seed, index, choice, group)
+        score = score / heat + gumbel(tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [TILES, IDS]))
+    score = tl.where(known, score, float("-inf"))
+    top = tl.max(tl.max(score, axis=1), axis=0)
+    ids = tl.where((score == top) & (v >= 0) & (tile < num_tiles), base + SHIFT + v, NO_ID)
     tl.store(best + first, top)
-    tl.store(best_id + first, top_id)
+    tl.store(best_id + first, tl.min(tl.min(ids, axis=1), axis=0))
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -345,7 +372,8 @@ class HeadPlan(NamedTuple):
 def head_plan(rows: int, hidden: int) -> HeadPlan:
     """The plan for `rows` rows of `hidden` columns, measured on an H100 for 1024 and 4096."""
     if rows == 1:
-        return HeadPlan(8, 4, MULTIPROCESSORS * 4) if hidden <= 2048 else HeadPlan(4, 8, MULTIPROCESSORS * 4)
+        few = HeadPlan(8, 2, MULTIPROCESSORS * 6) if hidden <= 1024 else HeadPlan(8, 4, MULTIPROCESSORS * 4)
+        return few if hidden <= 2048 else HeadPlan(4, 8, MULTIPROCESSORS * 4)
     if rows <= 16:
         return HeadPlan(64, 4, MULTIPROCESSORS * (4 if hidden <= 2048 else 2), stages=5, prefetch=0)
     return HeadPlan(64, 4, MULTIPROCESSORS * 2, stages=3, block_k=128)
@@ -436,8 +464,10 @@ def head_slices(
     draw = _draw(state, slots_R)
     grid, options = (best.shape[1],), {"num_warps": plan.warps, **launch_options(h_RH.device)}
     if rows == 1:
-        shape = (shift, hidden, triton.next_power_of_2(hidden), plan.ids)
-        _head_row_kernel[grid](h_RH, weight_VH, norm_H, *draw, best, best_id, eps, *place, *shape, **options)
+        tiles = triton.next_power_of_2(triton.cdiv(triton.cdiv(vocab + shift, plan.ids), grid[0]))
+        scores = torch.empty(grid[0] * tiles * plan.ids, dtype=torch.float32, device=h_RH.device)
+        shape = (shift, hidden, triton.next_power_of_2(hidden), plan.ids, tiles)
+        _head_row_kernel[grid](h_RH, weight_VH, norm_H, *draw, best, best_id, scores, eps, *place, *shape, **options)
         return best, best_id
     x_RH = rms_norm(h_RH, norm_H, eps)
     block_m = max(16, triton.next_power_of_2(rows))
