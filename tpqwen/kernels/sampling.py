@@ -179,8 +179,8 @@ def _head_row_kernel(
 ):
     """LM head of one row: a program takes every num_programs-th tile of IDS ids and loads the next one early.
 
-    Its scores go through memory, so that noise is drawn for all of its ids at once, by all threads, and not tile by tile
-    by every thread the same.
+    Its scores go through memory, so that noise is drawn for all of its ids at once and not tile by tile, by every
+    thread the same.
     """
     release_next(PDL)
     first = tl.program_id(0)
