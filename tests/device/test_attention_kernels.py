@@ -383,7 +383,7 @@ def test_no_program_has_a_long_row_alone(batch: int) -> None:
 
 def test_the_usual_plan_does_not_know_of_long_rows() -> None:
     assert [num_splits(decode_plan(b, 8, 2, 128), b * 8) for b in (1, 4, 8, 16, 24, 33, 48, 96, 256)] == [
-        *(16, 8, 6, 2, 2, 1, 1, 1, 1)
+        *(32, 16, 6, 2, 2, 1, 1, 1, 1)
     ]
 
 

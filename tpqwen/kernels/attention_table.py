@@ -1,4 +1,4 @@
-"""How attention runs, per batch size and length: launch parameters, measured on an H100 (docs/benchmarks/h200.md).
+"""How attention runs, per batch size and length: launch parameters, measured on an H100, up to four rows on an H200.
 
 B decode rows, K key/value heads, G query heads per KV head, D head size, S splits. No tuning happens at run time.
 """
@@ -40,8 +40,8 @@ class DecodePlan(NamedTuple):
 # a rank that has fewer heads divides them.
 PLANS: dict[tuple[int, int], tuple[tuple[int, DecodePlan], ...]] = {
     (2, 128): (
-        (2, DecodePlan(tile=64, warps=4, stages=2, programs=128, hold=True)),
-        (4, DecodePlan(tile=64, warps=4, stages=2, programs=256, hold=True)),
+        (1, DecodePlan(tile=32, warps=2, stages=3, programs=256, prefetch=1)),
+        (4, DecodePlan(tile=32, warps=2, stages=4, programs=512, hold=True)),
         (8, DecodePlan(tile=64, warps=4, stages=2, programs=384, hold=True)),
         (24, DecodePlan(tile=64, warps=4, stages=2, programs=256, hold=True)),
         (48, DecodePlan(tile=64, warps=4, stages=3, programs=200, hold=True)),
@@ -51,7 +51,8 @@ PLANS: dict[tuple[int, int], tuple[tuple[int, DecodePlan], ...]] = {
     ),
 }
 OTHER_PLANS: tuple[tuple[int, DecodePlan], ...] = (
-    (4, DecodePlan(tile=32, warps=2, stages=3, programs=256, min_tiles=2, hold=True)),
+    (1, DecodePlan(tile=32, warps=2, stages=3, programs=256, prefetch=1)),
+    (4, DecodePlan(tile=32, warps=2, stages=4, programs=512, hold=True)),
     (24, DecodePlan(tile=64, warps=4, stages=2, programs=256)),
     (48, DecodePlan(tile=64, warps=4, stages=2, programs=200)),
     (64, DecodePlan(tile=32, warps=2, stages=5, programs=392, prefetch=1)),
