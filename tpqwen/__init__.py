@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from tpqwen.llm import LLM as LLM
     from tpqwen.llm import RequestOutput as RequestOutput
     from tpqwen.request import SamplingParams as SamplingParams
+    from tpqwen.stopping import stop as stop
 
 __version__ = "0.1.0"
 
@@ -18,8 +19,9 @@ _HOMES = {
     "RequestOutput": "tpqwen.llm",
     "SamplingParams": "tpqwen.request",
     "Config": "tpqwen.config",
+    "stop": "tpqwen.stopping",
 }
-__all__ = ["LLM", "Config", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "Config", "RequestOutput", "SamplingParams", "__version__", "stop"]
 
 
 def __getattr__(name: str) -> object:

@@ -35,6 +35,7 @@ class Command:
 
 COMMANDS = {
     "serve": Command("serve a model over HTTP", "tpqwen.console.serve", sections=(*ENGINE_SECTIONS, "server")),
+    "stop": Command("end an application on a running Ray cluster, its requests first", "tpqwen.console.stop"),
     "generate": Command("continue prompts and print the results", "tpqwen.console.generate"),
     "chat": Command("talk to a model in the terminal", "tpqwen.console.chat"),
     "compare": Command("measure naive, cached and batched generation", "tpqwen.bench.compare"),

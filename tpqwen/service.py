@@ -32,6 +32,7 @@ from tpqwen.api.info import ApiSettings, ModelInfo
 from tpqwen.board import MetricsBoard
 from tpqwen.compiler import GrammarService
 from tpqwen.config import Config, api_keys_text, resolve_device
+from tpqwen.draining import Drain, end_all
 from tpqwen.ending import shutdown_begins
 from tpqwen.engine.client import EngineClient
 from tpqwen.executor.titles import keep_title
@@ -58,9 +59,7 @@ from tpqwen.text.tokenizer import Tokenizer
 
 CPU_SHARE = 0.1  # of a core, per process, where ranks compute on the CPU: a laptop's cores are shared, not reserved
 RANK_STATS_EVERY_S = 5.0
-DRAIN_POLL_S = 0.05
 YOUNG_OBJECTS = 10_000  # more than before the garbage collector looks at them; its 700 are less than two requests
-DRAIN_FLUSH_S = 5.0  # for clients to read how their requests ended
 
 _log = logging.getLogger(__name__)
 
@@ -98,32 +97,6 @@ def bundles(config: Config) -> list[dict[str, float]]:
     return [{"CPU": CPU_SHARE} for _ in range(2 + config.parallel.tp)]
 
 
-async def none_left(count: Callable[[], int], timeout_s: float) -> bool:
-    """Wait until there is nothing to count, timeout_s at most; whether it is so."""
-    deadline = time.monotonic() + timeout_s
-    while count():
-        if time.monotonic() >= deadline:
-            return False
-        await asyncio.sleep(DRAIN_POLL_S)
-    return True
-
-
-async def end_all(client: EngineClient, answering: Callable[[], int], grace_s: float) -> None:
-    """Wait until no request is open; what still is after grace_s ends with an error, and nothing new is taken then.
-
-    answering: how many answers are being written, for a request's tokens are all there before its client has them.
-    """
-
-    def num_open() -> int:
-        return client.num_open + answering()
-
-    if not await none_left(num_open, grace_s):
-        reason = f"the server is shutting down and this request had not ended after {grace_s:g} s"
-        client.drain()
-        client.give_up(reason, "draining")
-        await none_left(num_open, DRAIN_FLUSH_S)
-
-
 @serve.deployment(
     name="Qwen3Server",
     max_ongoing_requests=4096,
@@ -144,6 +117,7 @@ class Qwen3Server:
         self._metrics = ServerMetrics(self.served_name, str(serve.get_replica_context().rank.rank))
         self._supervisor: Supervisor | None = None
         self._client: EngineClient | None = None
+        self._drain: Drain | None = None
         self._exporter: Exporter | None = None
         self._readings = Readings()
         self._text: TextProcesses | None = None
@@ -192,6 +166,9 @@ class Qwen3Server:
             access=self._access(),
         )
         self._answering = lambda: app.num_answering
+        name = serve.get_replica_context().app_name
+        self._drain = Drain(self._client, self._answering, name, self._metrics.engine_state)
+        await self._drain.join()
         gc.collect()
         gc.freeze()  # a million objects of torch, Ray and transformers: looking through them was a fifth of a request
         gc.set_threshold(YOUNG_OBJECTS)
@@ -217,16 +194,11 @@ class Qwen3Server:
             "closed": self._keys[0] is not None,
         }
 
-    async def drain(self, grace_s: float) -> None:
-        """Take nothing new, and return when the open ones have ended: by themselves, or with an error after grace_s.
-
-        For whoever is about to delete the application: what Serve drains it no longer routes to, so nobody would hear
-        why, and what is still open at the end of Serve's own patience is torn without a word.
-        """
-        assert self._client is not None
-        self._client.drain()
-        self._metrics.engine_state("draining")
-        await end_all(self._client, self._answering, grace_s)
+    async def drain(self, grace_s: float) -> int:
+        """Take nothing new while somebody stops this application (`stopping.py`); what is open after grace_s ends with
+        an error. Returns at once: how many requests are open."""
+        assert self._drain is not None
+        return self._drain.begin(grace_s)
 
     async def __del__(self) -> None:
         """Serve calls this after the drain: end everything this replica started."""
@@ -234,6 +206,8 @@ class Qwen3Server:
             return
         for task in self._tasks:
             task.cancel()
+        if self._drain is not None:
+            self._drain.close()
         if self._exporter is not None:
             self._exporter.close()
         if self._text is not None:

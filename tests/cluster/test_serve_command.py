@@ -15,21 +15,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.cluster.background import Background
+from tests.cluster.clients import REQUEST, Clients, free_ports, status
 from tests.cluster.processes import children_of, title, until
 from tpqwen.console.ray_settings import HAPROXY_PORTS
 
 pytestmark = pytest.mark.ray
 
 OPTIONS = ["--device", "cpu", "--threads", "1", "--max-num-seqs", "8", "--max-batched-tokens", "128"]
-REQUEST = {"prompt": "one two three", "max_tokens": 1500, "temperature": 0, "ignore_eos": True, "stream": True}
 
 
 @pytest.fixture
@@ -53,20 +50,6 @@ def command(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[su
     process.wait(60)
 
 
-def status(url: str) -> tuple[int, str]:
-    try:
-        answer = httpx.get(f"{url}/ready", timeout=5)
-    except httpx.HTTPError:
-        return 0, ""
-    return answer.status_code, answer.json()["status"] if answer.status_code in (200, 503) else ""
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [probe.getsockname()[1] for probe in probes]
-
-
 def to_process(pid: int) -> None:
     os.kill(pid, signal.SIGTERM)
 
@@ -79,34 +62,6 @@ def to_group(pid: int) -> None:
 
 def ctrl_c(pid: int) -> None:
     os.killpg(pid, signal.SIGINT)
-
-
-class Clients(Background):
-    """Two that ask again and again, one over a new connection each time, one over a kept one; what they were told."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(partial(self._ask, kept=False), partial(self._ask, kept=True))
-        self._url = url
-        self.told: dict[bool, list[tuple[int, str]]] = {False: [], True: []}
-
-    def _ask(self, kept: bool) -> None:
-        """0: nobody is there, or not any more."""
-        client = httpx.Client(timeout=30)
-        body = REQUEST | {"max_tokens": 1, "stream": False}
-        while not self.over.is_set():
-            try:
-                answer = client.post(f"{self._url}/v1/completions", json=body)
-                code = answer.json()["error"]["code"] if answer.status_code == 503 else ""
-                said = answer.status_code, code + (" again later" if "retry-after" in answer.headers else "")
-            except httpx.HTTPError:
-                said = 0, ""
-            if self.told[kept][-1:] != [said]:
-                self.told[kept].append(said)
-            if not kept:
-                client.close()
-                client = httpx.Client(timeout=30)
-            time.sleep(0.02)
-        client.close()
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections.abc import Iterator
@@ -10,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-import httpx
 import pytest
 
-from tests.cluster.processes import children_of, title, until
+from tests.cluster.clients import streams
+from tests.cluster.processes import children_of, title
 from tpqwen.ending import MARGIN_S, patience
 
 pytestmark = pytest.mark.ray
@@ -66,24 +65,9 @@ def delete_under_streams(url: str, count: int, max_tokens: int) -> list[list[Any
     """Begin the streams, have Serve delete the application, read on; the events of each."""
     from ray import serve
 
-    body = {"prompt": "one two three", "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
-    begun: list[int] = []
-
-    def read(index: int) -> list[Any]:
-        events: list[Any] = []
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as answer:
-            assert answer.status_code == 200
-            for line in answer.iter_lines():
-                if line.startswith("data: "):
-                    events.append(line[6:] if line == "data: [DONE]" else json.loads(line[6:]))
-                    begun.append(index)
-        return events
-
-    with ThreadPoolExecutor(count + 1) as pool:
-        streams = [pool.submit(read, index) for index in range(count)]
-        until(lambda: len(set(begun)) == count, "every stream's first token", 60)
+    with streams(url, count, max_tokens) as begun, ThreadPoolExecutor(1) as pool:
         deleted = pool.submit(serve.delete, "tpqwen")
-        events = [stream.result() for stream in streams]
+        events = [stream.result() for stream in begun]
         deleted.result()
     return events
 

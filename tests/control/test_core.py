@@ -275,6 +275,9 @@ def test_a_draining_core_finishes_what_it_has_and_refuses_more() -> None:
         core.add(request(1))
     assert (caught.value.status, caught.value.code) == (503, "draining")
     assert outputs(drive(core)) == {"0": expected_tokens(request(0), 12)}
+    core.reopen()
+    core.add(request(2))
+    assert outputs(drive(core)) == {"2": expected_tokens(request(2), 12)}
 
 
 def test_what_waits_is_counted_and_what_cannot_fit_is_refused() -> None:

@@ -255,6 +255,10 @@ def test_a_draining_engine_finishes_but_takes_nothing():
             assert caught.value.status == 503
             executor.go.release(1000)
             assert tokens_of(await task) == expected_tokens(one, 8)
+            client.reopen()
+            assert client.state.name == "ready"
+            another = request("another")
+            assert tokens_of(await deltas_of(client, another)) == expected_tokens(another, 8)
 
     run(main)
 

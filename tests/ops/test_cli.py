@@ -138,7 +138,7 @@ def test_one_version_everywhere():
 
 
 def test_the_public_names_are_these():
-    assert tpqwen.__all__ == ["LLM", "Config", "RequestOutput", "SamplingParams", "__version__"]
+    assert tpqwen.__all__ == ["LLM", "Config", "RequestOutput", "SamplingParams", "__version__", "stop"]
     assert tpqwen.Config is Config
     with pytest.raises(AttributeError, match="nothing"):
         _ = tpqwen.nothing
@@ -163,6 +163,14 @@ def test_settings_of_the_user_win():
     set_ray_defaults(own)
     assert own["RAY_AUTH_MODE"] == "disabled"
     assert "RAY_AUTH_TOKEN" not in own
+
+
+def test_a_command_for_running_clusters_makes_no_token():
+    for words in (["stop"], ["-v", "stop", "--name", "a"]):
+        environ = {"RAY_AUTH_TOKEN_PATH": "file"} if words[0] == "-v" else {}
+        set_ray_defaults(environ, words)
+        assert environ["RAY_AUTH_MODE"] == ("token" if words[0] == "-v" else "disabled")
+        assert "RAY_AUTH_TOKEN" not in environ
 
 
 def test_haproxy_is_turned_on_before_ray_is_imported_and_keeps_its_files_to_itself():

@@ -5,73 +5,60 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from ray._private import services
+from ray.exceptions import GetTimeoutError
 from rich.console import Console
 
-from tpqwen import ending
+from tpqwen import draining, ending
 from tpqwen.console import serve as command
 from tpqwen.console import signals
 from tpqwen.console.signals import ECHO_S, Interrupts, sessions_of_their_own
-from tpqwen.service import Qwen3Server, end_all
+from tpqwen.draining import Drain, end_all
+from tpqwen.errors import EngineError
+from tpqwen.service import Qwen3Server
 
 
-class FakeServe:
-    """Ray Serve with one application; calls are recorded in order."""
+def calls_of_the_end(monkeypatch, own_cluster: bool, failure: type[BaseException] | None) -> list[str]:
+    """What happens in which order when `tpqwen serve` stops; failure: how the drain ends."""
+    calls: list[str] = []
 
-    def __init__(self, status: str, failure: type[BaseException] | None = None) -> None:
-        self.calls: list[str] = []
-        self._status = status
-        self._failure = failure
+    @contextmanager
+    def drained(name: str, grace_s: float):
+        calls.append(f"drain {name} within {grace_s:g} s")
+        if failure is not None:
+            raise failure
+        yield
+        calls.append("drained no longer")
 
-    def status(self) -> Any:
-        return SimpleNamespace(applications={"tpqwen": SimpleNamespace(status=SimpleNamespace(value=self._status))})
-
-    def get_app_handle(self, name: str) -> Any:
-        return SimpleNamespace(drain=SimpleNamespace(remote=self._asked))
-
-    def _asked(self, grace_s: float) -> Any:
-        self.calls.append(f"drain within {grace_s:g} s")
-        return SimpleNamespace(result=self._drained)
-
-    def _drained(self, timeout_s: float) -> None:
-        assert timeout_s > command.DRAIN_S
-        if self._failure is not None:
-            raise self._failure
-
-    def shutdown(self) -> None:
-        self.calls.append("end Serve")
-
-    def delete(self, name: str, _blocking: bool = True) -> None:
-        self.calls.append(f"delete {name}" if _blocking else f"delete {name} without waiting")
+    monkeypatch.setattr(command, "drained", drained)
+    monkeypatch.setattr(command, "end", lambda name, *, whole: calls.append("end Serve" if whole else f"end {name}"))
+    monkeypatch.setattr(command, "PROXY_S", 0.0)
+    monkeypatch.setattr(command.serve, "delete", lambda name, _blocking: calls.append(f"delete {name} at once"))
+    monkeypatch.setattr(command.serve, "status", lambda: None)
+    monkeypatch.setattr(command.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(command.ray, "shutdown", lambda: calls.append("shutdown"))
+    command.stop(Console(quiet=True), Interrupts(), own_cluster=own_cluster)
+    return calls
 
 
-DRAIN = "drain within 90 s"
+DRAIN = "drain tpqwen within 90 s"
 
 
 @pytest.mark.parametrize(
-    ("own_cluster", "status", "failure", "expected"),
+    ("own_cluster", "failure", "expected"),
     [
-        (True, "RUNNING", None, [DRAIN, "end Serve", "shutdown"]),
-        (False, "RUNNING", None, [DRAIN, "delete tpqwen", "shutdown"]),
-        (True, "RUNNING", TimeoutError, [DRAIN, "end Serve", "shutdown"]),
-        (True, "RUNNING", KeyboardInterrupt, [DRAIN, "delete tpqwen without waiting", "shutdown"]),
-        (False, "DEPLOYING", None, ["delete tpqwen", "shutdown"]),
+        (True, None, [DRAIN, "end Serve", "drained no longer", "shutdown"]),
+        (False, None, [DRAIN, "end tpqwen", "drained no longer", "shutdown"]),
+        (True, EngineError, [DRAIN, "end Serve", "shutdown"]),
+        (True, KeyboardInterrupt, [DRAIN, "delete tpqwen at once", "shutdown"]),
     ],
 )
-def test_the_replica_drains_before_the_application_goes_unless_interrupted(
-    monkeypatch, own_cluster, status, failure, expected
-):
-    fake = FakeServe(status, failure)
-    monkeypatch.setattr(command, "serve", fake)
-    monkeypatch.setattr(command, "PROXY_S", 0.0)
-    monkeypatch.setattr(command.ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(command.ray, "shutdown", lambda: fake.calls.append("shutdown"))
-    command.stop(Console(quiet=True), Interrupts(), own_cluster=own_cluster)
-    assert fake.calls == expected
+def test_the_replica_drains_before_the_application_goes_unless_interrupted(monkeypatch, own_cluster, failure, expected):
+    assert calls_of_the_end(monkeypatch, own_cluster, failure) == expected
 
 
 def test_a_signal_interrupts_once_and_its_echo_does_nothing():
@@ -112,6 +99,8 @@ def test_what_would_not_end_with_us_stays_in_our_session(monkeypatch):
 class FakeClient:
     """Three requests are open, and one ends at each look, except for the last so many; these end when given up."""
 
+    state = SimpleNamespace(name="ready")
+
     def __init__(self, stubborn: int) -> None:
         self.draining = False
         self.given_up: list[str] = []
@@ -119,6 +108,9 @@ class FakeClient:
 
     def drain(self) -> None:
         self.draining = True
+
+    def reopen(self) -> None:
+        self.draining = False
 
     def give_up(self, reason: str, code: str) -> None:
         self.given_up.append(f"{code}: {reason}")
@@ -131,16 +123,75 @@ class FakeClient:
         return self._open
 
 
+def drain_of(client: FakeClient, states: list[str]) -> Drain:
+    return Drain(client, lambda: 0, "app", states.append)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("stubborn", "grace_s", "given_up"), [(0, 60.0, 0), (1, 0.2, 1)])
-def test_draining_takes_nothing_new_and_waits_for_what_is_open(stubborn, grace_s, given_up):
+def test_draining_takes_nothing_new_and_waits_for_what_is_open(monkeypatch, stubborn, grace_s, given_up):
+    monkeypatch.setattr(draining, "word_stands", lambda app: True)
     client, states = FakeClient(stubborn), []
-    metrics = SimpleNamespace(engine_state=states.append)
-    replica = SimpleNamespace(_client=client, _answering=lambda: 0, _metrics=metrics)
-    asyncio.run(Qwen3Server.func_or_class.drain(replica, grace_s))
+
+    async def main() -> None:
+        drain = drain_of(client, states)
+        assert drain.begin(grace_s) > 0
+        while drain.begin(0.0):  # asked again: the first grace period counts
+            await asyncio.sleep(0.01)
+        drain.close()
+
+    asyncio.run(main())
     assert states == ["draining"]
-    assert client._open == 0
+    assert client.draining
     assert len(client.given_up) == given_up
     assert all(reason.startswith("draining: the server is shutting down") for reason in client.given_up)
+
+
+def test_requests_are_taken_again_when_nobody_stops_the_application_any_more(monkeypatch):
+    words = iter([True, None, False])  # None: Ray did not say
+    monkeypatch.setattr(draining, "word_stands", lambda app: next(words))
+    monkeypatch.setattr(draining, "LOOK_S", 0.01)
+    client, states = FakeClient(1), []
+
+    async def main() -> None:
+        drain = drain_of(client, states)
+        drain.begin(0.1)
+        while client.draining:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)  # longer than the grace period, which is over with the drain
+
+    asyncio.run(main())
+    assert states == ["draining", "ready"]
+    assert next(words, None) is None
+    assert not client.given_up
+
+
+@pytest.mark.parametrize(("word", "refuses"), [(True, True), (False, False), (None, False)])
+def test_a_replica_that_starts_refuses_where_its_application_is_being_stopped(monkeypatch, word, refuses):
+    monkeypatch.setattr(draining, "word_stands", lambda app: word)
+    client, states = FakeClient(0), []
+
+    async def main() -> None:
+        drain = drain_of(client, states)
+        await drain.join()
+        drain.close()
+
+    asyncio.run(main())
+    assert client.draining == refuses
+    assert states == ["draining"] * refuses
+
+
+@pytest.mark.parametrize(
+    ("failure", "stands"), [(None, True), (ValueError("no such actor"), False), (GetTimeoutError("GCS is away"), None)]
+)
+def test_the_word_stands_as_long_as_ray_knows_it(monkeypatch, failure, stands):
+    def get_actor(name: str, namespace: str) -> object:
+        assert (name, namespace) == ("app", draining.NAMESPACE)
+        if failure is not None:
+            raise failure
+        return object()
+
+    monkeypatch.setattr(draining.ray, "get_actor", get_actor)
+    assert draining.word_stands("app") is stands
 
 
 def test_an_answer_that_is_still_being_written_is_waited_for():

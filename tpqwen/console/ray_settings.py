@@ -43,11 +43,11 @@ HAPROXY_PORTS = {  # what listens beside the API's port, and where
 def set_ray_defaults(environ: MutableMapping[str, str], words: Sequence[str] = ()) -> None:
     """Complete the environment before Ray is imported. words: the command line.
 
-    Without RAY_ADDRESS the command starts a cluster of its own, guarded by a token (ray_token.py). RAY_AUTH_MODE is
-    always explicit, since Ray's default depends on what ran before.
+    Without RAY_ADDRESS the command starts a cluster of its own, guarded by a token (ray_token.py), unless it is one for
+    running clusters. RAY_AUTH_MODE is always explicit, since Ray's default depends on what ran before.
     """
     settings = dict(ALWAYS)
-    if "RAY_ADDRESS" in environ:
+    if "RAY_ADDRESS" in environ or "stop" in [word for word in words if not word.startswith("-")][:1]:
         has_token = "RAY_AUTH_TOKEN" in environ or "RAY_AUTH_TOKEN_PATH" in environ
         settings["RAY_AUTH_MODE"] = "token" if has_token else "disabled"
     else:

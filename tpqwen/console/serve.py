@@ -14,7 +14,7 @@ import shutil
 import socket
 import threading
 import time
-from contextlib import redirect_stdout, suppress
+from contextlib import ExitStack, redirect_stdout, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,11 @@ from tpqwen.errors import ConfigError, EngineError
 from tpqwen.gpu import count_gpus
 from tpqwen.keyfile import find_keys
 from tpqwen.service import build_app
+from tpqwen.stopping import GRACE_S, PROXY_S, drained, end
 
 APP = "tpqwen"
 POLL_S = 0.2
 CALL_TIMEOUT_S = 30.0
-DRAIN_S = 90.0  # running requests may go on for so long after a signal
-PROXY_S = 0.5  # for what is answered to pass through the proxy, before Serve ends with it
 DISK_BYTES = 256 * 1024 * 1024  # for Ray's session: its logs, and the object store where /dev/shm is too small
 OBJECT_STORE_BYTES = 128 * 1024 * 1024  # Serve's own messages only; no tensor ever travels through it
 
@@ -196,29 +195,15 @@ def end_application(own_cluster: bool) -> None:
     """On a cluster of our own Serve ends as a whole, since that closes the port at once: a deleted application is a 404
     until then, which clients take for an answer.
 
-    An interrupt in here skips the drain, but not the end: on a cluster that goes on the application would refuse
-    requests for ever.
+    An interrupt in here skips the drain, but not the end: who ends this command wants no application left.
     """
     try:
-        with suppress(Exception):  # what is already gone needs no ending
-            drain()
-        with suppress(Exception):
-            if own_cluster:
+        with ExitStack() as stack, suppress(Exception):  # what is already gone needs no ending
+            with suppress(Exception):
+                stack.enter_context(drained(APP, GRACE_S))
                 time.sleep(PROXY_S)
-                serve.shutdown()
-            else:
-                serve.delete(APP)
+            end(APP, whole=own_cluster)
     except KeyboardInterrupt:
         with suppress(KeyboardInterrupt, Exception):
             serve.delete(APP, _blocking=False)
             serve.status()  # comes after it on the same way: once it is answered, the deletion has arrived
-
-
-def drain() -> None:
-    """New requests and /ready are answered 503 `draining` until the running ones have been answered.
-
-    After DRAIN_S these end with an error.
-    """
-    status = serve.status().applications.get(APP)
-    if status is not None and str(status.status.value) == "RUNNING":
-        serve.get_app_handle(APP).drain.remote(DRAIN_S).result(timeout_s=DRAIN_S + CALL_TIMEOUT_S)

@@ -182,6 +182,11 @@ class EngineClient:
         self._life.draining = True
         self.send(Drain())
 
+    def reopen(self) -> None:
+        """Take new requests again."""
+        self._life.draining = False
+        self.send(Drain(over=True))
+
     def degrade(self, reason: str) -> None:
         """Something is being replaced; open requests pause, new ones queue."""
         self._resuming = False

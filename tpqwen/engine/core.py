@@ -115,6 +115,10 @@ class EngineCore:
         """Take no new requests; those that are here go on until `has_work` is false."""
         self.draining = True
 
+    def reopen(self) -> None:
+        """Take new requests again."""
+        self.draining = False
+
     def step(self) -> StepResult:
         """Submit one more step if it may be, and collect the oldest when the pipeline is full, stuck or ahead of us.
 

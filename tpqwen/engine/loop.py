@@ -117,7 +117,10 @@ class EngineLoop:
         elif isinstance(command, Resume):
             self._resume(command)
         elif isinstance(command, Drain):
-            self._core.drain()
+            if command.over:
+                self._core.reopen()
+            else:
+                self._core.drain()
         elif isinstance(command, Look):
             self._send(Seen(snapshot(self._core.scheduler)))
         else:

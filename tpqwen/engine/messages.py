@@ -50,7 +50,9 @@ class Look(msgspec.Struct, frozen=True, array_like=True, tag=6):
 
 
 class Drain(msgspec.Struct, frozen=True, array_like=True, tag=7):
-    """Nobody else will come. What is here goes on."""
+    """Nobody else will come, until that is over. What is here goes on."""
+
+    over: bool = False
 
 
 class Several(msgspec.Struct, frozen=True, array_like=True, tag=8):

@@ -1,0 +1,162 @@
+"""`tpqwen stop` on a running cluster: what clients, Serve and whoever interrupts it see."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests.cluster.clients import Clients, status, streams
+from tests.cluster.processes import children_of, title, until
+from tests.cluster.replica import SMALL
+from tpqwen import stopping
+from tpqwen.errors import ConfigError, EngineError
+
+pytestmark = pytest.mark.ray
+
+READY, DRAINING = (200, "ready"), (503, "draining")
+SERVED, REFUSED, NOBODY = (200, ""), (503, "draining again later"), (0, "")
+
+
+@contextmanager
+def application(num_replicas: int) -> Iterator[str]:
+    """Served under its URL; with Serve gone at the end."""
+    from ray import serve
+
+    from tpqwen import service
+    from tpqwen.config import Config
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    options = SMALL | {"max_model_len": "2048"}
+    where = service.bundles(Config.load(options, {}))
+    deployment = service.Qwen3Server.options(
+        num_replicas=num_replicas,
+        ray_actor_options={"num_cpus": where[0]["CPU"], "num_gpus": 0},
+        placement_group_bundles=where,
+    )
+    serve.run(deployment.bind(options), name="tpqwen", route_prefix="/")
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.shutdown()
+        assert not replicas()
+
+
+def replicas() -> list[int]:
+    return [pid for pid in children_of({os.getpid()}) if title(pid) == "tpqwen replica"]
+
+
+def command(*words: str) -> subprocess.Popen[str]:
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    run = [sys.executable, "-m", "tpqwen.cli", "stop", "--address", address, *words]
+    return subprocess.Popen(run, stderr=subprocess.PIPE, text=True)
+
+
+def running() -> int:
+    """Replicas that Serve counts as running."""
+    counts = [d.replica_states for d in stopping.applications()["tpqwen"].deployments.values()]
+    return sum(n for states in counts for state, n in states.items() if state == "RUNNING")
+
+
+def test_every_replica_refuses_what_is_new_until_the_rest_has_ended_and_an_interrupt_takes_that_back(ray_cluster):
+    with application(2) as url, streams(url, 4, 400) as begun, Clients(url) as clients:
+        first = command()
+        until(lambda: [status(url) for _ in range(8)] == [DRAINING] * 8, "both replicas say so", 60)
+        first.send_signal(signal.SIGINT)
+        said = first.communicate(timeout=60)[1]
+        assert first.returncode == 130
+        assert said.splitlines() == [
+            "draining 'tpqwen': running requests may end (90 s at most)",
+            "interrupted while 'tpqwen' was being stopped: it will take requests again in a moment",
+        ]
+        until(lambda: [status(url) for _ in range(8)] == [READY] * 8, "both replicas take requests", 60)
+        second = command("--name", "tpqwen")
+        until(lambda: DRAINING in [status(url) for _ in range(8)], "the second one goes on", 60)
+        assert not any(stream.done() for stream in begun)
+        assert [stream.result()[-1] for stream in begun] == ["[DONE]"] * 4
+        assert second.wait(60) == 0, second.communicate()[1]
+        until(lambda: all(told[-1] == NOBODY for told in clients.told.values()), "the port is closed")
+    for told in clients.told.values():
+        assert told[0] == SERVED
+        assert told[-2:] == [REFUSED, NOBODY]
+        assert set(told) == {SERVED, REFUSED, NOBODY}, "never 404, which clients take for an answer"
+
+
+def test_a_replica_that_starts_meanwhile_refuses_and_one_that_dies_is_not_waited_for(ray_cluster, monkeypatch):
+    monkeypatch.setattr(stopping, "WORD_S", 0.0)
+    with application(1) as url:
+        with stopping.drained("tpqwen", 60):
+            (before,) = replicas()
+            os.kill(before, signal.SIGKILL)
+            until(lambda: running() and replicas() not in ([], [before]), "another replica runs", 60)
+            with Clients(url) as clients:
+                until(lambda: all(clients.told.values()), "both clients' first answers")
+            assert list(clients.told.values()) == [[REFUSED]] * 2
+            with pytest.raises(EngineError, match="is being stopped already"):
+                stopping.stop("tpqwen")
+        until(lambda: status(url) == READY, "it takes requests when nobody stops it any more")
+        with pytest.raises(ConfigError, match="no application 'other' of tpqwen there; it runs: tpqwen"):
+            stopping.stop("other")
+        with Clients(url) as clients:
+            with streams(url, 1, 1900) as (stream,):
+                process = command("--timeout", "60")
+                until(lambda: status(url) == DRAINING, "the replica drains", 60)
+                until(lambda: all(told[-1] == REFUSED for told in clients.told.values()), "both clients are refused")
+                assert not stream.done()
+                os.kill(replicas()[0], signal.SIGKILL)
+                assert stream.exception() is not None, "it is torn"
+            assert process.wait(60) == 0, process.communicate()[1]
+        for told in clients.told.values():
+            assert told[:2] == [SERVED, REFUSED]
+            assert SERVED not in told[2:]
+
+
+@pytest.mark.slow
+def test_a_controller_that_is_slow_is_waited_for_and_one_that_is_stuck_is_reported(ray_cluster, monkeypatch):
+    import ray
+
+    with application(1) as url:
+        controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+        pid = ray.get(controller.get_pid.remote())
+        monkeypatch.setattr(stopping, "CALL_S", 1.0)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(EngineError, match="nothing has been stopped"):
+                stopping.stop("tpqwen")
+            assert status(url) == READY
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        until(lambda: stopping.status_of("tpqwen") == "RUNNING", "the controller goes on", 60)
+        failures: list[BaseException] = []
+        lines: list[str] = []
+
+        def stop() -> None:
+            try:
+                stopping.stop("tpqwen", say=lines.append)
+            except BaseException as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=stop)
+        with streams(url, 1, 300) as (stream,):
+            thread.start()
+            until(lambda: status(url) == DRAINING, "it drains", 60)
+            os.kill(pid, signal.SIGSTOP)
+            assert stream.result()[-1] == "[DONE]"
+            thread.join(8)  # longer than Serve's own patience with its controller
+            assert thread.is_alive()
+            assert status(url) == DRAINING
+        os.kill(pid, signal.SIGCONT)
+        thread.join(60)
+        assert (failures, lines[-1:]) == ([], ["stopped 'tpqwen'"])
+        assert status(url) == NOBODY
