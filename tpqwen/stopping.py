@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -27,6 +28,7 @@ from tpqwen.errors import ConfigError, EngineError
 DEPLOYMENT = "Qwen3Server"
 GRACE_S = 90.0  # running requests may go on for so long
 GONE = "gone"
+SERVING = ("RUNNING", "UNHEALTHY")  # an application's states once it has taken requests
 POLL_S = 0.2
 CALL_S = 40.0  # for Serve's controller, or a replica, to answer; `serve.shutdown` takes up to 35 s
 PROXY_S = 0.5  # for what is answered to pass through the proxy, before Serve ends with it
@@ -147,22 +149,27 @@ def give_word(name: str) -> Any:
 
 
 def is_quiet(name: str, grace_s: float) -> bool:
-    """Ask every replica to drain. Whether all have answered, and have nothing open, or there is none.
+    """Ask every running replica to drain. Whether all have answered, and have nothing open.
 
-    Those that start are not asked: they look for the word before they take requests. Those that Serve is ending already
+    Those that start are not asked: they look for the word before they take requests. Where they replace all that ran
+    they are waited for, since Serve keeps requests for them, which would wait for ever. Those that Serve is ending
     cannot be asked, but are waited for. Whatever goes wrong is no answer.
     """
     try:
         status = applications().get(name)
-        states = [] if status is None else [d.replica_states for d in status.deployments.values()]
-        expected = sum(n for counts in states for state, n in counts.items() if state != "STARTING")
-        if not expected:
+        if status is None:
             return True
+        counts = Counter[str]()
+        for deployment in status.deployments.values():
+            counts.update(deployment.replica_states)
+        starting = counts.pop("STARTING", 0)
+        if not counts.total():
+            return not starting or status.status.value not in SERVING
         answers: list[Any] = within(CALL_S, lambda: ask(name, grace_s))
     except FAILURES as error:  # a controller that is away, a replica that has just died
         _log.debug("not every replica has answered: %r", error)
         return False
-    return len(answers) >= expected and all(answer == 0 for answer in answers)
+    return len(answers) >= counts.total() and all(answer == 0 for answer in answers)
 
 
 def ask(name: str, grace_s: float) -> list[Any]:

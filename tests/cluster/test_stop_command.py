@@ -22,7 +22,7 @@ from tpqwen.errors import ConfigError, EngineError
 pytestmark = pytest.mark.ray
 
 READY, DRAINING = (200, "ready"), (503, "draining")
-SERVED, REFUSED, NOBODY = (200, ""), (503, "draining again later"), (0, "")
+SERVED, REFUSED, GONE, NOBODY = (200, ""), (503, "draining again later"), (404, ""), (0, "")
 
 
 @contextmanager
@@ -93,7 +93,7 @@ def test_every_replica_refuses_what_is_new_until_the_rest_has_ended_and_an_inter
         assert set(told) == {SERVED, REFUSED, NOBODY}, "never 404, which clients take for an answer"
 
 
-def test_a_replica_that_starts_meanwhile_refuses_and_one_that_dies_is_not_waited_for(ray_cluster, monkeypatch):
+def test_a_replica_that_starts_meanwhile_refuses_and_one_that_dies_is_replaced_by_such_a_one(ray_cluster, monkeypatch):
     monkeypatch.setattr(stopping, "WORD_S", 0.0)
     with application(1) as url:
         with stopping.drained("tpqwen", 60):
@@ -106,19 +106,27 @@ def test_a_replica_that_starts_meanwhile_refuses_and_one_that_dies_is_not_waited
             with pytest.raises(EngineError, match="is being stopped already"):
                 stopping.stop("tpqwen")
         until(lambda: status(url) == READY, "it takes requests when nobody stops it any more")
+        with streams(url, 1, 1900) as (stream,), stopping.drained("tpqwen", 0.5):
+            *_, last = stream.result()
+            assert last["error"]["code"] == "draining", "one error event after the grace period, and nothing follows it"
+        until(lambda: status(url) == READY, "it takes requests again")
         with pytest.raises(ConfigError, match="no application 'other' of tpqwen there; it runs: tpqwen"):
             stopping.stop("other")
         with Clients(url) as clients:
             with streams(url, 1, 1900) as (stream,):
-                process = command("--timeout", "60")
+                process = command("--timeout", "60", "--keep-serve")
                 until(lambda: status(url) == DRAINING, "the replica drains", 60)
                 until(lambda: all(told[-1] == REFUSED for told in clients.told.values()), "both clients are refused")
                 assert not stream.done()
                 os.kill(replicas()[0], signal.SIGKILL)
                 assert stream.exception() is not None, "it is torn"
             assert process.wait(60) == 0, process.communicate()[1]
+            until(
+                lambda: all(told[-1] == GONE for told in clients.told.values()), "Serve is there, the application not"
+            )
         for told in clients.told.values():
             assert told[:2] == [SERVED, REFUSED]
+            assert told[-2:] == [REFUSED, GONE], "by the replica that Serve has started in the place of the killed one"
             assert SERVED not in told[2:]
 
 

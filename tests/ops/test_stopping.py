@@ -163,8 +163,28 @@ def test_a_replica_that_serve_is_ending_is_waited_for_and_one_that_starts_is_not
     assert fake.calls.count(GRACE) == 4
 
 
-def test_where_no_replica_runs_nobody_is_asked(played):
-    fake = played({"tpqwen": application(status="DEPLOYING", STARTING=2)})
+def test_a_replica_that_replaces_the_last_one_is_waited_for_since_requests_wait_for_it(played):
+    states = {"STARTING": 1}
+    fake = played({"tpqwen": application(status="UNHEALTHY")})
+    fake.applications["tpqwen"].deployments["Qwen3Server"].replica_states = states
+    looks = iter(range(3))
+    status = fake.status
+
+    def look() -> SimpleNamespace:
+        if next(looks, None) is None:
+            states.update(STARTING=0, RUNNING=1)
+        return status()
+
+    fake.status = look
+    stopping.stop("tpqwen")
+    assert fake.calls == ["join", "word tpqwen", GRACE, "shutdown", "word gone"]
+
+
+@pytest.mark.parametrize(
+    "found", [application(status="DEPLOYING", STARTING=2), application(status="RUNNING"), application(STOPPED=0)]
+)
+def test_where_no_replica_runs_nobody_is_asked(played, found):
+    fake = played({"tpqwen": found})
     stopping.stop("tpqwen")
     assert fake.calls == ["join", "word tpqwen", "shutdown", "word gone"]
 
