@@ -8,6 +8,7 @@ that leaves the application as it was.
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import time
 from collections import Counter
@@ -33,6 +34,7 @@ POLL_S = 0.2
 CALL_S = 40.0  # for Serve's controller, or a replica, to answer; `serve.shutdown` takes up to 35 s
 PROXY_S = 0.5  # for what is answered to pass through the proxy, before Serve ends with it
 END_S = 120.0  # for Serve to end what it was told to end: longer than its patience with a replica (90)
+KNOCK_S = 10.0  # for the cluster to take a connection
 WORD_S = 10.0  # for Ray to notice that whoever gave the word before is dead
 
 FAILURES = (RayError, RayServeException, TimeoutError)  # of whatever Serve is asked
@@ -77,9 +79,12 @@ def stop(
 
 def connect(address: str) -> None:
     """This process becomes a driver of the cluster. Raises ConfigError where there is none."""
+    host, _, port = address.rpartition(":")
     try:
+        if port.isdecimal():  # Ray itself knocks for minutes where nobody listens
+            socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, RayError) as error:
+    except (OSError, RuntimeError, RayError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(f"there is no Ray cluster at {address}: {reason}") from None
 

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from tpqwen.cli import COMMANDS
-from tpqwen.console.serve import DRAIN_S
 from tpqwen.metrics import FAMILIES
+from tpqwen.stopping import GRACE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [p for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")) if p.name != "LOG.md"]
@@ -70,7 +70,7 @@ def test_the_systemd_unit_signals_the_server_alone_and_waits_for_its_drain():
     text = (ROOT / "deploy/tpqwen.service").read_text()
     settings = dict(line.split("=", 1) for line in text.splitlines() if "=" in line and not line.startswith("#"))
     assert settings["KillMode"] == "mixed"
-    assert int(settings["TimeoutStopSec"]) >= DRAIN_S + 60
+    assert int(settings["TimeoutStopSec"]) >= GRACE_S + 60
     words = settings["ExecStart"].split()
     assert words[:2] == ["/opt/tpqwen/bin/tpqwen", "serve"] and set(words[2::2]) <= {"--host", "--port"}
     assert settings["RestartPreventExitStatus"] == "2"

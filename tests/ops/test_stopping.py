@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -342,7 +343,12 @@ def test_no_cluster_is_one_sentence(monkeypatch):
         raise ConnectionError("Could not find any running Ray instance.\nMore lines")
 
     monkeypatch.setattr(stopping.ray, "init", init)
-    with pytest.raises(
-        ConfigError, match=r"^there is no Ray cluster at auto: Could not find any running Ray instance.$"
-    ):
+    sentence = r"^there is no Ray cluster at auto: Could not find any running Ray instance.$"
+    with pytest.raises(ConfigError, match=sentence):
         stopping.connect("auto")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+        with pytest.raises(ConfigError, match="Could not find any"):
+            stopping.connect(f"127.0.0.1:{port}")
+    with pytest.raises(ConfigError, match=rf"^there is no Ray cluster at 127.0.0.1:{port}: .*refused"):
+        stopping.connect(f"127.0.0.1:{port}")
