@@ -55,6 +55,14 @@ def streams(url: str, count: int, max_tokens: int) -> Iterator[list[Future[list[
         yield futures
 
 
+def tokens_in(url: str, seconds: float) -> int:
+    """How long a stream must be to take so long at the present speed, as far as the context allows that."""
+    began, sample = time.monotonic(), 40
+    with streams(url, 1, sample) as (stream,):
+        stream.result()
+    return min(1900, int(seconds * sample / (time.monotonic() - began)))
+
+
 class Clients(Background):
     """Two that ask again and again, one over a new connection each time, one over a kept one; what they were told."""
 

@@ -8,16 +8,20 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import pytest
 
-from tests.cluster.clients import Clients, status, streams
+from tests.cluster.background import Background
+from tests.cluster.clients import Clients, status, streams, tokens_in
 from tests.cluster.processes import children_of, title, until
 from tests.cluster.replica import SMALL
 from tpqwen import stopping
-from tpqwen.errors import ConfigError, EngineError
+from tpqwen.errors import EngineError
 
 pytestmark = pytest.mark.ray
 
@@ -69,23 +73,49 @@ def running() -> int:
     return sum(n for states in counts for state, n in states.items() if state == "RUNNING")
 
 
+class Stop(Background):
+    """`tpqwen.stop` in this process, which needs no second to start."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(partial(self._run, options))
+        self.lines: list[str] = []
+        self.failure: BaseException | None = None
+        self.ended = threading.Event()
+
+    def _run(self, options: dict[str, Any]) -> None:
+        try:
+            stopping.stop("tpqwen", say=self.lines.append, **options)
+        except BaseException as error:
+            self.failure = error
+        self.ended.set()
+
+
 def test_every_replica_refuses_what_is_new_until_the_rest_has_ended_and_an_interrupt_takes_that_back(ray_cluster):
-    with application(2) as url, streams(url, 4, 400) as begun, Clients(url) as clients:
-        first = command()
-        until(lambda: [status(url) for _ in range(8)] == [DRAINING] * 8, "both replicas say so", 60)
-        first.send_signal(signal.SIGINT)
-        said = first.communicate(timeout=60)[1]
-        assert first.returncode == 130
-        assert said.splitlines() == [
-            "draining 'tpqwen': running requests may end (90 s at most)",
-            "interrupted while 'tpqwen' was being stopped: it will take requests again in a moment",
-        ]
-        until(lambda: [status(url) for _ in range(8)] == [READY] * 8, "both replicas take requests", 60)
-        second = command("--name", "tpqwen")
-        until(lambda: DRAINING in [status(url) for _ in range(8)], "the second one goes on", 60)
-        assert not any(stream.done() for stream in begun)
-        assert [stream.result()[-1] for stream in begun] == ["[DONE]"] * 4
-        assert second.wait(60) == 0, second.communicate()[1]
+    with application(2) as url, Clients(url) as clients:
+        began = time.monotonic()
+        refused = command("--name", "other")
+        assert "no application 'other' of tpqwen there; it runs: tpqwen" in refused.communicate(timeout=60)[1]
+        assert refused.returncode == 2
+        count = tokens_in(url, 3 * (time.monotonic() - began))  # the command starts while the streams run
+        with streams(url, 4, count) as begun:
+            first = command()
+            until(lambda: [status(url) for _ in range(8)] == [DRAINING] * 8, "both replicas say so", 60)
+            first.send_signal(signal.SIGINT)
+            said = first.communicate(timeout=60)[1]
+            assert (first.returncode, said.splitlines()) == (
+                130,
+                [
+                    "draining 'tpqwen': running requests may end (90 s at most)",
+                    "interrupted while 'tpqwen' was being stopped: it will take requests again in a moment",
+                ],
+            )
+            until(lambda: [status(url) for _ in range(8)] == [READY] * 8, "both replicas take requests", 60)
+            assert [stream.result()[-1] for stream in begun] == ["[DONE]"] * 4
+        with streams(url, 4, count) as begun:
+            second = command("--name", "tpqwen")
+            until(lambda: DRAINING in [status(url) for _ in range(8)], "the second one goes on", 60)
+            assert [stream.result()[-1] for stream in begun] == ["[DONE]"] * 4
+            assert second.wait(60) == 0, second.communicate()[1]
         until(lambda: all(told[-1] == NOBODY for told in clients.told.values()), "the port is closed")
     for told in clients.told.values():
         assert told[0] == SERVED
@@ -110,17 +140,12 @@ def test_a_replica_that_starts_meanwhile_refuses_and_one_that_dies_is_replaced_b
             *_, last = stream.result()
             assert last["error"]["code"] == "draining", "one error event after the grace period, and nothing follows it"
         until(lambda: status(url) == READY, "it takes requests again")
-        with pytest.raises(ConfigError, match="no application 'other' of tpqwen there; it runs: tpqwen"):
-            stopping.stop("other")
-        with Clients(url) as clients:
-            with streams(url, 1, 1900) as (stream,):
-                process = command("--timeout", "60", "--keep-serve")
-                until(lambda: status(url) == DRAINING, "the replica drains", 60)
-                until(lambda: all(told[-1] == REFUSED for told in clients.told.values()), "both clients are refused")
-                assert not stream.done()
-                os.kill(replicas()[0], signal.SIGKILL)
-                assert stream.exception() is not None, "it is torn"
-            assert process.wait(60) == 0, process.communicate()[1]
+        with Clients(url) as clients, streams(url, 1, 1900) as (stream,), Stop(keep_serve=True) as stop:
+            until(lambda: all(told[-1:] == [REFUSED] for told in clients.told.values()), "both clients are refused")
+            os.kill(replicas()[0], signal.SIGKILL)
+            assert stream.exception() is not None, "it is torn"
+            assert stop.ended.wait(60)
+            assert stop.failure is None
             until(
                 lambda: all(told[-1] == GONE for told in clients.told.values()), "Serve is there, the application not"
             )
@@ -146,25 +171,13 @@ def test_a_controller_that_is_slow_is_waited_for_and_one_that_is_stuck_is_report
         finally:
             os.kill(pid, signal.SIGCONT)
         until(lambda: stopping.status_of("tpqwen") == "RUNNING", "the controller goes on", 60)
-        failures: list[BaseException] = []
-        lines: list[str] = []
-
-        def stop() -> None:
-            try:
-                stopping.stop("tpqwen", say=lines.append)
-            except BaseException as error:
-                failures.append(error)
-
-        thread = threading.Thread(target=stop)
-        with streams(url, 1, 300) as (stream,):
-            thread.start()
+        with streams(url, 1, 1200) as (stream,), Stop() as stop:
             until(lambda: status(url) == DRAINING, "it drains", 60)
             os.kill(pid, signal.SIGSTOP)
             assert stream.result()[-1] == "[DONE]"
-            thread.join(8)  # longer than Serve's own patience with its controller
-            assert thread.is_alive()
+            assert not stop.ended.wait(8)  # longer than Serve's own patience with its controller
             assert status(url) == DRAINING
-        os.kill(pid, signal.SIGCONT)
-        thread.join(60)
-        assert (failures, lines[-1:]) == ([], ["stopped 'tpqwen'"])
+            os.kill(pid, signal.SIGCONT)
+            assert stop.ended.wait(60)
+        assert (stop.failure, stop.lines[-1:]) == (None, ["stopped 'tpqwen'"])
         assert status(url) == NOBODY

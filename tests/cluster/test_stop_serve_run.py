@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.clients import Clients, free_ports, status, streams
+from tests.cluster.clients import Clients, free_ports, status, streams, tokens_in
 from tests.cluster.processes import children_of, title, until
 from tpqwen.console.ray_settings import HAPROXY_PORTS, set_ray_defaults
 
@@ -62,14 +62,19 @@ def test_what_serve_run_has_started_is_stopped_without_a_failed_request_and_a_ki
     def command() -> subprocess.Popen[str]:
         return subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
 
-    with streams(url, 2, 1200) as begun, Clients(url) as clients:
-        first = command()
-        until(lambda: all(told[-1:] == [REFUSED] for told in clients.told.values()), "both clients are refused", 60)
-        first.kill()
-        until(lambda: all(told[-1] == SERVED for told in clients.told.values()), "both clients are served again", 60)
-        second = command()
-        assert [stream.result()[-1] for stream in begun] == ["[DONE]"] * 2
-        said = second.communicate(timeout=120)[1]
+    with Clients(url) as clients:
+        count = tokens_in(url, 8)  # a command starts meanwhile
+        with streams(url, 2, count) as begun:
+            first = command()
+            until(lambda: all(told[-1] == REFUSED for told in clients.told.values()), "both clients are refused", 60)
+            first.kill()
+            first.communicate()
+            until(lambda: all(told[-1] == SERVED for told in clients.told.values()), "both clients are served again")
+            assert [stream.result()[-1] for stream in begun] == ["[DONE]"] * 2
+        with streams(url, 2, count) as begun:
+            second = command()
+            assert [stream.result()[-1] for stream in begun] == ["[DONE]"] * 2
+            said = second.communicate(timeout=120)[1]
         assert second.returncode == 0, said
         assert said.splitlines()[-1] == "stopped 'ours'"
         until(lambda: all(told[-1] == NOBODY for told in clients.told.values()), "the port is closed")
