@@ -367,7 +367,7 @@ def noisy_slices(
             first_id - shift,
             shift,
             ids,
-            num_warps=8,
+            num_warps=4,
             **launch_options(logits_RV.device),
         )
     return best, best_id
