@@ -9,6 +9,7 @@ import triton.language as tl
 
 from tpqwen.kernels import reference, sampling
 from tpqwen.kernels.context import SlotTensors
+from tpqwen.kernels.noise import group_noise, gumbel, random_words, tile_noise
 
 EPS = 1e-6
 
@@ -18,27 +19,27 @@ def words_kernel(seeds, out_index, choices, words, noise, first_group, GROUPS: t
     row = tl.program_id(0)
     seed, index, choice = tl.load(seeds + row), tl.load(out_index + row), tl.load(choices + row)
     group = tl.arange(0, GROUPS)
-    w0, w1, w2, w3 = sampling.random_words(seed, index, choice, first_group + group)
+    w0, w1, w2, w3 = random_words(seed, index, choice, first_group + group)
     place = (row * GROUPS + group) * 4
     tl.store(words + place, w0.to(tl.int64))
     tl.store(words + place + 1, w1.to(tl.int64))
     tl.store(words + place + 2, w2.to(tl.int64))
     tl.store(words + place + 3, w3.to(tl.int64))
-    row_noise = sampling._row_noise(seed, index, choice, first_group, GROUPS * 4)
-    tl.store(noise + row * GROUPS * 4 + tl.arange(0, GROUPS * 4), row_noise)
+    drawn = group_noise(seed, index, choice, first_group + group[:, None])
+    tl.store(noise + place[:, None] + tl.arange(0, 4)[None, :], drawn)
 
 
 @triton.jit
 def gumbel_kernel(words, noise, COUNT: tl.constexpr):
     i = tl.arange(0, COUNT)
-    tl.store(noise + i, sampling.gumbel(tl.load(words + i).to(tl.uint32)))
+    tl.store(noise + i, gumbel(tl.load(words + i).to(tl.uint32)))
 
 
 @triton.jit
 def tile_noise_kernel(seeds, out_index, choices, noise, first_group, IDS: tl.constexpr, ROWS: tl.constexpr):
     m = tl.arange(0, ROWS)
     seed, index, choice = tl.load(seeds + m), tl.load(out_index + m), tl.load(choices + m)
-    tile = sampling._tile_noise(seed, index, choice, first_group, IDS, ROWS)
+    tile = tile_noise(seed, index, choice, first_group, IDS, ROWS)
     tl.store(noise + m[None, :] * IDS + tl.arange(0, IDS)[:, None], tile)
 
 

@@ -1,15 +1,14 @@
 """Sampling kernels: the Gumbel maximum over logits, the same fused with the LM head, and exact top-k candidates.
 
-R rows, V vocabulary ids of this shard, H hidden, S slices of the vocabulary, G groups of ids. Noise is the reference's:
-Philox4x32-10 words of (seed, output index, id // 4, choice), so every path and every rank draws the same. Fusing head
-and sampling after FlashSampling (arXiv 2603.15854): the logits never reach memory.
+R rows, V vocabulary ids of this shard, H hidden, S slices of the vocabulary, G groups of ids. Noise (noise.py) is the
+reference's, so every path and every rank draws the same. Fusing head and sampling after FlashSampling
+(arXiv 2603.15854): the logits never reach memory.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, var-annotated"
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ import triton.language as tl
 from tpqwen.kernels import gemm
 from tpqwen.kernels.context import SlotTensors
 from tpqwen.kernels.launch import launch_options, prefetch_weights, release_next, wait_previous
+from tpqwen.kernels.noise import group_noise, id_noise, tile_noise
 from tpqwen.kernels.norm import rms_norm
 from tpqwen.kernels.reference import GREEDY_BELOW, MAX_CANDIDATES, choose_by, head_of
 
@@ -28,72 +28,10 @@ COLDEST = tl.constexpr(GREEDY_BELOW)
 LISTED = 1024  # ids that one program of gumbel_noise draws for
 SLICE = 4096  # logits that one program of noisy_slices looks at
 FEW = tl.constexpr(MAX_CANDIDATES)
-LN2 = tl.constexpr(math.log(2))
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 FAN = 16  # ids per group and groups per supergroup in top_candidates
 SUPERS = MAX_CANDIDATES * FAN
 MAX_FUSED_ROWS = 64
 MULTIPROCESSORS = 132  # of H100 and H200
-
-
-@triton.jit
-def random_words(seed, out_index, choice, group):
-    """The four Philox4x32-10 words of each group of four ids, uint32; int32 arguments and an int64 seed broadcast."""
-    zero = ((group + out_index + choice) * 0).to(tl.uint32)
-    c0, c1, c2, c3 = zero + out_index.to(tl.uint32), zero + group.to(tl.uint32), zero + choice.to(tl.uint32), zero
-    k0, k1 = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    for _ in range(10):  # a loop on the GPU too: unrolled it would be most of the kernel's code and compile time
-        p0 = tl.mul(c0.to(tl.uint64), 0xD2511F53, sanitize_overflow=False)  # one instruction for both halves
-        p1 = tl.mul(c2.to(tl.uint64), 0xCD9E8D57, sanitize_overflow=False)
-        high0, high1 = (p0 >> 32).to(tl.uint32), (p1 >> 32).to(tl.uint32)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, p1.to(tl.uint32), high0 ^ c3 ^ k1, p0.to(tl.uint32)
-        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
-        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
-    return c0, c1, c2, c3
-
-
-@triton.jit
-def _log(x):
-    """Natural logarithm, on a GPU by its special function unit: off by 4e-6 at most for what gumbel asks for."""
-    if INTERPRETED:
-        result = tl.log(x)
-    else:
-        asm: tl.constexpr = "lg2.approx.ftz.f32 $0, $1;"
-        result = tl.inline_asm_elementwise(asm, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1) * LN2
-    return result
-
-
-@triton.jit
-def gumbel(word):
-    """Standard Gumbel noise of uniform words, fp32: -log(-log1p(-u)), precise where u is small."""
-    u = tl.minimum((word.to(tl.float32) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)
-    tail = u * (1 / 4 + u * (1 / 5 + u * (1 / 6 + u * (1 / 7))))
-    series = u * (1.0 + u * (1 / 2 + u * (1 / 3 + tail)))
-    return -_log(tl.where(u < 1 / 16, series, -_log(1.0 - u)))
-
-
-@triton.jit
-def _row_noise(seed, out_index, choice, first_group, IDS: tl.constexpr):
-    """Noise of IDS consecutive ids from id 4 * first_group on for one row, [IDS]."""
-    w0, w1, w2, w3 = random_words(seed, out_index, choice, first_group + tl.arange(0, IDS // 4))
-    return gumbel(tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [IDS]))
-
-
-@triton.jit
-def _tile_noise(seed, out_index, choice, first_group, IDS: tl.constexpr, ROWS: tl.constexpr):
-    """Noise of IDS consecutive ids for ROWS rows, [IDS, ROWS]; seed, out_index and choice are [ROWS]."""
-    group = first_group + tl.arange(0, IDS // 4)[:, None]
-    w0, w1, w2, w3 = random_words(seed[None, :], out_index[None, :], choice[None, :], group)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [IDS / 4, ROWS, 2, 2]
-    return gumbel(tl.reshape(tl.permute(words, (0, 2, 3, 1)), [IDS, ROWS]))
-
-
-@triton.jit
-def id_noise(seed, out_index, choice, ids):
-    """Noise of any ids int64 for one row, in their order."""
-    w0, w1, w2, w3 = random_words(seed, out_index, choice, (ids // 4).to(tl.int32))
-    lane = ids % 4
-    return gumbel(tl.where(lane == 0, w0, tl.where(lane == 1, w1, tl.where(lane == 2, w2, w3))))
 
 
 @triton.jit
@@ -138,18 +76,20 @@ def _noisy_slice_kernel(
     """Best score and id of slice (row, s). base is first_id rounded down to 4, SHIFT the rest."""
     release_next(PDL)
     row = tl.program_id(0)
-    start = tl.program_id(1) * IDS
-    v = start - SHIFT + tl.arange(0, IDS)
+    # Four ids a line, as they are drawn for: so a thread loads the logits of its own noise.
+    group = tl.program_id(1) * (IDS // 4) + tl.arange(0, IDS // 4)[:, None]
+    v = group * 4 - SHIFT + tl.arange(0, 4)[None, :]
     wait_previous(PDL)
     heat, seed, choice, index = _load_draw(slots, temperature, top_k, seeds, choices, out_index, row, True)
     score = tl.load(logits + row.to(tl.int64) * V + v, mask=(v >= 0) & (v < V), other=float("-inf")).to(tl.float32)
     score = tl.where(score == score, score, float("inf"))
     if heat >= COLDEST:
-        score = score / heat + _row_noise(seed, index, choice, (base + start) // 4, IDS)
-    top = tl.max(score, axis=0)
+        score = score * (1.0 / heat) + group_noise(seed, index, choice, base // 4 + group)
+    top = tl.max(tl.max(score, axis=1), axis=0)
     place = row * tl.num_programs(1) + tl.program_id(1)
     tl.store(best + place, top)
-    tl.store(best_id + place, tl.min(tl.where((score == top) & (v >= 0), base + SHIFT + v, NO_ID), axis=0))
+    ids = tl.where((score == top) & (v >= 0), base + SHIFT + v, NO_ID)
+    tl.store(best_id + place, tl.min(tl.min(ids, axis=1), axis=0))
 
 
 @triton.jit
@@ -213,8 +153,7 @@ def _head_row_kernel(
     score = tl.where(score == score, score, float("inf"))
     if heat >= COLDEST:
         group = (base + tile * IDS) // 4 + tl.arange(0, IDS // 4)[None, :]
-        w0, w1, w2, w3 = random_words(seed, index, choice, group)
-        score = score / heat + gumbel(tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [TILES, IDS]))
+        score = score * (1.0 / heat) + group_noise(seed, index, choice, group)
     score = tl.where(known, score, float("-inf"))
     top = tl.max(tl.max(score, axis=1), axis=0)
     ids = tl.where((score == top) & (v >= 0) & (tile < num_tiles), base + SHIFT + v, NO_ID)
@@ -261,7 +200,7 @@ def _head_rows_kernel(
     heat, seed, choice, index = _load_draw(slots, temperature, top_k, seeds, choices, out_index, m, m < M)
     drawn = heat >= COLDEST
     any_drawn = tl.max(drawn.to(tl.int32), axis=0) > 0
-    heat = tl.where(drawn, heat, 1.0)
+    coldness = 1.0 / tl.where(drawn, heat, 1.0)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     top_id = tl.full([BLOCK_M], 0, tl.int32) + base + SHIFT + tl.maximum(first * IDS - SHIFT, 0)
     for tile in range(first, tl.cdiv(V + SHIFT, IDS), stride):
@@ -274,8 +213,8 @@ def _head_rows_kernel(
             score = tl.dot(weights, tl.trans(values), score, input_precision="ieee")
         score = tl.where(score == score, score, float("inf"))
         if any_drawn:
-            noise = _tile_noise(seed, index, choice, (base + tile * IDS) // 4, IDS, BLOCK_M)
-            score = tl.where(drawn[None, :], score / heat[None, :] + noise, score)
+            noise = tile_noise(seed, index, choice, (base + tile * IDS) // 4, IDS, BLOCK_M)
+            score = tl.where(drawn[None, :], score * coldness[None, :] + noise, score)
         valid = (v >= 0) & (v < V) & (base + SHIFT + v < num_valid)
         score = tl.where(valid[:, None], score, float("-inf"))
         tile_top = tl.max(score, axis=0)

@@ -15,7 +15,8 @@ from triton.language.extra.cuda import globaltimer
 
 from tpqwen.kernels.context import DecodeInputs, SlotTensors
 from tpqwen.kernels.launch import launch_options, release_next, stamps_time, wait_previous
-from tpqwen.kernels.sampling import COLDEST, FEW, NO_ID, id_noise
+from tpqwen.kernels.noise import id_noise
+from tpqwen.kernels.sampling import COLDEST, FEW, NO_ID
 
 BEGIN_ROWS = 128  # rows of one program
 EDITS = 256
