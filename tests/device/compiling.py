@@ -21,11 +21,11 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
-from tpqwen.kernels import build, build_worker, cuda, gemm, gemm_tiles, launch, norm, sampling, stepping
+from tpqwen.kernels import build, build_worker, cuda, gemm, gemm_norm, gemm_tiles, launch, norm, sampling, stepping
 from tpqwen.kernels.gemm_table import Config
 from tpqwen.kernels.variant import Kernel, parse
 
-MODULES = (launch, norm, gemm_tiles, gemm, sampling, stepping)
+MODULES = (launch, norm, gemm_norm, gemm_tiles, gemm, sampling, stepping)
 TILE = Config("tile", 96, 64, warps=4, stages=4, prefetch=256, fuse_norm=False, block_m=64)
 
 

@@ -13,6 +13,7 @@ import torch
 from tests.tiny import tiny_checkpoint
 from tpqwen.config import Config
 from tpqwen.kernels import cpu, ops
+from tpqwen.kernels.context import Scaled
 from tpqwen.model.config import ModelConfig
 from tpqwen.model.qwen3 import Qwen3
 from tpqwen.model.sizing import derive
@@ -29,7 +30,10 @@ Launch = tuple[str, tuple[tuple[tuple[int, ...], torch.dtype], ...]]
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> set[Launch]:
-    """Every operation that is called, with its matrices' shapes and types: what kernels depend on, the batch apart."""
+    """Every operation that is called, with its matrices' shapes and types: what kernels depend on, the batch apart.
+
+    As on a GPU, a product prepares the next one's norm where it is asked to: kernels of their own on either side.
+    """
     seen: set[Launch] = set()
     pick = ops._pick
 
@@ -38,12 +42,19 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> set[Launch]:
 
         def call(*args: Any, **options: Any) -> Any:
             weights = [a for a in args if isinstance(a, torch.nn.Parameter) and a.dim() == 2]
-            seen.add((name, tuple((tuple(w.shape), w.dtype) for w in weights)))
+            prepared = options.pop("scaled", None) is not None
+            seen.add((name + " of scaled rows" * prepared, tuple((tuple(w.shape), w.dtype) for w in weights)))
             return op(*args, **options)
 
         return call
 
+    def linear_add_scaled(x: torch.Tensor, *args: Any, invariant: bool) -> tuple[torch.Tensor, Scaled]:
+        h = watched("linear_add", x)(x, *args[:-1])
+        seen.add((f"linear_add before {args[-1].operation}", ((tuple(args[0].shape), args[0].dtype),)))
+        return h, Scaled(h, h)
+
     monkeypatch.setattr(ops, "_pick", watched)
+    monkeypatch.setattr(ops, "linear_add_scaled", linear_add_scaled)
     return seen
 
 
@@ -85,6 +96,9 @@ def test_the_parts_launch_all_that_the_first_request_launches(
     engine.close()
     assert launches <= early
     assert {name for name, _ in early} >= {"begin_step", "norm_linear", "attend", "linear_add", "norm_gate_up"}
+    assert {"linear_add before silu", "norm_gate_up of scaled rows", "norm_linear of scaled rows"} <= {
+        n for n, _ in early
+    }
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -39,7 +39,7 @@ def test_row_parallel_partial_sums_add_up_to_the_product(size):
     for rank in range(size):
         group = Collected(rank, size)
         layer = filled(RowParallel(group, "w", (HIDDEN, INNER), INNER, invariant=False), {"w": weight})
-        out = layer(x[:, rank * width : (rank + 1) * width], residual)
+        out, _ = layer(x[:, rank * width : (rank + 1) * width], residual)
         total += group.partial[0] if group.partial else out - residual
         assert len(group.partial) == (size > 1)
         if group.partial:

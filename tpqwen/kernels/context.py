@@ -1,4 +1,5 @@
-"""What kernels are given besides activations and weights: the slots' state, and StepContext, one forward pass.
+"""What kernels are given besides activations and weights: the slots' state, StepContext, one forward pass, and what
+products tell each other.
 
 T tokens, B decode rows, C chunks, S slots, M table width, N query heads, K key/value heads, D head size, P block size.
 The pass runs over T = B + prefill tokens: first one token of each decode row, then the chunks one after another.
@@ -101,3 +102,19 @@ class StepContext:
     cos_sin: torch.Tensor  # fp32 [positions, D]: cos of the D/2 frequencies, then sin
     settled: bool = False
     wide: bool = False
+
+
+class NormedProduct(NamedTuple):
+    """What ops.norm_linear ("norm") or ops.norm_gate_up ("silu") is given besides its rows."""
+
+    operation: str
+    norm_H: torch.Tensor
+    weight_OH: torch.Tensor
+
+
+class Scaled(NamedTuple):
+    """Rows of the residual stream times a norm's weights, still to be divided by their rms, and the sums of squares of
+    the P pieces of each row, fp32."""
+
+    values_TH: torch.Tensor
+    squares_PT: torch.Tensor

@@ -19,6 +19,7 @@ from tpqwen.kernels import (
     drafting,
     exchange,
     gemm,
+    gemm_norm,
     gemm_tiles,
     launch,
     noise,
@@ -29,7 +30,7 @@ from tpqwen.kernels import (
     stepping,
 )
 from tpqwen.kernels.attention_table import LONG, MAX_ROWS
-from tpqwen.kernels.context import StepContext
+from tpqwen.kernels.context import NormedProduct, Scaled, StepContext
 from tpqwen.kernels.exchange import add_up, compile_for, gather
 
 
@@ -128,6 +129,17 @@ def linear_add(
     return gemm.linear_add(x_TI, weight_HI, residual_TH, scale_H, out_TH=residual_TH)
 
 
+def linear_add_scaled(
+    x_TI: torch.Tensor,
+    weight_HI: torch.Tensor,
+    residual_TH: torch.Tensor,
+    scale_H: torch.Tensor | None,
+    following: NormedProduct,
+) -> tuple[torch.Tensor, Scaled | None]:
+    """linear_add, in place as well, and what gemm.norm_linear or norm_gate_up makes use of."""
+    return gemm.linear_add_scaled(x_TI, weight_HI, residual_TH, scale_H, following, out_TH=residual_TH)
+
+
 @cache
 def _scratch(kv_heads: int, group: int, head_dim: int, device: torch.device) -> attention.DecodeScratch:
     return attention.decode_scratch(MAX_ROWS, kv_heads, group, head_dim, device)
@@ -147,6 +159,7 @@ OPERATIONS = {
     "norm_linear": gemm.norm_linear,
     "norm_gate_up": gemm.norm_gate_up,
     "linear_add": linear_add,
+    "linear_add_scaled": linear_add_scaled,
     "attend": attend,
     "noisy_slices": sampling.noisy_slices,
     "head_slices": sampling.head_slices,
@@ -164,6 +177,7 @@ launch.settle_keys(
     launch,
     norm,
     dequantize,
+    gemm_norm,
     gemm_tiles,
     gemm,
     attention_parts,

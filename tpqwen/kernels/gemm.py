@@ -2,8 +2,9 @@
 
 T tokens (batch rows), H hidden, I inputs or inner width, O outputs, F = 2I, K the summed width. The kernels stream each
 weight once; each asks for the next kernel's launch, starts its own weight loads, and only then waits for the previous
-one (programmatic dependent launch): weights never depend on an earlier kernel. With 65 rows or more, products of 16-bit
-weights run in larger tiles (gemm_tiles.py) or by cuBLAS, whichever was faster; above 256 rows cuBLAS does all.
+one (programmatic dependent launch): weights never depend on an earlier kernel. Two products may share the norm between
+them (gemm_norm.py). With 65 rows or more, products of 16-bit weights run in larger tiles (gemm_tiles.py) or by cuBLAS,
+whichever was faster; above 256 rows cuBLAS does all.
 
 int8 weights become the activations' type in registers, which is exact, and their rows' scales multiply the fp32 sums.
 Above 256 rows, where tensor cores and not memory set the pace, the weight is written out for cuBLAS (dequantize.py).
@@ -20,8 +21,10 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from tpqwen.kernels.context import NormedProduct, Scaled
 from tpqwen.kernels.dequantize import dequantize
-from tpqwen.kernels.gemm_table import ADD, PLAIN, SILU, Config, Numbers, choose, fit, padded_rows
+from tpqwen.kernels.gemm_norm import NO_NORM, NormUse, load_squares, next_scales, store_scaled, sum_squares
+from tpqwen.kernels.gemm_table import ADD, PLAIN, SILU, Config, Numbers, choose, fit, padded_rows, spares_norm
 from tpqwen.kernels.gemm_tiles import tile_product
 from tpqwen.kernels.launch import launch_options, pdl_supported, prefetch_weights, release_next, wait_previous
 from tpqwen.kernels.norm import rms_norm, silu_mul
@@ -204,6 +207,8 @@ def _dot_kernel(
     norm,
     residual,
     out,
+    scaled,
+    squares,
     partial,
     arrived,
     M,
@@ -217,6 +222,7 @@ def _dot_kernel(
     PREFETCH: tl.constexpr,
     SCALED: tl.constexpr,
     NORM: tl.constexpr,
+    PIECES: tl.constexpr,
     EPILOGUE: tl.constexpr,
     WARPS: tl.constexpr,
     PDL: tl.constexpr,
@@ -230,27 +236,31 @@ def _dot_kernel(
     rows, row_scale = n[:, None], _row_scale(w_scale, n, SCALED)
     if PDL and PREFETCH > 0:
         prefetch_weights(w, rows, K, first, BLOCK_N, PREFETCH, WARPS)
+    next_scale = next_scales(norm, n, NORM)
     wait_previous(PDL)
     m = tl.arange(0, BLOCK_M)
+    pieces = load_squares(squares, m, M, NORM, PIECES)
     k = first + tl.arange(0, BLOCK_K)[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     square = tl.zeros([BLOCK_M], tl.float32)
     for step in range(0, K // SPLIT, BLOCK_K):
         weights = tl.load(w + rows * K + (step + k), eviction_policy="evict_first")
         values = tl.load(x + m[:, None] * K + (step + k), mask=m[:, None] < M, other=0.0)
-        if NORM:
+        if NORM == 1:
             wide = values.to(tl.float32)
             square += tl.sum(wide * wide, axis=1)
             values = (wide * tl.load(norm + step + k).to(tl.float32)).to(values.dtype)
         acc = tl.dot(weights.to(values.dtype), tl.trans(values), acc, input_precision="ieee")
     if SPLIT == 1:
-        _store_tile(acc, square, row_scale, residual, out, M, eps, tile, N, K, BLOCK_M, BLOCK_N, NORM, EPILOGUE)
+        square = sum_squares(pieces, square, NORM)
+        made = _store_tile(acc, square, row_scale, residual, out, M, eps, tile, N, K, BLOCK_M, BLOCK_N, NORM, EPILOGUE)
+        store_scaled(made, next_scale, scaled, squares, M, tile, N, BLOCK_M, BLOCK_N, NORM)
     else:
-        place = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + m[None, :]
-        squares = partial + tl.num_programs(0) * SPLIT * BLOCK_N * BLOCK_M
+        place = m[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]  # as the tile is stored at last
+        own_squares = partial + tl.num_programs(0) * SPLIT * BLOCK_N * BLOCK_M
         tl.store(partial + (tile * SPLIT + split) * BLOCK_N * BLOCK_M + place, acc)
-        if NORM:
-            tl.store(squares + (tile * SPLIT + split) * BLOCK_M + m, square)
+        if NORM == 1:
+            tl.store(own_squares + (tile * SPLIT + split) * BLOCK_M + m, square)
         # All of this program's stores come before the one thread's count; the last to count sees every partial sum.
         tl.debug_barrier()
         count = tl.atomic_add(arrived + tile, 1, sem="acq_rel")
@@ -259,9 +269,13 @@ def _dot_kernel(
             square = tl.zeros([BLOCK_M], tl.float32)
             for s in tl.static_range(SPLIT):
                 acc += tl.load(partial + (tile * SPLIT + s) * BLOCK_N * BLOCK_M + place, cache_modifier=".cg")
-                if NORM:
-                    square += tl.load(squares + (tile * SPLIT + s) * BLOCK_M + m, cache_modifier=".cg")
-            _store_tile(acc, square, row_scale, residual, out, M, eps, tile, N, K, BLOCK_M, BLOCK_N, NORM, EPILOGUE)
+                if NORM == 1:
+                    square += tl.load(own_squares + (tile * SPLIT + s) * BLOCK_M + m, cache_modifier=".cg")
+            square = sum_squares(pieces, square, NORM)
+            made = _store_tile(
+                acc, square, row_scale, residual, out, M, eps, tile, N, K, BLOCK_M, BLOCK_N, NORM, EPILOGUE
+            )
+            store_scaled(made, next_scale, scaled, squares, M, tile, N, BLOCK_M, BLOCK_N, NORM)
             tl.store(arrived + tile, 0)
 
 
@@ -282,21 +296,24 @@ def _store_tile(
     NORM: tl.constexpr,
     EPILOGUE: tl.constexpr,
 ):
-    """Finish a dot tile: acc [BLOCK_N, BLOCK_M] complete sums, square [BLOCK_M] the rows' sums of squares."""
+    """Finish a dot tile: acc [BLOCK_N, BLOCK_M] complete sums, square [BLOCK_M] the rows' sums of squares. The result:
+    what is stored, in out's type."""
     OUT: tl.constexpr = BLOCK_N // 2 if EPILOGUE == 2 else BLOCK_N
     n = (tile * OUT + tl.arange(0, OUT))[:, None]
     m = tl.arange(0, BLOCK_M)[None, :]
     place = m * N + n
     inside = (n < N) & (m < M)
     acc = acc * row_scale[:, None]
-    if NORM:
+    if NORM == 1 or NORM == 2:
         acc = acc * tl.rsqrt(square / K + eps)[None, :]
     if EPILOGUE == 1:
         acc = acc + tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
     if EPILOGUE == 2:
         gate, up = tl.split(tl.permute(tl.reshape(acc, [OUT, 2, BLOCK_M]), (0, 2, 1)))
         acc = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(out + place, acc.to(out.dtype.element_ty), mask=inside)
+    rounded = acc.to(out.dtype.element_ty)
+    tl.store(out + place, rounded, mask=inside)
+    return rounded
 
 
 def _launch(
@@ -306,7 +323,7 @@ def _launch(
     weight: tuple[torch.Tensor, torch.Tensor | None],
     out_TN: torch.Tensor,
     *,
-    norm: tuple[torch.Tensor, float] | None = None,
+    norm: NormUse = NO_NORM,
     residual_TN: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run the kernel that `config` names; rows are contiguous, shapes agree, and config has been through fit."""
@@ -314,22 +331,23 @@ def _launch(
     assert x_TK.is_contiguous() and matrix.is_contiguous() and out_TN.is_contiguous(), "gemm takes contiguous tensors"
     (rows, width), columns = x_TK.shape, out_TN.shape[1]
     assert matrix.shape == (columns * (2 if epilogue == SILU else 1), width), "weight and output do not agree"
-    scale_K, eps = norm if norm is not None else (x_TK, 0.0)
     before_TN = out_TN if residual_TN is None else residual_TN
     assert before_TN.is_contiguous() and before_TN.shape == out_TN.shape, "residual and output do not agree"
+    assert config.path in ("dot", "tile") or norm.scaled is None, "norms are shared by kernels of several rows"
     tiles = triton.cdiv(columns * (2 if epilogue == SILU else 1), config.block_n)
     if config.path == "tile":
-        assert norm is None and w_scale is None, "tiles have neither a norm before them nor scales"
-        return tile_product(config, epilogue, x_TK, matrix, out_TN, before_TN)
+        assert w_scale is None, "tiles have no scales"
+        return tile_product(config, epilogue, x_TK, matrix, out_TN, before_TN, norm)
     options = {"num_warps": config.warps, **launch_options(x_TK.device)}
-    shared = {"PREFETCH": config.prefetch, "NORM": norm is not None, "EPILOGUE": epilogue}
+    shared = {"PREFETCH": config.prefetch, "NORM": norm.mode, "EPILOGUE": epilogue}
     shared |= {"N": columns, "K": width, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "WARPS": config.warps}
     shared["SCALED"] = w_scale is not None
+    scale_K, *scaled = norm.tensors(out_TN)
     tensors = (x_TK, matrix, x_TK if w_scale is None else w_scale, scale_K, before_TN, out_TN)
     if config.path == "gemv":
         by_bytes = w_scale is not None and x_TK.device.type == "cuda"
         gemv = {"ROWS": rows, "EARLY": config.stages, "BY_BYTES": by_bytes}
-        _gemv_kernel[(tiles,)](*tensors, eps, **gemv, **shared, **options)
+        _gemv_kernel[(tiles,)](*tensors, norm.eps, **gemv, **shared, **options)
         return out_TN
     block_m = max(16, triton.next_power_of_2(rows))
     scratch = workspace(x_TK.device)
@@ -337,12 +355,14 @@ def _launch(
     assert config.split == 1 or scratch.fits(tiles, config.split, tile_floats), "the product needs a larger workspace"
     _dot_kernel[(tiles, config.split)](
         *tensors,
+        *scaled,
         scratch.partial_V,
         scratch.arrived_N,
         rows,
-        eps,
+        norm.eps,
         BLOCK_M=block_m,
         SPLIT=config.split,
+        PIECES=norm.pieces,
         num_stages=config.stages,
         **shared,
         **options,
@@ -374,16 +394,23 @@ def norm_linear(
     weight_OH: torch.Tensor,
     scale_O: torch.Tensor | None = None,
     *,
+    scaled: Scaled | None = None,
     out_TO: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """RMSNorm, then x W^T: [T, O]. Fused, 1 / rms multiplies the fp32 sums, so it is never rounded to h's dtype."""
+    """RMSNorm, then x W^T: [T, O]. Fused, 1 / rms multiplies the fp32 sums, so it is never rounded to h's dtype.
+
+    scaled: what linear_add_scaled made of these rows for this product.
+    """
     config = _config(config, "norm", h_TH, weight_OH)
+    if scaled is not None:
+        out_TO = h_TH.new_empty(len(h_TH), len(weight_OH)) if out_TO is None else out_TO
+        return _launch(config, PLAIN, scaled.values_TH, (weight_OH, scale_O), out_TO, norm=NormUse.before(scaled, eps))
     if config.path == "torch" or not config.fuse_norm or not len(h_TH):
         x_TH = rms_norm(h_TH, norm_H, eps, out_TH=_room(h_TH, h_TH.shape[1], config))
         return linear(x_TH, weight_OH, scale_O, out_TO=out_TO, config=config)
     out_TO = h_TH.new_empty(len(h_TH), len(weight_OH)) if out_TO is None else out_TO
-    return _launch(config, PLAIN, h_TH, (weight_OH, scale_O), out_TO, norm=(norm_H, eps))
+    return _launch(config, PLAIN, h_TH, (weight_OH, scale_O), out_TO, norm=NormUse.inside(norm_H, eps))
 
 
 def norm_gate_up(
@@ -393,18 +420,21 @@ def norm_gate_up(
     weight_FH: torch.Tensor,
     scale_F: torch.Tensor | None = None,
     *,
+    scaled: Scaled | None = None,
     out_TI: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """RMSNorm, then silu(gate) * up, [T, I]. The weight's 2I rows are I gate rows, then I up rows."""
+    """RMSNorm, then silu(gate) * up, [T, I]. The weight's 2I rows are I gate rows, then I up rows. scaled: as above."""
     config = _config(config, "silu", h_TH, weight_FH)
     if config.path == "torch" or not len(h_TH):
         return silu_mul(F.linear(rms_norm(h_TH, norm_H, eps), _wide(weight_FH, scale_F, h_TH)), out_TI=out_TI)
     out_TI = _room(h_TH, len(weight_FH) // 2, config) if out_TI is None else out_TI
+    if scaled is not None:
+        return _launch(config, SILU, scaled.values_TH, (weight_FH, scale_F), out_TI, norm=NormUse.before(scaled, eps))
     if not config.fuse_norm:
         x_TH = rms_norm(h_TH, norm_H, eps, out_TH=_room(h_TH, h_TH.shape[1], config))
         return _launch(config, SILU, x_TH, (weight_FH, scale_F), out_TI)
-    return _launch(config, SILU, h_TH, (weight_FH, scale_F), out_TI, norm=(norm_H, eps))
+    return _launch(config, SILU, h_TH, (weight_FH, scale_F), out_TI, norm=NormUse.inside(norm_H, eps))
 
 
 def linear_add(
@@ -422,6 +452,30 @@ def linear_add(
         return torch.addmm(residual_TH, x_TI, _wide(weight_HI, scale_H, x_TI).t(), out=out_TH)
     out_TH = torch.empty_like(residual_TH) if out_TH is None else out_TH
     return _launch(config, ADD, x_TI, (weight_HI, scale_H), out_TH, residual_TN=residual_TH)
+
+
+def linear_add_scaled(
+    x_TI: torch.Tensor,
+    weight_HI: torch.Tensor,
+    residual_TH: torch.Tensor,
+    scale_H: torch.Tensor | None,
+    following: NormedProduct,
+    *,
+    out_TH: torch.Tensor | None = None,
+    configs: tuple[Config | None, Config | None] = (None, None),
+) -> tuple[torch.Tensor, Scaled | None]:
+    """linear_add, and what spares the following product its norm, where that is faster. configs: of either product."""
+    config = _config(configs[0], "add", x_TI, weight_HI)
+    after = _config(configs[1], following.operation, residual_TH, following.weight_OH)
+    # float16 may be too narrow for rows that no norm has made small; int8 was not measured.
+    suits = len(x_TI) > 0 and x_TI.dtype != torch.float16 and scale_H is None
+    if not suits or not spares_norm(config, after, len(weight_HI)):
+        return linear_add(x_TI, weight_HI, residual_TH, scale_H, out_TH=out_TH, config=config), None
+    out_TH = torch.empty_like(residual_TH) if out_TH is None else out_TH
+    pieces, values_TH = triton.cdiv(len(weight_HI), config.block_n), _room(residual_TH, len(weight_HI), after)
+    scaled = Scaled(values_TH, x_TI.new_empty(pieces, len(x_TI), dtype=torch.float32))
+    norm = NormUse.after(scaled, following.norm_H)
+    return _launch(config, ADD, x_TI, (weight_HI, scale_H), out_TH, norm=norm, residual_TN=residual_TH), scaled
 
 
 def _room(like_TK: torch.Tensor, columns: int, config: Config) -> torch.Tensor:

@@ -14,6 +14,7 @@ MAX_ROWS = 256  # of one launch of our kernels; more go to cuBLAS
 GEMV_ROWS = 4
 PLAIN, ADD, SILU = 0, 1, 2  # what a kernel does with the product
 NARROWEST = 64  # columns: the smallest block_k, so K must be a multiple of it
+SPARED_WIDTH = 2048  # of rows whose norm two products share: with wider ones that saves nothing
 PROGRAMS = 132  # multiprocessors of H100 and H200
 
 
@@ -115,6 +116,13 @@ def tile_widths(block_n: int) -> tuple[int, int]:
 def padded_rows(config: Config, rows: int) -> int:
     """How many rows activations should have memory for: whole tiles."""
     return -(-rows // config.block_m) * config.block_m if config.path == "tile" else rows
+
+
+def spares_norm(product: Config, following: Config, hidden: int) -> bool:
+    """Whether the norm of rows of `hidden` numbers is shared by the products before and after it (gemm_norm.py): where
+    both can, and it was faster."""
+    own = product.path in ("dot", "tile") and following.path in ("dot", "tile")
+    return own and not following.fuse_norm and hidden <= SPARED_WIDTH
 
 
 def shared_bytes(config: Config, rows: int, numbers: Numbers = BF16) -> int:

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tpqwen.kernels.gemm_norm import NO_NORM, NormUse, load_squares, store_squares, sum_squares
 from tpqwen.kernels.gemm_table import SILU, Config, padded_rows, tile_widths
 from tpqwen.kernels.launch import launch_options, prefetch_weights, release_next, wait_previous
 
@@ -30,7 +31,11 @@ def _tile_kernel(
     weight,
     residual,
     out,
+    norm,
+    scaled,
+    squares,
     M,
+    eps,
     N: tl.constexpr,
     K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -39,6 +44,8 @@ def _tile_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     PREFETCH: tl.constexpr,
+    NORM: tl.constexpr,
+    PIECES: tl.constexpr,
     EPILOGUE: tl.constexpr,
     WARPS: tl.constexpr,
     PDL: tl.constexpr,
@@ -59,6 +66,8 @@ def _tile_kernel(
         if NARROW > 0:
             prefetch_weights(weight, _rows(n_more, N, NARROW, HALVES)[:, None], K, 0, NARROW, PREFETCH, WARPS)
     wait_previous(PDL)
+    m = row + tl.arange(0, BLOCK_M)
+    pieces = load_squares(squares, m, M, NORM, PIECES)
     acc = tl.zeros([BLOCK_M, WIDE], tl.float32)
     more = tl.zeros([BLOCK_M, max(NARROW, 1)], tl.float32)
     for step in tl.range(0, K // BLOCK_K, num_stages=STAGES):
@@ -68,9 +77,16 @@ def _tile_kernel(
         if NARROW > 0:
             weights = w_more.load([0, n_more, k]).reshape(NARROW, BLOCK_K)
             more = tl.dot(values, weights.T, more, input_precision="ieee")
-    _finish(acc, residual, out, row, n, M, N, BLOCK_M, WIDE, EPILOGUE)
+    square = tl.zeros([BLOCK_M], tl.float32)
+    if NORM == 2:
+        rms = tl.rsqrt(sum_squares(pieces, square, NORM) / K + eps)[:, None]
+        acc *= rms
+        more *= rms
+    square += _finish(acc, residual, out, norm, scaled, m, n, M, N, BLOCK_M, WIDE, NORM, EPILOGUE)
     if NARROW > 0:
-        _finish(more, residual, out, row, n_more, M, N, BLOCK_M, NARROW, EPILOGUE)
+        square += _finish(more, residual, out, norm, scaled, m, n_more, M, N, BLOCK_M, NARROW, NORM, EPILOGUE)
+    if NORM == 3:
+        store_squares(squares, square, tl.program_id(1), m, M)
 
 
 @triton.jit
@@ -85,25 +101,37 @@ def _finish(
     acc,
     residual,
     out,
-    row,
+    norm,
+    scaled,
+    m,
     column,
     M,
     N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WIDTH: tl.constexpr,
+    NORM: tl.constexpr,
     EPILOGUE: tl.constexpr,
 ):
-    """Store complete sums, acc [BLOCK_M, WIDTH], from a row and column on; for SwiGLU they are gates, then ups."""
+    """Store complete sums, acc [BLOCK_M, WIDTH], of rows m from a column on; for SwiGLU they are gates, then ups. Gives
+    their sums of squares, [BLOCK_M], if the next norm wants them."""
     OUT: tl.constexpr = WIDTH // 2 if EPILOGUE == 2 else WIDTH
-    m = (row + tl.arange(0, BLOCK_M))[:, None]
     n = (column + tl.arange(0, OUT))[None, :]
-    place, inside = m * N + n, (m < M) & (n < N)
+    place, inside = m[:, None] * N + n, (m[:, None] < M) & (n < N)
+    if NORM == 3:
+        scale = tl.load(norm + n, mask=n < N, other=0.0).to(tl.float32)
     if EPILOGUE == 1:
         acc += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
     if EPILOGUE == 2:
         gate, up = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, OUT]), (0, 2, 1)))
         acc = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(out + place, acc.to(out.dtype.element_ty), mask=inside)
+    rounded = acc.to(out.dtype.element_ty)
+    tl.store(out + place, rounded, mask=inside)
+    square = tl.zeros([BLOCK_M], tl.float32)
+    if NORM == 3:
+        wide = tl.where(n < N, rounded.to(tl.float32), 0.0)
+        tl.store(scaled + place, (wide * scale).to(scaled.dtype.element_ty), mask=inside)
+        square = tl.sum(wide * wide, axis=1)
+    return square
 
 
 def tile_product(
@@ -113,9 +141,11 @@ def tile_product(
     matrix: torch.Tensor,
     out_MN: torch.Tensor,
     residual_MN: torch.Tensor,
+    norm: NormUse = NO_NORM,
 ) -> torch.Tensor:
     """x W^T with the epilogue into out_MN, which may be the residual. All are contiguous and agree, and config has been
     through fit."""
+    assert norm.mode != 1, "tiles have no norm of their own"
     (rows, width), columns = x_MK.shape, out_MN.shape[1]
     halves = 2 if epilogue == SILU else 1
     wide, narrow = tile_widths(config.block_n)
@@ -129,7 +159,9 @@ def tile_product(
         matrix,
         residual_MN,
         out_MN,
+        *norm.tensors(out_MN),
         rows,
+        norm.eps,
         N=columns,
         K=width,
         BLOCK_M=config.block_m,
@@ -138,6 +170,8 @@ def tile_product(
         BLOCK_K=config.block_k,
         STAGES=config.stages,
         PREFETCH=config.prefetch,
+        NORM=norm.mode,
+        PIECES=norm.pieces,
         EPILOGUE=epilogue,
         WARPS=config.warps,
         num_warps=config.warps,

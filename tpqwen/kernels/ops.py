@@ -16,7 +16,7 @@ from importlib import import_module
 import torch
 
 from tpqwen.kernels import cpu, reference
-from tpqwen.kernels.context import DecodeInputs, DraftInputs, SlotTensors, StepContext
+from tpqwen.kernels.context import DecodeInputs, DraftInputs, NormedProduct, Scaled, SlotTensors, StepContext
 from tpqwen.kernels.mailbox import Mailbox
 from tpqwen.kernels.reference import Op
 
@@ -64,10 +64,12 @@ def norm_linear(
     weight_OH: torch.Tensor,
     scale_O: torch.Tensor | None = None,
     *,
+    scaled: Scaled | None = None,
     invariant: bool = False,
 ) -> torch.Tensor:
-    """RMSNorm, then x W^T."""
-    result: torch.Tensor = _pick("norm_linear", h_TH, invariant)(h_TH, norm_H, eps, weight_OH, scale_O)
+    """RMSNorm, then x W^T. scaled: what linear_add_scaled gave with the rows for this product."""
+    known = {} if scaled is None else {"scaled": scaled}
+    result: torch.Tensor = _pick("norm_linear", h_TH, invariant)(h_TH, norm_H, eps, weight_OH, scale_O, **known)
     return result
 
 
@@ -78,10 +80,12 @@ def norm_gate_up(
     weight_FH: torch.Tensor,
     scale_F: torch.Tensor | None = None,
     *,
+    scaled: Scaled | None = None,
     invariant: bool = False,
 ) -> torch.Tensor:
-    """RMSNorm, then silu(gate) * up."""
-    result: torch.Tensor = _pick("norm_gate_up", h_TH, invariant)(h_TH, norm_H, eps, weight_FH, scale_F)
+    """RMSNorm, then silu(gate) * up. scaled: as above."""
+    known = {} if scaled is None else {"scaled": scaled}
+    result: torch.Tensor = _pick("norm_gate_up", h_TH, invariant)(h_TH, norm_H, eps, weight_FH, scale_F, **known)
     return result
 
 
@@ -96,6 +100,22 @@ def linear_add(
     """residual + x W^T. The residual may be overwritten: use only what is returned."""
     result: torch.Tensor = _pick("linear_add", x_TI, invariant)(x_TI, weight_HI, residual_TH, scale_H)
     return result
+
+
+def linear_add_scaled(
+    x_TI: torch.Tensor,
+    weight_HI: torch.Tensor,
+    residual_TH: torch.Tensor,
+    scale_H: torch.Tensor | None,
+    following: NormedProduct,
+    *,
+    invariant: bool = False,
+) -> tuple[torch.Tensor, Scaled | None]:
+    """linear_add, and with it what the following product of these rows should be given: most of its norm, or None."""
+    if invariant or not x_TI.is_cuda:
+        return linear_add(x_TI, weight_HI, residual_TH, scale_H, invariant=invariant), None
+    h_TH, scaled = _cuda("cuda")["linear_add_scaled"](x_TI, weight_HI, residual_TH, scale_H, following)
+    return h_TH, scaled
 
 
 def attend(

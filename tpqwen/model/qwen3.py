@@ -1,6 +1,7 @@
 """Qwen3, as transformers' modeling_qwen3.py has it, over tensor-parallel layers.
 
-T tokens, H hidden, N query heads, D head size, V vocabulary (local). h is the residual stream.
+T tokens, H hidden, N query heads, D head size, V vocabulary (local). h is the residual stream. With it, scaled is what
+the product that made it has done for the norm of the next one, if anything.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from tpqwen.kernels import ops
-from tpqwen.kernels.context import SlotTensors, StepContext
+from tpqwen.kernels.context import NormedProduct, Scaled, SlotTensors, StepContext
 from tpqwen.model.config import ModelConfig
 from tpqwen.parallel.group import TPGroup
 from tpqwen.parallel.layers import ColumnParallel, ReplicatedWeight, RowParallel, VocabParallel
@@ -35,11 +36,23 @@ class Attention(nn.Module):
         o = (at + "self_attn.o_proj.weight", (c.hidden_size, q * d), q)
         self.o = RowParallel(group, *o, invariant=invariant, scheme=scheme)
 
-    def forward(self, h_TH: torch.Tensor, ctx: StepContext) -> torch.Tensor:
-        qkv = ops.norm_linear(h_TH, self.norm.weight, self.eps, *self.qkv.matrix, invariant=self.invariant)
+    @property
+    def first(self) -> NormedProduct:
+        """The product it begins with."""
+        return NormedProduct("norm", self.norm.weight, self.qkv.weight)
+
+    def forward(
+        self,
+        h_TH: torch.Tensor,
+        ctx: StepContext,
+        scaled: Scaled | None = None,
+        following: NormedProduct | None = None,
+    ) -> tuple[torch.Tensor, Scaled | None]:
+        norm = (self.norm.weight, self.eps)
+        qkv = ops.norm_linear(h_TH, *norm, *self.qkv.matrix, scaled=scaled, invariant=self.invariant)
         norms, where = (self.q_norm.weight, self.k_norm.weight, self.eps), (self.layer, ctx, self.scale)
         mixed = ops.attend(qkv, *norms, *where, invariant=self.invariant)
-        out: torch.Tensor = self.o(mixed, h_TH)
+        out: tuple[torch.Tensor, Scaled | None] = self.o(mixed, h_TH, following)
         return out
 
 
@@ -56,9 +69,17 @@ class MLP(nn.Module):
         down = (at + "mlp.down_proj.weight", (c.hidden_size, inner), inner)
         self.down = RowParallel(group, *down, invariant=invariant, scheme=scheme)
 
-    def forward(self, h_TH: torch.Tensor) -> torch.Tensor:
-        inner = ops.norm_gate_up(h_TH, self.norm.weight, self.eps, *self.gate_up.matrix, invariant=self.invariant)
-        out: torch.Tensor = self.down(inner, h_TH)
+    @property
+    def first(self) -> NormedProduct:
+        """The product it begins with."""
+        return NormedProduct("silu", self.norm.weight, self.gate_up.weight)
+
+    def forward(
+        self, h_TH: torch.Tensor, scaled: Scaled | None = None, following: NormedProduct | None = None
+    ) -> tuple[torch.Tensor, Scaled | None]:
+        norm = (self.norm.weight, self.eps)
+        inner = ops.norm_gate_up(h_TH, *norm, *self.gate_up.matrix, scaled=scaled, invariant=self.invariant)
+        out: tuple[torch.Tensor, Scaled | None] = self.down(inner, h_TH, following)
         return out
 
 
@@ -94,9 +115,11 @@ class Qwen3(nn.Module):
 
     def forward(self, ids_T: torch.Tensor, ctx: StepContext) -> torch.Tensor:
         """The residual stream after the last layer, [T, H]; keys and values are written to the cache on the way."""
-        h = self.embed.embed(ids_T)
-        for attention, mlp in zip(self.attention, self.mlp, strict=True):
-            h = mlp(attention(h, ctx))
+        h, scaled = self.embed.embed(ids_T), None
+        firsts = [attention.first for attention in self.attention]
+        for attention, mlp, following in zip(self.attention, self.mlp, [*firsts[1:], None], strict=True):
+            h, scaled = attention(h, ctx, scaled, mlp.first)
+            h, scaled = mlp(h, scaled, following)
         return h
 
     def logits(self, h_TH: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tpqwen.kernels import ops
-from tpqwen.kernels.context import SlotTensors
+from tpqwen.kernels.context import NormedProduct, Scaled, SlotTensors
 from tpqwen.parallel.group import TPGroup
 from tpqwen.parallel.shard import Part, ShardSpec
 from tpqwen.quant.schemes import NONE, Scheme
@@ -85,12 +85,17 @@ class RowParallel(ShardedWeight):
         super().__init__(group, {name: ShardSpec(shape, 1, units)}, scheme)
         self.invariant = invariant
 
-    def forward(self, x_TI: torch.Tensor, residual_TH: torch.Tensor) -> torch.Tensor:
-        """residual + sum over ranks of x W^T, [T, H]."""
-        if self.group.size == 1:
-            return ops.linear_add(x_TI, self.weight, residual_TH, self.scale, invariant=self.invariant)
-        partial = ops.linear(x_TI, *self.matrix, invariant=self.invariant)
-        return self.group.add_reduced(partial, residual_TH, ordered=self.invariant)
+    def forward(
+        self, x_TI: torch.Tensor, residual_TH: torch.Tensor, following: NormedProduct | None = None
+    ) -> tuple[torch.Tensor, Scaled | None]:
+        """residual + sum over ranks of x W^T, [T, H], and what the product that follows should be given with it."""
+        if self.group.size > 1:  # no rank has whole sums before they are exchanged
+            partial = ops.linear(x_TI, *self.matrix, invariant=self.invariant)
+            return self.group.add_reduced(partial, residual_TH, ordered=self.invariant), None
+        operands = (x_TI, self.weight, residual_TH, self.scale)
+        if following is None:
+            return ops.linear_add(*operands, invariant=self.invariant), None
+        return ops.linear_add_scaled(*operands, following, invariant=self.invariant)
 
 
 class VocabParallel(ShardedWeight):

@@ -19,6 +19,7 @@ from functools import partial
 import torch
 
 from tpqwen.kernels import ops
+from tpqwen.kernels.context import StepContext
 from tpqwen.parallel.group import TPGroup
 from tpqwen.parallel.peers import compile_exchange
 from tpqwen.step import TOKEN_BUCKETS, Chunk, chunk_places, packed
@@ -113,12 +114,26 @@ def first_parts(runner: Runner, drafts: int = 0) -> list[Part]:
         parts.append(partial(_sample, runner, few, kind))
     parts.append(partial(_sample, runner, first, SampleKind(full=True)))
     for count, context in contexts:
-        parts.append(partial(runner.model.attention[0], runner.blank_hidden(count), context))
-        parts.append(partial(runner.model.mlp[0], runner.blank_hidden(count)))
+        parts.append(partial(_layer, runner, count, context))
+        parts.append(partial(_layers, runner, count, context))
     parts.append(partial(_edit, runner))
     if drafts:
         parts += [partial(runner.speculate, first, kind, drafts) for kind in USUAL_KINDS]
     return parts
+
+
+def _layer(runner: Runner, count: int, context: StepContext) -> None:
+    """One layer by itself."""
+    hidden, _ = runner.model.attention[0](runner.blank_hidden(count), context)
+    runner.model.mlp[0](hidden)
+
+
+def _layers(runner: Runner, count: int, context: StepContext) -> None:
+    """Its products as they are among those of other layers."""
+    attention, mlp = runner.model.attention[0], runner.model.mlp[0]
+    hidden, scaled = attention(runner.blank_hidden(count), context, None, mlp.first)
+    hidden, scaled = mlp(hidden, scaled, attention.first)
+    attention(hidden, context, scaled)
 
 
 def _sample(runner: Runner, slots_R: torch.Tensor, kind: SampleKind) -> None:

@@ -83,7 +83,8 @@ class MixedGraphs:
         prompt = blank_prompt(state.tensors.padding_slot, num_tokens, state, self._block_size)
         _, context = runner.mixed_context(self._decode.slots[:0], prompt)
         state.tensors.turn.copy_(turn)
-        runner.model.mlp[0](runner.model.attention[0](runner.blank_hidden(num_tokens), context))
+        hidden, _ = runner.model.attention[0](runner.blank_hidden(num_tokens), context)
+        runner.model.mlp[0](hidden)
 
     def forget(self) -> None:
         """As DecodeGraphs.forget."""

@@ -95,7 +95,7 @@ def patch_worker(module) -> None:
             handle.remove()
             hidden = args[0].clone()
             hidden[0] = float("nan")
-            return hidden, *args[1:]
+            return hidden, args[1], None, *args[3:]  # nothing else that was made of it
 
         handle = self.runner.model.attention[1].register_forward_pre_hook(spoil)
 
