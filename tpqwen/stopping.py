@@ -8,6 +8,7 @@ that leaves the application as it was.
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import threading
 import time
@@ -37,6 +38,7 @@ END_S = 120.0  # for Serve to end what it was told to end: longer than its patie
 KNOCK_S = 10.0  # for the cluster to take a connection
 WORD_S = 10.0  # for Ray to notice that whoever gave the word before is dead
 
+NO_TOKEN = "it may want a token (RAY_AUTH_TOKEN_PATH), and what tpqwen serve runs by itself ends with Ctrl-C there"
 FAILURES = (RayError, RayServeException, TimeoutError)  # of whatever Serve is asked
 
 T = TypeVar("T")
@@ -86,6 +88,8 @@ def connect(address: str) -> None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, RayError) as error:
         reason = str(error).strip().partition("\n")[0]
+        if reason.startswith("Failed to connect") and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+            reason = f"{reason.rstrip('.')}; {NO_TOKEN}"
         raise ConfigError(f"there is no Ray cluster at {address}: {reason}") from None
 
 

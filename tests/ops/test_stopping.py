@@ -338,6 +338,22 @@ def test_however_it_ends_the_command_leaves_the_cluster(asked, monkeypatch, erro
     assert asked == ["auto", "left"]
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_cluster_that_wants_a_token_is_named_where_none_is_known(monkeypatch, known):
+    def init(**_options: object) -> None:
+        raise ConnectionError("Failed to connect to Ray cluster at 127.0.0.1:6379.\nMore lines")
+
+    monkeypatch.setattr(stopping.ray, "init", init)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    if known:
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "file")
+    with pytest.raises(ConfigError) as caught:
+        stopping.connect("auto")
+    text = "; it may want a token (RAY_AUTH_TOKEN_PATH), and what tpqwen serve runs by itself ends with Ctrl-C there"
+    assert str(caught.value).endswith("at 127.0.0.1:6379." if known else text)
+
+
 def test_no_cluster_is_one_sentence(monkeypatch):
     def init(**_options: object) -> None:
         raise ConnectionError("Could not find any running Ray instance.\nMore lines")
