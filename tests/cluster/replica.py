@@ -1,6 +1,10 @@
-"""Options of a replica that is small enough for a few of them on two cores."""
+"""Replicas that are small enough for a few of them on two cores, and Serve for them."""
 
 from __future__ import annotations
+
+from typing import Any
+
+from tests.cluster.clients import free_ports
 
 SMALL = {
     "device": "cpu",
@@ -10,3 +14,23 @@ SMALL = {
     "max_num_seqs": "8",
     "max_batched_tokens": "128",
 }
+
+
+def start_serve() -> str:
+    """Serve on a free port; its URL."""
+    from ray import serve
+
+    (port,) = free_ports(1)
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    return f"http://127.0.0.1:{port}"
+
+
+def bound(options: dict[str, str], **settings: Any) -> Any:
+    """An application whose replicas have these options, with what Serve is to reserve for each. settings: Serve's."""
+    from tpqwen import service
+    from tpqwen.config import Config
+
+    where = service.bundles(Config.load(options, {}))
+    actor = {"num_cpus": where[0]["CPU"], "num_gpus": 0}
+    deployment = service.Qwen3Server.options(ray_actor_options=actor, placement_group_bundles=where, **settings)
+    return deployment.bind(options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 
 from tests.cluster.background import Background
 from tests.cluster.processes import until
-from tests.cluster.replica import SMALL
+from tests.cluster.replica import SMALL, bound, start_serve
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -20,28 +19,16 @@ CLIENTS = 4
 
 def application(name: str) -> Any:
     """Two replicas; another name is another version."""
-    from tpqwen import service
-    from tpqwen.config import Config
-
-    options = SMALL | {"served_model_name": name}
-    where = service.bundles(Config.load(options, {}))
-    deployment = service.Qwen3Server.options(
-        num_replicas=2,
-        ray_actor_options={"num_cpus": where[0]["CPU"], "num_gpus": 0},
-        placement_group_bundles=where,
-    )
-    return deployment.bind(options)
+    return bound(SMALL | {"served_model_name": name}, num_replicas=2)
 
 
 @pytest.fixture
 def url(ray_cluster: None) -> Iterator[str]:
     from ray import serve
 
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    url = start_serve()
     serve.run(application("old"), name="tpqwen", route_prefix="/")
-    yield f"http://127.0.0.1:{port}"
+    yield url
     serve.shutdown()
 
 

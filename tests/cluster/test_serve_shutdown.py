@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import pytest
 
 from tests.cluster.clients import streams
 from tests.cluster.processes import children_of, title
+from tests.cluster.replica import bound, start_serve
 from tpqwen.ending import MARGIN_S, patience
 
 pytestmark = pytest.mark.ray
@@ -30,10 +30,7 @@ OPTIONS = {
 def url(ray_cluster: None) -> Iterator[str]:
     from ray import serve
 
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    yield f"http://127.0.0.1:{port}"
+    yield start_serve()
     serve.shutdown()
 
 
@@ -42,16 +39,7 @@ def application(timeout_s: float) -> Iterator[None]:
     """Served with this graceful_shutdown_timeout_s; gone with all its processes at the end."""
     from ray import serve
 
-    from tpqwen import service
-    from tpqwen.config import Config
-
-    where = service.bundles(Config.load(OPTIONS, {}))
-    deployment = service.Qwen3Server.options(
-        graceful_shutdown_timeout_s=timeout_s,
-        ray_actor_options={"num_cpus": where[0]["CPU"], "num_gpus": 0},
-        placement_group_bundles=where,
-    )
-    serve.run(deployment.bind(OPTIONS), name="tpqwen", route_prefix="/")
+    serve.run(bound(OPTIONS, graceful_shutdown_timeout_s=timeout_s), name="tpqwen", route_prefix="/")
     try:
         yield
     finally:

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +15,7 @@ import openai
 import pytest
 
 from tests.cluster.processes import children_of, title, until
+from tests.cluster.replica import start_serve
 from tests.cluster.sockets import listeners, speaks_grpc
 from tpqwen.errors import ConfigError
 
@@ -58,11 +58,8 @@ def server(ray_cluster: None) -> Iterator[str]:
 
     import serve_app
 
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    url = start_serve()
     serve.run(serve_app.app(OPTIONS), name="tpqwen", route_prefix="/")
-    url = f"http://127.0.0.1:{port}"
     until(lambda: is_ready(url), "readiness", 120)
     yield url
     serve.shutdown()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,7 +18,7 @@ import pytest
 from tests.cluster.background import Background
 from tests.cluster.clients import Clients, status, streams, tokens_in
 from tests.cluster.processes import children_of, title, until
-from tests.cluster.replica import SMALL
+from tests.cluster.replica import SMALL, bound, start_serve
 from tpqwen import stopping
 from tpqwen.errors import EngineError
 
@@ -34,22 +33,11 @@ def application(num_replicas: int) -> Iterator[str]:
     """Served under its URL; with Serve gone at the end."""
     from ray import serve
 
-    from tpqwen import service
-    from tpqwen.config import Config
-
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    options = SMALL | {"max_model_len": "2048"}
-    where = service.bundles(Config.load(options, {}))
-    deployment = service.Qwen3Server.options(
-        num_replicas=num_replicas,
-        ray_actor_options={"num_cpus": where[0]["CPU"], "num_gpus": 0},
-        placement_group_bundles=where,
-    )
-    serve.run(deployment.bind(options), name="tpqwen", route_prefix="/")
+    url = start_serve()
+    ours = bound(SMALL | {"max_model_len": "2048"}, num_replicas=num_replicas)
+    serve.run(ours, name="tpqwen", route_prefix="/")
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield url
     finally:
         serve.shutdown()
         assert not replicas()

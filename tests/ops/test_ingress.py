@@ -6,17 +6,16 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import httpx
 import pytest
 
+from tests.cluster.clients import free_ports
 from tests.cluster.processes import children_of, title, until
 from tests.cluster.sockets import Listener, listeners, speaks_grpc
 from tpqwen.bench.load import Case, Job
@@ -48,12 +47,6 @@ class Running(NamedTuple):
 
     def tree(self) -> set[int]:
         return children_of({self.process.pid})
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [probe.getsockname()[1] for probe in probes]
 
 
 def is_ready(server: Running) -> bool:
