@@ -24,7 +24,7 @@ import triton.language as tl
 from tpqwen.kernels.context import NormedProduct, Scaled
 from tpqwen.kernels.dequantize import dequantize
 from tpqwen.kernels.gemm_norm import NO_NORM, NormUse, load_squares, next_scales, store_scaled, sum_squares
-from tpqwen.kernels.gemm_table import ADD, PLAIN, SILU, Config, Numbers, choose, fit, padded_rows, spares_norm
+from tpqwen.kernels.gemm_table import ADD, MAX_ROWS, PLAIN, SILU, Config, Numbers, choose, fit, padded_rows, spares_norm
 from tpqwen.kernels.gemm_tiles import tile_product
 from tpqwen.kernels.launch import launch_options, pdl_supported, prefetch_weights, release_next, wait_previous
 from tpqwen.kernels.norm import rms_norm, silu_mul
@@ -466,10 +466,10 @@ def linear_add_scaled(
 ) -> tuple[torch.Tensor, Scaled | None]:
     """linear_add, and what spares the following product its norm, where that is faster. configs: of either product."""
     config = _config(configs[0], "add", x_TI, weight_HI)
-    after = _config(configs[1], following.operation, residual_TH, following.weight_OH)
     # float16 may be too narrow for rows that no norm has made small; int8 was not measured.
-    suits = len(x_TI) > 0 and x_TI.dtype != torch.float16 and scale_H is None
-    if not suits or not spares_norm(config, after, len(weight_HI)):
+    suits = 0 < len(x_TI) <= MAX_ROWS and x_TI.dtype != torch.float16 and scale_H is None
+    after = _config(configs[1], following.operation, residual_TH, following.weight_OH) if suits else None
+    if after is None or not spares_norm(config, after, len(weight_HI)):
         return linear_add(x_TI, weight_HI, residual_TH, scale_H, out_TH=out_TH, config=config), None
     out_TH = torch.empty_like(residual_TH) if out_TH is None else out_TH
     pieces, values_TH = triton.cdiv(len(weight_HI), config.block_n), _room(residual_TH, len(weight_HI), after)

@@ -23,7 +23,7 @@ def random_words(seed, out_index, choice, group):
     zero = ((group + out_index + choice) * 0).to(tl.uint32)
     c0, c1, c2, c3 = zero + out_index.to(tl.uint32), zero + group.to(tl.uint32), zero + choice.to(tl.uint32), zero
     k0, k1 = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    for _ in range(10):  # a loop on the GPU too: unrolled it would be most of the kernel's code and compile time
+    for _ in range(10):  # left to the compiler: unrolled it is most of a large kernel's code and compile time
         p0 = tl.mul(c0.to(tl.uint64), 0xD2511F53, sanitize_overflow=False)  # one instruction for both halves
         p1 = tl.mul(c2.to(tl.uint64), 0xCD9E8D57, sanitize_overflow=False)
         high0, high1 = (p0 >> 32).to(tl.uint32), (p1 >> 32).to(tl.uint32)

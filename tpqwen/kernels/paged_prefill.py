@@ -25,7 +25,7 @@ MAX_SPLITS = 16
 MIN_TILES = 8  # of keys, below which a split costs more than it saves
 SPLIT_ROWS = 4096  # tokens times splits that the scratch holds
 MAX_CHUNKS = 1024  # of a pass that is split
-FEW_CHUNKS = 64  # what the kernel is compiled for, unless there are more: one for all passes that have a graph
+COMPILED_CHUNKS = 64  # what the kernel is compiled for, unless there are more: one for all passes that have a graph
 
 
 class PrefillPlan(NamedTuple):
@@ -298,7 +298,7 @@ def paged_prefill(
         G=num_heads // kv_heads,
         QUERIES=queries,
         STAGES=fitting_stages(plan.stages, 2 * keys * token_bytes, queries * token_bytes),
-        CHUNKS=max(FEW_CHUNKS, triton.next_power_of_2(num_chunks + 1)),
+        CHUNKS=max(COMPILED_CHUNKS, triton.next_power_of_2(num_chunks + 1)),
         TMA=plan.tma,
         S=splits,
         MIN_TILES=MIN_TILES,
