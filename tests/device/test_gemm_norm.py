@@ -129,16 +129,16 @@ class Pass:
         with torch.device("meta"):
             self.model = Qwen3(c, TPGroup.single())
         load_weights(self.model, folder, device=device, dtype=dtype)
-        shape = {"num_layers": c.num_hidden_layers, "num_blocks": 11, "block_size": 4}
+        shape = {"num_layers": c.num_hidden_layers, "num_blocks": 4, "block_size": 16}
         like = torch.empty(0, dtype=dtype, device=device)
         self.cache = KVCache(**shape, kv_heads=c.num_key_value_heads, head_dim=c.head_dim, like=like)
         ints = {"dtype": torch.int32, "device": device}
-        none, table = torch.empty(0, **ints), torch.arange(1, 11, **ints)[None]
+        none, table = torch.empty(0, **ints), torch.arange(1, 4, **ints)[None]
         starts, lengths = torch.tensor([0, 40], **ints), torch.tensor([40], **ints)
         self.ids = torch.arange(40, device=device) * 7 % c.vocab_size
         self.context = StepContext(
             positions_T=torch.arange(40, **ints),
-            cache_slots_T=torch.arange(4, 44, device=device),
+            cache_slots_T=torch.arange(16, 56, device=device),
             num_decode=0,
             tables_SM=table,
             decode_slots_B=none,
