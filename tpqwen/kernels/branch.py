@@ -2,6 +2,9 @@
 
 A device that is short of memory bandwidth has tensor cores to spare, and the other way round. Outside a capture
 everything stays in turn: launching for two streams would cost the host more than it saves.
+
+The branch's first kernel begins when all before the fork is complete; the one that follows on the current stream may be
+there earlier, by PDL, and takes the room it wants first.
 """
 
 from __future__ import annotations
@@ -10,12 +13,10 @@ import functools
 
 import torch
 
-URGENT = -1  # priority: the branch's programs take the places that become free first, else it would begin at the end
-
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device, priority=URGENT)  # type: ignore[no-untyped-call]
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def fork(device: torch.device) -> torch.cuda.Stream | None:

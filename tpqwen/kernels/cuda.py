@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -30,8 +31,19 @@ from tpqwen.kernels import (
     stepping,
 )
 from tpqwen.kernels.attention_table import LONG, MAX_ROWS
-from tpqwen.kernels.context import NormedProduct, Scaled, StepContext
+from tpqwen.kernels.context import NormedProduct, PrefillRows, Scaled, StepContext
 from tpqwen.kernels.exchange import add_up, compile_for, gather
+
+
+class WrittenChunks(NamedTuple):
+    """Chunks whose keys and values are in the cache: queries [T, N, D], normed and rotated; keys, where some chunk is
+    `long` enough for cuDNN, and values [T, K, D]."""
+
+    q_TND: torch.Tensor
+    k_TKD: torch.Tensor | None
+    v_TKD: torch.Tensor
+    long: list[bool]
+    rows: PrefillRows
 
 
 def attend(
@@ -45,60 +57,71 @@ def attend(
 ) -> torch.Tensor:
     """reference.attend: decode rows in one fused kernel; chunks are normed, rotated and written, then attend.
 
-    In a graph both run at once: decode rows wait for memory, chunks for tensor cores and their few programs' long way.
+    In a graph both attend at once: decode rows wait for memory, chunks for tensor cores and their few programs' long
+    way. The chunks' programs follow their predecessor by PDL, so they are there before decode attention, which comes
+    from another stream, takes all the room; what norms and writes, many short programs, would not find any beside it.
     """
     k_cache, v_cache = ctx.k_cache[layer], ctx.v_cache[layer]
     kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     width = qkv_TF.shape[1] - 2 * kv_heads * head_dim
     count = ctx.num_decode
     norms = (q_norm_D, k_norm_D, eps, ctx.cos_sin)
-    if ctx.prefill is not None and not count:
-        return _attend_chunks(qkv_TF, norms, k_cache, v_cache, ctx, scale)
+    chunks = None if ctx.prefill is None else _write_chunks(qkv_TF[count:], norms, k_cache, v_cache, ctx, ctx.prefill)
+    if chunks is not None and not count:
+        return _attend_chunks(chunks, k_cache, v_cache, scale)
     out = torch.empty((len(qkv_TF), width), dtype=qkv_TF.dtype, device=qkv_TF.device)
-    aside = branch.fork(qkv_TF.device) if ctx.prefill is not None else None
+    aside = branch.fork(qkv_TF.device) if chunks is not None else None
     try:
-        if ctx.prefill is not None:
-            with torch.cuda.stream(aside):
-                _attend_chunks(qkv_TF[count:], norms, k_cache, v_cache, ctx, scale, out[count:])
-        attention.decode_attention(
-            qkv_TF[:count],
-            *norms,
-            ctx.positions_T[:count],
-            k_cache,
-            v_cache,
-            ctx.cache_slots_T[:count],
-            ctx.tables_SM,
-            ctx.decode_slots_B,
-            ctx.decode_lengths_B,
-            scale,
-            _scratch(kv_heads, width // (kv_heads * head_dim), head_dim, qkv_TF.device),
-            out=out[:count],
-            settled=ctx.settled,
-            wide=ctx.wide,
-        )
+        with torch.cuda.stream(aside):
+            attention.decode_attention(
+                qkv_TF[:count],
+                *norms,
+                ctx.positions_T[:count],
+                k_cache,
+                v_cache,
+                ctx.cache_slots_T[:count],
+                ctx.tables_SM,
+                ctx.decode_slots_B,
+                ctx.decode_lengths_B,
+                scale,
+                _scratch(kv_heads, width // (kv_heads * head_dim), head_dim, qkv_TF.device),
+                out=out[:count],
+                settled=ctx.settled,
+                wide=ctx.wide,
+            )
+        if chunks is not None:
+            _attend_chunks(chunks, k_cache, v_cache, scale, out[count:])
     finally:
         branch.join(aside)
     return out
 
 
-def _attend_chunks(
+def _write_chunks(
     qkv_TF: torch.Tensor,
     norms: tuple[torch.Tensor, torch.Tensor, float, torch.Tensor],
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     ctx: StepContext,
+    rows: PrefillRows,
+) -> WrittenChunks:
+    """Keys and values of the chunks go into the cache."""
+    shape = (len(qkv_TF), k_cache.shape[1], k_cache.shape[3])
+    long = [_is_long(*pair, qkv_TF.dtype) for pair in zip(rows.num_query, rows.num_context, strict=True)]
+    k_TKD = torch.empty(shape, dtype=qkv_TF.dtype, device=qkv_TF.device) if any(long) else None
+    where = (ctx.positions_T[ctx.num_decode :], k_cache, v_cache, ctx.cache_slots_T[ctx.num_decode :])
+    q_TND = prefill.qk_norm_rope_write(qkv_TF, *norms, *where, k_out=k_TKD)
+    return WrittenChunks(q_TND, k_TKD, qkv_TF[:, -shape[1] * shape[2] :].view(shape), long, rows)
+
+
+def _attend_chunks(
+    chunks: WrittenChunks,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
     scale: float,
     out_TF: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of the chunks, [T, N * D]: long whole prompts by cuDNN, the rest in one launch of our own."""
-    rows = ctx.prefill
-    assert rows is not None
-    shape = (len(qkv_TF), k_cache.shape[1], k_cache.shape[3])
-    long = [_is_long(*pair, qkv_TF.dtype) for pair in zip(rows.num_query, rows.num_context, strict=True)]
-    k_TKD = torch.empty(shape, dtype=qkv_TF.dtype, device=qkv_TF.device) if any(long) else None
-    v_TKD = qkv_TF[:, -shape[1] * shape[2] :].view(shape)
-    where = (ctx.positions_T[ctx.num_decode :], k_cache, v_cache, ctx.cache_slots_T[ctx.num_decode :])
-    q_TND = prefill.qk_norm_rope_write(qkv_TF, *norms, *where, k_out=k_TKD)
+    q_TND, k_TKD, v_TKD, long, rows = chunks
     out = None if out_TF is None else out_TF.view(q_TND.shape)
     scratch = _prefill_scratch(*q_TND.shape[1:], q_TND.device)  # here, so that the pass that measures memory counts it
     starts = [0, *itertools.accumulate(rows.num_query)]

@@ -5,7 +5,7 @@ T tokens, N query heads, K key/value heads, G = N / K, D head size, P block size
 fastest (fresh_prefill); all others read the cache through block tables (paged_prefill.py).
 """
 
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
 
 from __future__ import annotations
 
@@ -25,18 +25,22 @@ WRITE_TOKENS = 16  # of one program of the QK-norm kernel
 
 
 @triton.jit
-def _half_norm_rope(source, weight, cos, sin, valid, eps, D: tl.constexpr):
-    """RMSNorm and RoPE of one head's rows, read and returned as two halves [R, D/2]; rounding as in reference.py."""
+def _halves(source, valid, D: tl.constexpr):
+    """One head's rows as two halves [R, D/2]."""
     half: tl.constexpr = D // 2
-    dtype: tl.constexpr = source.dtype.element_ty
     h = tl.arange(0, half)[None, :]
-    a = tl.load(source + h, mask=valid, other=0.0).to(tl.float32)
-    b = tl.load(source + half + h, mask=valid, other=0.0).to(tl.float32)
+    return tl.load(source + h, mask=valid, other=0.0), tl.load(source + half + h, mask=valid, other=0.0)
+
+
+@triton.jit
+def _norm_rope(a, b, weight_a, weight_b, cos, sin, eps, D: tl.constexpr):
+    """RMSNorm and RoPE of one head's halves; rounding as in reference.py."""
+    dtype: tl.constexpr = a.dtype
+    a = a.to(tl.float32)
+    b = b.to(tl.float32)
     scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / D + eps)[:, None]
-    weight_a = tl.load(weight + h).to(tl.float32)
-    weight_b = tl.load(weight + half + h).to(tl.float32)
-    a = ((a * scale).to(dtype).to(tl.float32) * weight_a).to(dtype).to(tl.float32)
-    b = ((b * scale).to(dtype).to(tl.float32) * weight_b).to(dtype).to(tl.float32)
+    a = ((a * scale).to(dtype).to(tl.float32) * weight_a.to(tl.float32)).to(dtype).to(tl.float32)
+    b = ((b * scale).to(dtype).to(tl.float32) * weight_b.to(tl.float32)).to(dtype).to(tl.float32)
     return a * cos - b * sin, b * cos + a * sin
 
 
@@ -65,37 +69,45 @@ def _qk_norm_rope_write_kernel(
     KEEP_KEYS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One (block of tokens, KV head): its G query heads, its key, its value."""
+    """One (block of tokens, KV head): its G query heads, its key, its value. All is asked for before anything is
+    stored: a load behind a store would wait, since what it reads might be what was written."""
     release_next(PDL)
-    wait_previous(PDL)
     head = tl.program_id(1)
     t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     known = t < num_tokens
     valid = known[:, None]
     half: tl.constexpr = D // 2
     h = tl.arange(0, half)[None, :]
+    d = tl.arange(0, D)[None, :]
+    query_weights = (tl.load(q_norm + h), tl.load(q_norm + half + h))
+    key_weights = (tl.load(k_norm + h), tl.load(k_norm + half + h))
+    wait_previous(PDL)
     position = tl.load(positions + t, mask=known, other=0).to(tl.int64)[:, None]
+    slot = tl.load(slots + t, mask=known, other=-1).to(tl.int64)[:, None]
+    rows = qkv + t[:, None] * qkv_stride
+    queries = ()
+    for g in tl.static_range(G):
+        queries = queries + (_halves(rows + (head * G + g) * D, valid, D),)  # noqa: RUF005
+    key = rows + (K * G + head) * D
+    a, b = _halves(key, valid, D)
+    value = tl.load(key + K * D + d, mask=valid, other=0.0)
     cos = tl.load(cos_sin + position * D + h, mask=valid, other=0.0)
     sin = tl.load(cos_sin + position * D + half + h, mask=valid, other=0.0)
-    rows = qkv + t[:, None] * qkv_stride
-    for g in tl.static_range(G):
-        a, b = _half_norm_rope(rows + (head * G + g) * D, q_norm, cos, sin, valid, eps, D)
-        target = out + t[:, None] * (K * G * D) + (head * G + g) * D + h
-        tl.store(target, a.to(out.dtype.element_ty), mask=valid)
-        tl.store(target + half, b.to(out.dtype.element_ty), mask=valid)
-    slot = tl.load(slots + t, mask=known, other=-1).to(tl.int64)[:, None]
+    a, b = _norm_rope(a, b, key_weights[0], key_weights[1], cos, sin, eps, D)
     written = slot >= 0
     at = slot // P * block_stride + head * (P * D) + slot % P * D
-    key = rows + (K * G + head) * D
-    a, b = _half_norm_rope(key, k_norm, cos, sin, valid, eps, D)
+    tl.store(v_cache + at + d, value, mask=written)
     tl.store(k_cache + at + h, a.to(k_cache.dtype.element_ty), mask=written)
     tl.store(k_cache + at + half + h, b.to(k_cache.dtype.element_ty), mask=written)
     if KEEP_KEYS:
         target = k_out + t[:, None] * (K * D) + head * D + h
         tl.store(target, a.to(k_out.dtype.element_ty), mask=valid)
         tl.store(target + half, b.to(k_out.dtype.element_ty), mask=valid)
-    d = tl.arange(0, D)[None, :]
-    tl.store(v_cache + at + d, tl.load(key + K * D + d, mask=valid, other=0.0), mask=written)
+    for g in tl.static_range(G):
+        a, b = _norm_rope(queries[g][0], queries[g][1], query_weights[0], query_weights[1], cos, sin, eps, D)
+        target = out + t[:, None] * (K * G * D) + (head * G + g) * D + h
+        tl.store(target, a.to(out.dtype.element_ty), mask=valid)
+        tl.store(target + half, b.to(out.dtype.element_ty), mask=valid)
 
 
 def qk_norm_rope_write(
