@@ -54,6 +54,7 @@ MODELS = {
     "32b": (5120, 25600, 64, 8),
 }
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
+MANY_ROWS = (320, 576, 832, 1088, 1600, 2304)  # of passes with prompts; tried where --rows says so
 GAIN = 0.98
 COLD_BYTES = 4e8  # of weights that take turns: many times what L2 holds
 # An H100's rates, a microsecond, in the rough estimate of what tiles take: all memory, then of one multiprocessor.
@@ -307,9 +308,9 @@ def merge(lines: list[list[object]]) -> None:
 
 
 def _spread(entries: list[list[str]]) -> list[list[str]]:
-    """A product's lines with one for each of ROWS: what said the same had been said once."""
+    """A product's lines with one for each number of rows: what said the same had been said once."""
     found = []
-    for rows in ROWS:
+    for rows in ROWS + MANY_ROWS:
         line = next((line for line in entries if rows <= int(line[4])), None)
         if line is not None:
             found.append([*line[:4], str(rows), *line[5:]])

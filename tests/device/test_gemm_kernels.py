@@ -53,6 +53,7 @@ CASES = [
     (33, 72, 192, TILE._replace(block_n=96)),
     (100, 40, 384, TILE._replace(block_n=64, block_k=128, block_m=128)),  # a tile holds more than all of it
     (128, 24, 64, TILE._replace(block_n=48, block_m=64, warps=8)),
+    (300, 40, 64, TILE._replace(block_n=64, block_m=128)),  # more than other kernels take
 ]
 
 

@@ -54,8 +54,21 @@ def test_tiles_end_within_memory_that_is_there() -> None:
     assert torch.equal(whole_tiles(memory[30:], TILE), memory[30:]), "there is no more of it"
 
 
+def test_passes_with_prompts_take_tiles_for_the_gates_of_small_models() -> None:
+    for rows in (257, 320, 576, 1088, 2304):
+        assert choose("silu", rows, 6144, 1024).path == "tile"
+    assert choose("silu", 1088, 12288, 2048).path == "torch", "measured: not faster"
+    for operation, rows, weights, width in (
+        ("silu", 2305, 6144, 1024),
+        ("silu", 300, 24576, 4096),
+        ("add", 300, 64, 64),
+    ):
+        assert choose(operation, rows, weights, width).path == "torch", "not measured"
+    assert choose("silu", 576, 6144, 1024, Numbers(4, 4)).path == "torch"
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [80, 128, 144, 250])
+@pytest.mark.parametrize("rows", [80, 128, 144, 250, 300, 1088, 2304])
 def test_the_tables_tiles_match_float64(rows: int, device: torch.device) -> None:
     """One layer of 0.6B and 8B, by the table's choices; activations with and without memory after them."""
     for hidden, inner in ((1024, 3072), (4096, 12288)):

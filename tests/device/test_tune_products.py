@@ -76,6 +76,19 @@ def test_lines_replace_their_products_and_leave_the_others(
     assert {p: e for p, e in changed.items() if p[1] != 24576} == {p: e for p, e in TABLE.items() if p[1] != 24576}
 
 
+def test_lines_of_many_rows_stay_when_others_of_their_product_are_replaced(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "measured.csv"
+    copy.write_bytes(tool.CSV.read_bytes())
+    monkeypatch.setattr(tool, "CSV", copy)
+    config = choose("silu", 8, 6144, 1024)._replace(block_n=32)
+    tool.merge([tool._line(tool.Task("silu", 6144, 1024, 8, BF16, config))])
+    product = "silu", 6144, 1024, 2
+    many = [entry for entry in TABLE[product] if entry[0] > 256]
+    assert many and [e for e in read_measured(copy.read_text())[product] if e[0] > 256] == many
+
+
 def test_no_product_takes_tiles_for_rows_at_which_they_were_not_measured() -> None:
     for product, entries in TABLE.items():
         first = next((i for i, (_, config) in enumerate(entries) if config.path == "tile"), 0)

@@ -4,7 +4,7 @@ T tokens (batch rows), H hidden, I inputs or inner width, O outputs, F = 2I, K t
 weight once; each asks for the next kernel's launch, starts its own weight loads, and only then waits for the previous
 one (programmatic dependent launch): weights never depend on an earlier kernel. Two products may share the norm between
 them (gemm_norm.py). With 65 rows or more, products of 16-bit weights run in larger tiles (gemm_tiles.py) or by cuBLAS,
-whichever was faster; above 256 rows cuBLAS does all.
+whichever was faster; above 256 rows that is cuBLAS, but for the gates of small models.
 
 int8 weights become the activations' type in registers, which is exact, and their rows' scales multiply the fp32 sums.
 Above 256 rows, where tensor cores and not memory set the pace, the weight is written out for cuBLAS (dequantize.py).

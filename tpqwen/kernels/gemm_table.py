@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from tpqwen.kernels.launch import fitting_stages
 
-MAX_ROWS = 256  # of one launch of our kernels; more go to cuBLAS
+MAX_ROWS = 256  # of a product that streams its weight; more go to cuBLAS, if not to tiles that were measured
 GEMV_ROWS = 4
 PLAIN, ADD, SILU = 0, 1, 2  # what a kernel does with the product
 NARROWEST = 64  # columns: the smallest block_k, so K must be a multiple of it
@@ -135,7 +135,7 @@ def shared_bytes(config: Config, rows: int, numbers: Numbers = BF16) -> int:
 def fit(config: Config, rows: int, width: int, numbers: Numbers = BF16) -> Config:
     """The configuration made valid for `rows` batch rows and K = `width`, or the torch path if none is. The table was
     measured for numbers of two bytes; wider ones take fewer stages."""
-    too_many = rows > MAX_ROWS or (config.path == "gemv" and rows > GEMV_ROWS)
+    too_many = (config.path == "dot" and rows > MAX_ROWS) or (config.path == "gemv" and rows > GEMV_ROWS)
     int8_tile = config.path == "tile" and numbers.weight == 1
     if config.path == "torch" or too_many or int8_tile or width % NARROWEST:
         return Config("torch")
@@ -160,12 +160,12 @@ def choose(operation: str, rows: int, weights: int, width: int, numbers: Numbers
 
     Products with and without a residual to add run alike; the one stands in for the other.
     """
-    if rows > MAX_ROWS:
-        return Config("torch")
     size = 1 if numbers.weight == 1 else 2  # wider numbers run as those that were measured
     names = ("add", "plain") if operation == "add" else ("plain", "add") if operation == "plain" else (operation,)
     measured = next((TABLE[n, weights, width, size] for n in names if (n, weights, width, size) in TABLE), ())
     config = next((c for largest, c in measured if rows <= largest), None)
     if config is not None and config.path == "tile" and numbers.activations > 2:
         return Config("torch")  # tensor cores take no float32
-    return fit(config or default_config(rows, weights, width, numbers), rows, width, numbers)
+    if config is None:
+        config = default_config(rows, weights, width, numbers) if rows <= MAX_ROWS else Config("torch")
+    return fit(config, rows, width, numbers)

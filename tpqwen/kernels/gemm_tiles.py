@@ -1,4 +1,4 @@
-"""Matrix products of 65 to 256 rows, in large tiles that come by TMA: residual add or SwiGLU in the epilogue.
+"""Matrix products of 65 rows and more, in large tiles that come by TMA: residual add or SwiGLU in the epilogue.
 
 With so many rows what goes from L2 to the multiprocessors is a limit as well as memory: for each multiplication a tile
 of BLOCK_M by BLOCK_N brings 1 / BLOCK_M + 1 / BLOCK_N numbers. Each program has one tile, over all of K: parts of tiles
