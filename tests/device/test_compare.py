@@ -9,9 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tpqwen.bench import compare
 from tpqwen.bench.compare import Comparison
+from tpqwen.bench.environment import environment, peak_memory_mib, reset_peak_memory
 from tpqwen.config import Config
 from tpqwen.offline import OfflineEngine
 from tpqwen.request import SamplingParams
@@ -33,6 +35,14 @@ def test_compare_measures_checks_and_reports(tmp_path: Path, capsys: pytest.Capt
     assert "commit" in figures["environment"]
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "batched" in capsys.readouterr().out
+
+
+def test_on_a_host_with_a_gpu_a_run_on_its_cpu_is_measured_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    reset_peak_memory("cpu")
+    assert peak_memory_mib("cpu") > 0
+    facts = environment("cpu")
+    assert "cpu" in facts and "gpu" not in facts
 
 
 class Scripted(Comparison):

@@ -27,5 +27,7 @@ def test_ranks_that_share_a_gpu_take_their_part_whatever_the_others_have_loaded(
 
 
 def test_a_rank_without_room_for_one_sequence_is_refused_with_the_numbers():
-    with pytest.raises(ConfigError, match="one sequence of full length needs"):
+    with pytest.raises(ConfigError, match="is left for the KV cache but one sequence of full length needs"):
         blocks_on_gpu(10, 40, 0.9, 100, 0.5)
+    with pytest.raises(ConfigError, match=r"^0\.0 of .* is left for the KV cache \(other processes hold .*\) but one"):
+        blocks_on_gpu(10, 4, 0.9, 750)

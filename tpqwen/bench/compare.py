@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tpqwen.bench.environment import environment, peak_memory_mib, reset_peak_memory
-from tpqwen.config import Config
+from tpqwen.config import Config, resolve_device
 from tpqwen.errors import EngineError
 from tpqwen.model.config import ModelConfig
 from tpqwen.model.hub import resolve_model
@@ -108,13 +108,14 @@ class Comparison:
         self, method: str, prompts: list[list[int]], num_tokens: int, run: int
     ) -> tuple[Measured, list[list[int]]]:
         """Run `run` of the prompts with one method and scale the time to all of them."""
-        reset_peak_memory()
+        device = resolve_device(self.engine.config.parallel.device)
+        reset_peak_memory(device)
         call: Callable[[list[list[int]], int], list[list[int]]] = getattr(self, method)
         begin = time.perf_counter()
         outputs = call(prompts[:run], num_tokens)
         seconds = (time.perf_counter() - begin) * len(prompts) / run
         rate = len(prompts) / seconds
-        return Measured(method, len(prompts), num_tokens, seconds, rate, peak_memory_mib(), run), outputs
+        return Measured(method, len(prompts), num_tokens, seconds, rate, peak_memory_mib(device), run), outputs
 
     def warm_up(self, requests: int, prompt_tokens: int, longest: int) -> None:
         """Make every kernel and graph that is going to be used: naive passes grow up to `longest` tokens."""
@@ -203,7 +204,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
     finally:
         engine.close()
     report = {
-        "environment": environment(),
+        "environment": environment(resolve_device(config.parallel.device)),
         "model": str(config.model.model),
         "methods": [asdict(r) for r in rows],
         "by_length": curve,

@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 
 
-def environment() -> dict[str, str]:
-    """GPU or CPU, driver, versions and commit of this run."""
+def environment(device: str) -> dict[str, str]:
+    """GPU or CPU, driver, versions and commit of this run. device: what it runs on, cuda or cpu."""
     facts = {"python": platform.python_version(), "torch": torch.__version__, "commit": _commit()}
     for package in ("triton", "transformers", "ray"):
         try:
             facts[package] = version(package)
         except PackageNotFoundError:
             continue
-    if torch.cuda.is_available():
+    if device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
         facts["cuda"] = torch.version.cuda or ""
         facts["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -29,18 +29,18 @@ def environment() -> dict[str, str]:
     return facts
 
 
-def reset_peak_memory() -> None:
+def reset_peak_memory(device: str) -> None:
     """Begin a new measurement of peak_memory_mib. Off Linux a CPU process's peak cannot be reset."""
-    if torch.cuda.is_available():
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # 5: forget the peak resident size, see proc(5)
 
 
-def peak_memory_mib() -> float:
-    """Device memory at its peak, or on a CPU the resident memory of this process at its peak. MiB."""
-    if torch.cuda.is_available():
+def peak_memory_mib(device: str) -> float:
+    """Memory of this process's tensors on cuda at its peak, or on a cpu its resident memory at its peak. MiB."""
+    if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():

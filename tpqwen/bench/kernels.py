@@ -82,7 +82,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
             _print(rows, args.context, bandwidth, measured)
             results += measured
     if args.save:
-        facts = {"bandwidth_bytes_s": bandwidth, "context": args.context, **environment()}
+        facts = {"bandwidth_bytes_s": bandwidth, "context": args.context, **environment(sizes.device)}
         args.save.write_text(json.dumps({"environment": facts, "results": results}, indent=1))
     return 0
 

@@ -11,6 +11,7 @@ import torch
 from tpqwen.errors import ConfigError
 
 CPU_BUDGET_BYTES = 512 * 1024 * 1024
+OWN_CONTEXT = 0.02  # of a GPU: what this process holds there besides tensors
 
 
 class KVCache:
@@ -55,8 +56,10 @@ def blocks_on_gpu(
     blocks = left // per_block
     if blocks < blocks_per_sequence + 1:
         need = (blocks_per_sequence + 1) * per_block / 2**30
+        taken = f" (other processes hold {others / 2**30:.1f})" if others > OWN_CONTEXT * total else ""
         raise ConfigError(
-            f"{left / 2**30:.1f} GiB is left for the KV cache but one sequence of full length needs {need:.1f} GiB;"
-            " lower max_model_len, raise memory_fraction or use more ranks (tp)"
+            f"{max(left, 0) / 2**30:.1f} of the GPU's {total / 2**30:.0f} GiB is left for the KV cache{taken} but one"
+            f" sequence of full length needs {need:.1f} GiB; lower max_model_len, raise memory_fraction or use more"
+            " ranks (tp)"
         )
     return int(blocks)

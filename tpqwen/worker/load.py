@@ -136,7 +136,7 @@ class _Stages:
         self._last = time.monotonic()
 
     def mark(self, stage_name: str) -> None:
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
         now = time.monotonic()
         self.seconds[stage_name] = round(now - self._last, 3)
