@@ -119,7 +119,7 @@ def test_a_graph_answers_as_single_launches_do(monkeypatch: pytest.MonkeyPatch) 
     seeded = SamplingParams(temperature=0.7, top_k=20, seed=3, max_tokens=60)
 
     def answers() -> list[list[int]]:
-        with LLM(dtype="float32", device="cuda", max_batched_tokens=70, max_num_seqs=8) as llm:
+        with LLM(dtype="float32", device="cuda", max_batched_tokens=70, max_num_seqs=8, num_kv_blocks=400) as llm:
             return [o.token_ids for p in (greedy, seeded) for o in llm.generate(prompts, p)]
 
     graphs = answers()
@@ -145,6 +145,7 @@ def test_wide_passes_answer_as_the_usual_ones(monkeypatch: pytest.MonkeyPatch) -
 
     def answers() -> list[list[int]]:
         options = {"dtype": "float32", "device": "cuda", "max_batched_tokens": 512, "max_num_seqs": 41}
+        options["num_kv_blocks"] = 400
         engine = OfflineEngine(Config.load(options, {}))
         sizes = [(1500, 120), *((20, 20 + 2 * i) for i in range(48))]
         requests = []

@@ -248,7 +248,7 @@ def test_graphs_give_the_same_tokens_on_a_gpu(mode: dict[str, Any]) -> None:
         accepted_tokens += stats.accepted_tokens
 
     for speculation in ("off", "ngram"):
-        with LLM(device="cuda", speculation=speculation, max_num_seqs=24, **mode) as llm:
+        with LLM(device="cuda", speculation=speculation, max_num_seqs=24, num_kv_blocks=400, **mode) as llm:
             llm._engine.on_stats = note
             answers: list[list[int]] = []
             for count in (1, 3, 8, 20):
