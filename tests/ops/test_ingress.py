@@ -91,7 +91,8 @@ def test_it_streams_and_asks_for_keys(server: Running) -> None:
 
 def test_a_request_has_one_line_in_the_log_and_at_once(server: Running) -> None:
     """Serve's throughput settings lead stderr into a logger that writes its lines, and Serve's own, by the thousand."""
-    (replica,) = [pid for pid in server.tree() if title(pid).startswith("tpqwen replica")]
+    until(lambda: any(title(pid) == "tpqwen replica" for pid in server.tree()), "it has its title")
+    (replica,) = [pid for pid in server.tree() if title(pid) == "tpqwen replica"]
     log = next(file for fd in Path(f"/proc/{replica}/fd").iterdir() if (file := fd.resolve()).suffix == ".err")
     body = {"prompt": "Hello", "max_tokens": 1}
     line = " route=/v1/completions method=POST status=200 "
