@@ -166,6 +166,4 @@ def choose(operation: str, rows: int, weights: int, width: int, numbers: Numbers
     config = next((c for largest, c in measured if rows <= largest), None)
     if config is not None and config.path == "tile" and numbers.activations > 2:
         return Config("torch")  # tensor cores take no float32
-    if config is None:
-        config = default_config(rows, weights, width, numbers) if rows <= MAX_ROWS else Config("torch")
-    return fit(config, rows, width, numbers)
+    return fit(config or default_config(rows, weights, width, numbers), rows, width, numbers)
