@@ -43,6 +43,8 @@ def test_on_a_host_with_a_gpu_a_run_on_its_cpu_is_measured_there(monkeypatch: py
     assert peak_memory_mib("cpu") > 0
     facts = environment("cpu")
     assert "cpu" in facts and "gpu" not in facts
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "cpu" in environment("auto"), "whether or not the host has one, this process cannot use it"
 
 
 class Scripted(Comparison):

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tpqwen.bench.environment import environment, peak_memory_mib, reset_peak_memory
-from tpqwen.config import Config, resolve_device
+from tpqwen.config import Config
 from tpqwen.errors import EngineError
 from tpqwen.model.config import ModelConfig
 from tpqwen.model.hub import resolve_model
@@ -108,7 +108,7 @@ class Comparison:
         self, method: str, prompts: list[list[int]], num_tokens: int, run: int
     ) -> tuple[Measured, list[list[int]]]:
         """Run `run` of the prompts with one method and scale the time to all of them."""
-        device = resolve_device(self.engine.config.parallel.device)
+        device = self.engine.config.parallel.device
         reset_peak_memory(device)
         call: Callable[[list[list[int]], int], list[list[int]]] = getattr(self, method)
         begin = time.perf_counter()
@@ -204,7 +204,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
     finally:
         engine.close()
     report = {
-        "environment": environment(resolve_device(config.parallel.device)),
+        "environment": environment(config.parallel.device),
         "model": str(config.model.model),
         "methods": [asdict(r) for r in rows],
         "by_length": curve,

@@ -13,14 +13,14 @@ import torch
 
 
 def environment(device: str) -> dict[str, str]:
-    """GPU or CPU, driver, versions and commit of this run. device: what it runs on, cuda or cpu."""
+    """GPU or CPU, driver, versions and commit of this run. device: auto, cpu or cuda, as it was asked for."""
     facts = {"python": platform.python_version(), "torch": torch.__version__, "commit": _commit()}
     for package in ("triton", "transformers", "ray"):
         try:
             facts[package] = version(package)
         except PackageNotFoundError:
             continue
-    if device == "cuda":
+    if _on_gpu(device):
         facts["gpu"] = torch.cuda.get_device_name()
         facts["cuda"] = torch.version.cuda or ""
         facts["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -31,7 +31,7 @@ def environment(device: str) -> dict[str, str]:
 
 def reset_peak_memory(device: str) -> None:
     """Begin a new measurement of peak_memory_mib. Off Linux a CPU process's peak cannot be reset."""
-    if device == "cuda":
+    if _on_gpu(device):
         torch.cuda.reset_peak_memory_stats()
         return
     with contextlib.suppress(OSError):
@@ -39,14 +39,18 @@ def reset_peak_memory(device: str) -> None:
 
 
 def peak_memory_mib(device: str) -> float:
-    """Memory of this process's tensors on cuda at its peak, or on a cpu its resident memory at its peak. MiB."""
-    if device == "cuda":
+    """Memory of this process's tensors on a GPU at its peak, or on a CPU its resident memory at its peak. MiB."""
+    if _on_gpu(device):
         return torch.cuda.max_memory_allocated() / 2**20
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _on_gpu(device: str) -> bool:
+    return device != "cpu" and torch.cuda.is_available()
 
 
 def _commit() -> str:

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from tpqwen.bench.environment import environment
 from tpqwen.bench.workloads import WORKLOADS, Workload
-from tpqwen.config import Config, resolve_device
+from tpqwen.config import Config
 from tpqwen.errors import ConfigError, EngineError
 from tpqwen.offline import OfflineEngine
 from tpqwen.request import SamplingParams
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
     engine = OfflineEngine(Config.load(options | {"prefix_cache": False}, {}))
     gc.collect()
     gc.freeze()  # as in the server's processes: looking for garbage in weights and modules would pause steps
-    facts = environment(resolve_device(config.parallel.device))
+    facts = environment(config.parallel.device)
     results: list[dict[str, Any]] = []
     try:
         for name in names:

@@ -25,7 +25,7 @@ from rich.table import Table
 from tpqwen.bench.cpu import CpuTimes
 from tpqwen.bench.environment import environment
 from tpqwen.bench.load import Case, Done, Job, Record
-from tpqwen.config import Config, client_api_key, resolve_device
+from tpqwen.config import Config, client_api_key
 from tpqwen.errors import ConfigError, EngineError
 
 TAKES_CONFIG = False  # it measures a server that runs already
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
         print(json.dumps(result), flush=True)
     _print(model, results, json.loads(args.compare.read_text())["results"] if args.compare else [])
     if args.save:
-        facts = environment(resolve_device("auto")) | {"url": url, "model": model, "clients": str(args.clients)}
+        facts = environment("auto") | {"url": url, "model": model, "clients": str(args.clients)}
         args.save.write_text(json.dumps({"environment": facts, "results": results}, indent=1))
     if args.plot:
         plot(samples, args.plot)
