@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from tests.cluster.clients import free_ports
+from tests.cluster.processes import children_of, title, until
 
 SMALL = {
     "device": "cpu",
@@ -14,6 +16,18 @@ SMALL = {
     "max_num_seqs": "8",
     "max_batched_tokens": "128",
 }
+
+
+def replicas() -> set[int]:
+    """Processes of replicas below this one."""
+    return {pid for pid in children_of({os.getpid()}) if title(pid) == "tpqwen replica"}
+
+
+def wait_for_replicas(count: int) -> set[int]:
+    """So many, as soon as all have their title: Ray renames each once more when its constructor has ended."""
+    found: list[set[int]] = []
+    until(lambda: found.append(replicas()) or len(found[-1]) == count, f"{count} replicas with their title")
+    return found[-1]
 
 
 def start_serve() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import NamedTuple
 import httpx
 import pytest
 
-from tests.cluster.processes import children_of, title, until
-from tests.cluster.replica import SMALL, bound, start_serve
+from tests.cluster.processes import until
+from tests.cluster.replica import SMALL, bound, replicas, start_serve, wait_for_replicas
 
 pytestmark = pytest.mark.ray
 
@@ -80,13 +79,8 @@ def test_a_limit_holds_for_both_replicas_together(server: Server) -> None:
     assert codes.count(200) + late.count(200) <= LIMIT + refilled + LIMIT / 2
 
 
-def replicas() -> set[int]:
-    return {pid for pid in children_of({os.getpid()}) if title(pid) == "tpqwen replica"}
-
-
 def test_a_new_key_is_in_force_and_an_old_one_is_not_without_a_restart(server: Server) -> None:
-    until(lambda: len(replicas()) == 2, "both have their title")
-    before = replicas()
+    before = wait_for_replicas(2)
     fresh = server.keys.with_name("fresh")
     fresh.write_text(f"bob {BOB}\n")
     fresh.chmod(0o600)

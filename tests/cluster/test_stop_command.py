@@ -17,8 +17,8 @@ import pytest
 
 from tests.cluster.background import Background
 from tests.cluster.clients import Clients, status, streams, tokens_in
-from tests.cluster.processes import children_of, title, until
-from tests.cluster.replica import SMALL, bound, start_serve
+from tests.cluster.processes import until
+from tests.cluster.replica import SMALL, bound, replicas, start_serve, wait_for_replicas
 from tpqwen import stopping
 from tpqwen.errors import EngineError
 
@@ -41,16 +41,6 @@ def application(num_replicas: int) -> Iterator[str]:
     finally:
         serve.shutdown()
         assert not replicas()
-
-
-def replicas() -> list[int]:
-    return [pid for pid in children_of({os.getpid()}) if title(pid) == "tpqwen replica"]
-
-
-def only_replica() -> int:
-    """Its process. Ray renames it once more when its constructor has ended, and its title is back a moment later."""
-    until(lambda: len(replicas()) == 1, "one replica runs")
-    return replicas()[0]
 
 
 def command(*words: str) -> subprocess.Popen[str]:
@@ -121,9 +111,9 @@ def test_a_replica_that_starts_meanwhile_refuses_and_one_that_dies_is_replaced_b
     monkeypatch.setattr(stopping, "WORD_S", 0.0)
     with application(1) as url:
         with stopping.drained("tpqwen", 60):
-            before = only_replica()
+            (before,) = wait_for_replicas(1)
             os.kill(before, signal.SIGKILL)
-            until(lambda: running() and replicas() not in ([], [before]), "another replica runs", 60)
+            until(lambda: running() and replicas() not in (set(), {before}), "another replica runs", 60)
             with Clients(url) as clients:
                 until(lambda: all(clients.told.values()), "both clients' first answers")
             assert list(clients.told.values()) == [[REFUSED]] * 2
@@ -136,7 +126,7 @@ def test_a_replica_that_starts_meanwhile_refuses_and_one_that_dies_is_replaced_b
         until(lambda: status(url) == READY, "it takes requests again")
         with Clients(url) as clients, streams(url, 1, 1900) as (stream,), Stop(keep_serve=True) as stop:
             until(lambda: all(told[-1:] == [REFUSED] for told in clients.told.values()), "both clients are refused")
-            os.kill(only_replica(), signal.SIGKILL)
+            os.kill(*wait_for_replicas(1), signal.SIGKILL)
             assert stream.exception() is not None, "it is torn"
             assert stop.ended.wait(60)
             assert stop.failure is None

@@ -23,6 +23,15 @@ def tool() -> ModuleType:
     return module
 
 
+@pytest.fixture
+def copy(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of the table: the one that the tool changes."""
+    path = tmp_path / "measured.csv"
+    path.write_bytes(tool.CSV.read_bytes())
+    monkeypatch.setattr(tool, "CSV", path)
+    return path
+
+
 def test_products_are_those_of_a_layer(tool: ModuleType) -> None:
     assert list(tool.products("8b", 1)) == [
         ("norm", 6144, 4096),
@@ -54,11 +63,8 @@ def test_the_first_tiles_leave_few_multiprocessors_without_one(tool: ModuleType)
 
 
 def test_lines_replace_their_products_and_leave_the_others(
-    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tool: ModuleType, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy = tmp_path / "measured.csv"
-    copy.write_bytes(tool.CSV.read_bytes())
-    monkeypatch.setattr(tool, "CSV", copy)
     tool.merge([])
     assert read_measured(copy.read_text()) == TABLE
     before = {rows: choose("silu", rows, 24576, 4096) for rows in range(1, 257)}
@@ -76,12 +82,7 @@ def test_lines_replace_their_products_and_leave_the_others(
     assert {p: e for p, e in changed.items() if p[1] != 24576} == {p: e for p, e in TABLE.items() if p[1] != 24576}
 
 
-def test_lines_of_many_rows_stay_when_others_of_their_product_are_replaced(
-    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    copy = tmp_path / "measured.csv"
-    copy.write_bytes(tool.CSV.read_bytes())
-    monkeypatch.setattr(tool, "CSV", copy)
+def test_lines_of_many_rows_stay_when_others_of_their_product_are_replaced(tool: ModuleType, copy: Path) -> None:
     config = choose("silu", 8, 6144, 1024)._replace(block_n=32)
     tool.merge([tool._line(tool.Task("silu", 6144, 1024, 8, BF16, config))])
     product = "silu", 6144, 1024, 2
