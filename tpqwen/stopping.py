@@ -34,6 +34,7 @@ SERVING = ("RUNNING", "UNHEALTHY")  # an application's states once it has taken 
 POLL_S = 0.2
 CALL_S = 40.0  # for Serve's controller, or a replica, to answer; `serve.shutdown` takes up to 35 s
 PROXY_S = 0.5  # for what is answered to pass through the proxy, before Serve ends with it
+UNDER_WAY_S = 2.0  # for a question to end before an interrupted process leaves Ray: Serve would connect for it again
 END_S = 120.0  # for Serve to end what it was told to end: longer than its patience with a replica (90)
 KNOCK_S = 10.0  # for the cluster to take a connection
 WORD_S = 10.0  # for Ray to notice that whoever gave the word before is dead
@@ -234,5 +235,10 @@ def within(timeout_s: float, call: Callable[[], T]) -> T:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
-    return future.result(timeout_s)
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        return future.result(timeout_s)
+    except KeyboardInterrupt:
+        thread.join(UNDER_WAY_S)
+        raise

@@ -368,3 +368,22 @@ def test_no_cluster_is_one_sentence(monkeypatch):
             stopping.connect(f"127.0.0.1:{port}")
     with pytest.raises(ConfigError, match=rf"^there is no Ray cluster at 127.0.0.1:{port}: .*refused"):
         stopping.connect(f"127.0.0.1:{port}")
+
+
+def test_an_interrupt_lets_the_question_end_that_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, ended = threading.Event(), threading.Event()
+
+    def question() -> None:
+        asked.set()
+        ended.wait(60)
+
+    def interrupted(_future: Any, _timeout_s: float) -> None:
+        assert asked.wait(60)
+        threading.Timer(0.05, ended.set).start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stopping.Future, "result", interrupted)
+    monkeypatch.setattr(stopping, "UNDER_WAY_S", 60.0)
+    with pytest.raises(KeyboardInterrupt):
+        stopping.within(60, question)
+    assert ended.is_set()
