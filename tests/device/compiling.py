@@ -1,6 +1,6 @@
 """Programs for test_build.py, each a process of its own: kernels compiled for an H100 where there is none.
 
-    python -m tests.device.compiling build | launch | dead | record | keys | worker WIDTH
+    python -m tests.device.compiling build | later | nothing | launch | dead | record | keys | worker WIDTH
 
 Tensors are the CPU's. The driver that Triton is given here takes compiled kernels, says that they are loaded, and runs
 nothing.
@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,8 +71,34 @@ def launches() -> list[build.Launch]:
 
 def builds() -> None:
     """As a rank does it; a launch that fails is one that will be told when it is made."""
-    with build.building(2) as compile_all:
-        compile_all([lambda: 1 / 0, *launches()])
+    builder = build.Builder(2)
+    builder.build([lambda: 1 / 0, *launches()])
+    builder.close()
+
+
+def builds_later() -> None:
+    """The first two at once. Prints how far the builder is: behind these, and when it has been waited for."""
+    gone_through: list[int] = []
+
+    def later() -> Iterator[build.Launch]:
+        for number, make in enumerate(launches()[2:]):
+            gone_through.append(number)
+            yield make
+
+    builder = build.Builder(2)
+    builder.build(launches()[:2], later())
+    builder.built(1, 60.0)
+    for number in range(len(gone_through) + 2):
+        assert builder.built(number, 60.0), "what is not queued is there when the others are"
+    assert builder._process is None and gone_through == list(range(len(gone_through)))
+    print(len(gone_through))
+
+
+def nothing_to_build() -> None:
+    """All of the first is in the cache: the later ones are not even looked at, and nobody waits for them."""
+    builder = build.Builder(2)
+    builder.build(launches(), [lambda: print("looked at")])
+    print(builder._process, builder.built(1))
 
 
 def launches_all() -> None:
@@ -89,8 +115,7 @@ def launches_all() -> None:
 def dies() -> None:
     """The process that should compile ends at once, with or without having taken what it was sent."""
     sys.executable = "/bin/true"
-    with suppress(OSError):
-        builds()
+    builds()
     launches_all()
 
 
@@ -128,7 +153,7 @@ def works() -> int:
     """The worker with kernels that fail, or take a minute to compile."""
 
     def compile_kernel(kernel: Kernel) -> None:
-        os.write(1, f"{os.getpid()}\n".encode())  # in one piece: children share the pipe
+        os.write(2, f"{os.getpid()} {os.nice(0)}\n".encode())  # in one piece: children share the pipe
         if kernel.name == "fails":
             raise ValueError(kernel.name)
         time.sleep(60 * (kernel.name == "slow"))
@@ -139,5 +164,6 @@ def works() -> int:
 
 if __name__ == "__main__":
     triton.runtime.driver.set_active(NoDevice())
-    programs = {"build": builds, "launch": launches_all, "dead": dies, "record": records, "keys": keys, "worker": works}
+    programs = {"build": builds, "later": builds_later, "nothing": nothing_to_build, "launch": launches_all}
+    programs |= {"dead": dies, "record": records, "keys": keys, "worker": works}
     sys.exit(programs[sys.argv[1]]())

@@ -133,6 +133,55 @@ def test_one_graph_a_step_but_none_twice(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(ahead) == 4
 
 
+class Compiling:
+    """Kernels of the first `ready` passes are there."""
+
+    def __init__(self, ready: int) -> None:
+        self.ready = ready
+        self.asked: list[int] = []
+        self.closed = False
+
+    def built(self, number: int, wait_s: float) -> bool:
+        assert 0.0 < wait_s < 0.1, "a request that comes meanwhile waits as long"
+        self.asked.append(number)
+        return number <= self.ready
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_pass_is_captured_when_its_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    device_with(monkeypatch, lambda: 50)
+    graphs: Any = Captures({(2, GREEDY, False)})
+    builder: Any = Compiling(1)
+    ahead = Ahead(TPGroup.single(), [Pass(n, 0, GREEDY) for n in (1, 2, 4)], 50, builder)
+    left = [ahead.capture(graphs, graphs, graphs) for _ in range(3)]
+    assert left == [2, 2, 2] and graphs.made == [(1, GREEDY, False)] and builder.asked == [1, 2, 2]
+    builder.ready = 3
+    assert ahead.capture(graphs, graphs, graphs) == 0 and graphs.made[1:] == [(4, GREEDY, False)]
+    assert not builder.closed
+    ahead.close()
+    assert builder.closed
+
+
+def test_all_ranks_wait_for_the_one_whose_kernels_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    device_with(monkeypatch, lambda: 50)
+    meeting = Meeting(2)
+
+    def rank(number: int) -> tuple[list[int], list[Any]]:
+        graphs: Any = Captures()
+        builder: Any = Compiling(9 if number else 0)
+        ahead = Ahead(ThreadGroup(number, 2, meeting), [Pass(n, 0, GREEDY) for n in (1, 2)], 50, builder)
+        left = [ahead.capture(graphs, graphs, graphs)]
+        builder.ready = 9
+        left += [ahead.capture(graphs, graphs, graphs) for _ in range(2)]
+        return left, graphs.made
+
+    with ThreadPoolExecutor(2) as threads:
+        for left, made in threads.map(rank, range(2)):
+            assert left == [2, 1, 0] and made == [(1, GREEDY, False), (2, GREEDY, False)]
+
+
 def test_the_first_rank_without_room_stops_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     here = threading.local()
     device_with(monkeypatch, lambda: here.free)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from triton.backends.nvidia import driver
 
 from tests.cluster.processes import title, until
 from tpqwen.kernels import build, build_worker
-from tpqwen.kernels.variant import Kernel, parse
+from tpqwen.kernels.variant import END, Kernel, parse
 
 PATHS = "__grp__"  # begins the names of files that name others by their path
 
@@ -46,6 +47,17 @@ def test_what_processes_compile_is_what_triton_compiles_alone_and_finds(tmp_path
     assert sum(name.endswith(".cubin") for name in theirs) == 6
     assert contents(together) == theirs  # machine code, assembly and metadata, under the same keys
     assert run(together, "launch").split() == ["True"] * 6
+
+
+def test_what_nobody_waits_for_is_compiled_behind_the_first_ones(tmp_path: Path) -> None:
+    gone_through = int(run(tmp_path, "later"))
+    found = run(tmp_path, "launch").split()
+    assert found == ["True"] * (2 + gone_through) + ["False"] * (4 - gone_through)
+
+
+def test_where_the_first_ones_are_there_nothing_is_done_for_the_others(tmp_path: Path) -> None:
+    run(tmp_path, "build")
+    assert run(tmp_path, "nothing").split() == ["None", "True"]
 
 
 def test_what_is_recorded_is_not_launched_and_other_threads_are_left_alone(tmp_path: Path) -> None:
@@ -91,7 +103,7 @@ def test_a_launcher_is_compiled_too_where_triton_makes_one_for_each_signature(mo
 
 
 class Worker:
-    """The process that compiles, with kernels of these names and a width."""
+    """The process that compiles, with kernels of these names, or marks ("-"), and a width."""
 
     def __init__(self, cache: Path, names: str, width: int) -> None:
         self.process = subprocess.Popen(
@@ -99,14 +111,16 @@ class Worker:
             env=environment(cache),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             process_group=0,
             text=True,
         )
-        assert self.process.stdin is not None and self.process.stdout is not None
-        lines = [repr(("m", name, {}, {}, {}, {}, ("cuda", 90, 32))) for name in names.split()]
-        self.process.stdin.write("\n".join([*lines, "\n"]))
+        assert self.process.stdin and self.process.stdout and self.process.stderr
+        kernels = {name: repr(("m", name, {}, {}, {}, {}, ("cuda", 90, 32))) for name in names.split()} | {"-": ""}
+        lines = [*(kernels[name] for name in names.split()), END]
+        self.process.stdin.write("".join(f"{line}\n" for line in lines))
         self.process.stdin.flush()
-        self.out = self.process.stdout
+        self.marks, self.children = self.process.stdout, self.process.stderr
 
     def __enter__(self) -> Worker:
         return self
@@ -115,24 +129,35 @@ class Worker:
         self.process.kill()
         self.process.wait()
         assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.out.close()
+        for pipe in (self.process.stdin, self.marks, self.children):
+            pipe.close()
 
 
 def test_the_worker_counts_what_fails(tmp_path: Path) -> None:
     with Worker(tmp_path, "fails fine fails fine", 2) as worker:
         assert worker.process.wait(60) == 2
-        assert len(set(worker.out.read().split())) == 4, "each in a process of its own"
+        children = [line for line in worker.children if line.split()[0].isdigit()]
+        assert len({*children}) == 4, "each in a process of its own"
 
 
 def test_the_worker_and_its_children_end_with_whoever_waits(tmp_path: Path) -> None:
     with Worker(tmp_path, "slow slow slow", 2) as worker:
-        children = [int(worker.out.readline()) for _ in range(2)]
+        children = [int(worker.children.readline().split()[0]) for _ in range(2)]
         assert worker.process.stdin is not None
         worker.process.stdin.close()
         assert worker.process.wait(30) == -9
         until(lambda: not any(title(child) for child in children), "the children to end")
-        assert worker.out.read() == "", "the third was never started"
+        assert worker.children.read() == "", "the third was never started"
+
+
+def test_a_mark_is_answered_when_all_before_it_is_compiled_and_behind_the_first_one_nobody_hurries(
+    tmp_path: Path,
+) -> None:
+    with Worker(tmp_path, "fine fine - fine - slow - fine", 2) as worker:
+        assert [worker.marks.readline() for _ in range(2)] == ["\n"] * 2
+        nice = [worker.children.readline().split()[1] for _ in range(4)]
+        assert nice == ["0", "0", "19", "19"], "one at a time now: the last one waits for the slow one"
+        assert not select.select([worker.marks, worker.children], [], [], 0)[0]
 
 
 def test_nothing_is_left_of_a_builder_that_has_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,10 +169,20 @@ def test_nothing_is_left_of_a_builder_that_has_nothing_to_do(monkeypatch: pytest
         return started[-1]
 
     monkeypatch.setattr(build.subprocess, "Popen", watched)
-    with build.building(2) as compile_all:
-        compile_all([])
-        assert started[0].poll() is None
-    assert started[0].returncode == -9
+    builder = build.Builder(2)
+    assert started[0].poll() is None
+    builder.build([])
+    assert started[0].returncode == -9 and builder.built(1)
+    builder.close()
+
+
+def test_nothing_is_left_of_a_builder_that_is_closed_and_nobody_waits_for_it() -> None:
+    builder = build.Builder(2)
+    process = builder._process
+    assert process is not None and not builder.built(0) and process.poll() is None
+    builder.close()
+    builder.close()
+    assert process.returncode == -9 and builder.built(0)
 
 
 def test_a_builder_that_has_died_costs_nothing_but_time(tmp_path: Path) -> None:
@@ -157,6 +192,8 @@ def test_a_builder_that_has_died_costs_nothing_but_time(tmp_path: Path) -> None:
 def test_without_a_process_nothing_is_built(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(build.sys, "executable", "/nowhere/python")
     launched: list[int] = []
-    with build.building(2) as compile_all:
-        compile_all([lambda: launched.append(1)])
+    builder = build.Builder(2)
+    builder.build([lambda: launched.append(1)], [lambda: launched.append(2)])
+    assert builder.built(1)
+    builder.close()
     assert not launched and "no process to compile kernels" in caplog.text

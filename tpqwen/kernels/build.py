@@ -1,4 +1,4 @@
-"""Kernels compiled before they are launched, all at once, each in a process of its own (build_worker.py).
+"""Kernels compiled before they are launched, many at once, each in a process of its own (build_worker.py).
 
 Only Triton's cache on disk is filled. Whoever launches a kernel afterwards finds it there by a key over its source,
 types, constants, options and compiler, or compiles it: nothing that goes wrong here makes a kernel wrong. Processes,
@@ -12,14 +12,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,14 @@ from torch.overrides import TorchFunctionMode
 from triton import knobs
 from triton.runtime import driver
 
-from tpqwen.kernels.variant import Kernel, parse
+from tpqwen.kernels.variant import END, Kernel, parse
 
 MOST = 32  # processes at a time; each has some 30 MB of its own, and a compiler at work
-TIMEOUT_S = 120.0  # for all of it; what is not there by then is compiled where it is launched
+TIMEOUT_S = 120.0  # for the first ones; what is not there by then is compiled where it is launched
 NO_THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 _log = logging.getLogger(__name__)
 Launch = Callable[[], object]
-Build = Callable[[Sequence[Launch]], None]
 
 
 def _noted(call: dict[str, Any]) -> str:
@@ -88,57 +87,116 @@ def recorded(note: Callable[[Kernel], None]) -> Iterator[None]:
         knobs.runtime.jit_cache_hook = before
 
 
-@contextmanager
-def building(width: int) -> Iterator[Build]:
-    """Start the process that will compile, at most `width` kernels at a time, and give what waits for it. At the end of
-    the body nothing is left of it; it also ends with this process. Where it cannot be started, nothing is built."""
-    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, **NO_THREADS, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "tpqwen.kernels.build_worker", str(max(1, min(width, MOST)))]
-    inbox, nowhere = subprocess.PIPE, subprocess.DEVNULL
-    try:
-        process = subprocess.Popen(command, stdin=inbox, stdout=nowhere, env=environment, process_group=0, text=True)
-    except OSError as error:
-        _log.warning("no process to compile kernels: %s", error)
-        yield lambda launches: None
-        return
-    try:
-        yield partial(_build, process)
-    finally:
+class Builder:
+    """The process that compiles, from now until it is through, `close`, or the end of this process. Where it cannot be
+    started, nothing is built.
+
+    width: kernels at a time; half as many, at the lowest priority, of those that nobody waits for.
+    """
+
+    def __init__(self, width: int) -> None:
+        path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+        own = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = {**os.environ, **NO_THREADS, **own}
+        command = [sys.executable, "-m", "tpqwen.kernels.build_worker", str(max(1, min(width, MOST)))]
+        pipe = subprocess.PIPE
+        self._process: subprocess.Popen[str] | None = None
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, env=environment, process_group=0, text=True
+            )
+        except OSError as error:
+            _log.warning("no process to compile kernels: %s", error)
+        self._began = time.monotonic()
+        self._sent = 0  # kernels
+        self._later = 0  # launches beside the first ones whose kernels are sent
+        self._marks = 0  # how far the process is: 1 with the first ones, one more with each of the later ones
+
+    def build(self, first: Sequence[Launch], later: Iterable[Launch] = ()) -> None:
+        """Compile what the first ones would launch. Meanwhile the later ones are gone through, one by one for as long
+        as that takes no time of its own; theirs are compiled when nobody waits any more (`built`). Where all of the
+        first is there already, so are the others, most likely, and nothing is done for them.
+
+        Each kernel is sent as soon as it is known: to get as far as the next one, cuBLAS or cuDNN may have to start.
+        """
+        if self._process is None:
+            return
+        with recorded(self._note):
+            for launch in first:
+                _unlaunched(launch)
+            urgent = self._sent
+            self._send("")
+            for launch in later if urgent else ():
+                if self._reached(1, 0.0):
+                    break
+                _unlaunched(launch)
+                self._send("")
+                self._later += 1
+            self._send(END)
+        if not urgent:
+            self.close()
+        elif self._reached(1, TIMEOUT_S):
+            seconds = time.monotonic() - self._began
+            _log.info("kernels compiled=%d to come=%d seconds=%.2f", urgent, self._sent - urgent, seconds)
+        else:
+            _log.warning("kernels not compiled early: they take more than %.0f s", TIMEOUT_S)
+            self.close()
+
+    def built(self, number: int, wait_s: float = 0.0) -> bool:
+        """Whether the kernels of the first `number` later launches are compiled, or nobody is at work on them."""
+        return self._reached(1 + number if number <= self._later else sys.maxsize, wait_s)
+
+    def close(self) -> None:
+        """Nothing is left of the process; what it has not compiled is given up. Idempotent."""
+        process, self._process = self._process, None
+        if process is None:
+            return
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        assert process.stdin is not None
+        assert process.stdin is not None and process.stdout is not None
+        process.stdout.close()
         with suppress(BrokenPipeError):  # of lines that it has not read
             process.stdin.close()
 
-
-def _build(process: subprocess.Popen[str], launches: Sequence[Launch]) -> None:
-    """Each kernel is sent as soon as it is known: to get as far as the next one, cuBLAS or cuDNN may have to start."""
-    began, sent = time.monotonic(), 0
-
-    def send(line: str) -> None:
-        assert process.stdin is not None
-        process.stdin.write(f"{line}\n")
-        process.stdin.flush()
-
-    def note(kernel: Kernel) -> None:
-        nonlocal sent
+    def _note(self, kernel: Kernel) -> None:
         if not kernel.is_cached():
-            send(repr(tuple(kernel)))
-            sent += 1
+            self._send(repr(tuple(kernel)))
+            self._sent += 1
 
-    with recorded(note):
-        for launch in launches:
-            try:
-                launch()
-            except Exception as error:  # when it is launched for good, it is told
-                _log.debug("not recorded: %s: %s", type(error).__name__, error)
-    if sent:
-        send("")
-        failed = process.wait(TIMEOUT_S)
-        seconds = time.monotonic() - began
-        if failed < 0:
-            _log.warning("the process that compiles kernels was lost, signal=%d seconds=%.2f", -failed, seconds)
+    def _send(self, line: str) -> None:
+        if self._process is not None:
+            assert self._process.stdin is not None
+            with suppress(BrokenPipeError):  # `_reached` finds that it has ended
+                self._process.stdin.write(f"{line}\n")
+                self._process.stdin.flush()
+
+    def _reached(self, marks: int, wait_s: float) -> bool:
+        """Whether the process is as far as that, or has ended."""
+        deadline = time.monotonic() + wait_s
+        while self._process is not None and self._marks < marks:
+            assert self._process.stdout is not None
+            poll = select.poll()
+            poll.register(self._process.stdout, select.POLLIN)
+            if not poll.poll(max(deadline - time.monotonic(), 0.0) * 1e3):
+                return False
+            data = os.read(self._process.stdout.fileno(), 4096)
+            self._marks += data.count(b"\n")
+            if not data:
+                self._ended(self._process.wait())
+        return True
+
+    def _ended(self, status: int) -> None:
+        seconds = time.monotonic() - self._began
+        if status < 0:
+            _log.warning("the process that compiles kernels was lost, signal=%d seconds=%.2f", -status, seconds)
         else:
-            _log.info("kernels compiled=%d failed=%d seconds=%.2f", sent, failed, seconds)
+            _log.info("kernels compiled=%d failed=%d seconds=%.2f", self._sent, status, seconds)
+        self.close()
+
+
+def _unlaunched(launch: Launch) -> None:
+    try:
+        launch()
+    except Exception as error:  # when it is launched for good, it is told
+        _log.debug("not recorded: %s: %s", type(error).__name__, error)

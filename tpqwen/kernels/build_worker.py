@@ -2,7 +2,8 @@
 
     python -m tpqwen.kernels.build_worker WIDTH
 
-Kernels come on stdin, one a line, an empty line last; stdin stays open for as long as somebody waits. The exit status
+Kernels come on stdin, one a line. An empty line is a mark: it is answered by one when all before it is compiled. Behind
+the first mark nobody waits. END comes last; stdin stays open for as long as somebody wants the kernels. The exit status
 is the number of kernels that failed. No GPU is touched: what to compile for is a part of each line.
 """
 
@@ -24,9 +25,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver
 from triton.runtime.cache import triton_key
 
-from tpqwen.kernels.variant import Kernel, parse
+from tpqwen.kernels.variant import END, Kernel, parse
 
 MOST_TOLD = 100  # an exit status has 8 bits
+LOWEST = 19  # priority
 MODULES = ("tpqwen.kernels.cuda", "tpqwen.kernels.invariant")  # with all kernels, and PyTorch
 
 
@@ -36,11 +38,27 @@ def main(arguments: list[str]) -> int:
         os.setpgid(0, 0)
     _prepare()
     width, waiting, begun = int(arguments[0]), deque[str](), b""
-    running: dict[int, int] = {}  # the pipe that ends with a child -> its process
-    failed = 0
-    while running or list(waiting) != [""]:
-        while waiting and waiting[0] and len(running) < width:
-            running.update([_start(parse(waiting.popleft()))])
+    running: dict[int, tuple[int, int]] = {}  # the pipe that ends with a child -> its process, and which kernel it is
+    marks: deque[int] = deque()  # kernels before each that has not been answered
+    started = answered = failed = 0
+    while True:
+        while waiting and waiting[0] != END:
+            urgent = not marks and not answered
+            if not waiting[0]:
+                marks.append(started)
+            elif len(running) < (width if urgent else max(1, width // 2)):
+                pipe, process = _start(parse(waiting[0]), 0 if urgent else LOWEST)
+                running[pipe] = process, started
+                started += 1
+            else:
+                break
+            waiting.popleft()
+        while marks and marks[0] <= min((number for _, number in running.values()), default=started):
+            marks.popleft()
+            answered += 1
+            os.write(1, b"\n")
+        if not running and list(waiting) == [END]:
+            return min(failed, MOST_TOLD)
         ready, _, _ = select.select([0, *running], [], [])
         if 0 in ready:
             ready.remove(0)
@@ -51,8 +69,7 @@ def main(arguments: list[str]) -> int:
             waiting.extend(line.decode() for line in lines)
         for pipe in ready:
             os.close(pipe)
-            failed += os.waitpid(running.pop(pipe), 0)[1] != 0
-    return min(failed, MOST_TOLD)
+            failed += os.waitpid(running.pop(pipe)[0], 0)[1] != 0
 
 
 def _prepare() -> None:
@@ -64,12 +81,13 @@ def _prepare() -> None:
     key.join()
 
 
-def _start(kernel: Kernel) -> tuple[int, int]:
+def _start(kernel: Kernel, niceness: int) -> tuple[int, int]:
     """A child that compiles it: the pipe that ends with it, and its process."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         try:
+            os.nice(niceness)
             compile_kernel(kernel)
             os._exit(0)
         except Exception as error:

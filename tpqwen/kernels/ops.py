@@ -8,10 +8,9 @@ A weight is of the activations' dtype, or int8 and comes with a scale, fp32, one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from functools import cache
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,6 +18,9 @@ from tpqwen.kernels import cpu, reference
 from tpqwen.kernels.context import DecodeInputs, DraftInputs, NormedProduct, Scaled, SlotTensors, StepContext
 from tpqwen.kernels.mailbox import Mailbox
 from tpqwen.kernels.reference import Op
+
+if TYPE_CHECKING:
+    from tpqwen.kernels.build import Builder
 
 
 @cache
@@ -36,11 +38,10 @@ def _pick(name: str, x: torch.Tensor, invariant: bool = False) -> Op:
     return op
 
 
-def building(width: int) -> AbstractContextManager[Callable[[Sequence[Callable[[], object]]], None]]:
-    """While the body runs, what compiles whatever the calls it is given would launch; `width` kernels at a time."""
-    builder: AbstractContextManager[Callable[[Sequence[Callable[[], object]]], None]]
-    builder = import_module("tpqwen.kernels.build").building(width)
-    return builder
+def builder(width: int) -> Builder:
+    """What compiles ahead whatever the calls it is given would launch; `width` kernels at a time."""
+    made: Builder = import_module("tpqwen.kernels.build").Builder(width)
+    return made
 
 
 def linear(

@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.cache import get_cache_key, get_cache_manager
 
+END = "."  # the last line that is sent: no kernel comes any more
 NAME_LENGTH = 150  # of a kernel's files in the cache, as triton.compiler cuts it
 
 

@@ -3,14 +3,14 @@
 A graph that is captured when it is first needed holds every running stream up, for 60 ms, and for seconds where its
 kernels have never been compiled; cuDNN makes a plan for every new length of prompt, for 80 ms. So the engine makes idle
 steps while nobody waits (engine/loop.py). A pass runs collectives, so all ranks of a group take the same ones in the
-same order and stop at the same one.
+same order and stop at the same one. While kernels are being compiled (kernels/build.py), idle steps wait for theirs.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -22,7 +22,12 @@ from tpqwen.worker.graphs import DecodeGraphs, buckets
 from tpqwen.worker.mixed import MixedGraphs, row_buckets
 from tpqwen.worker.sampler import USUAL_KINDS, SampleKind
 
+if TYPE_CHECKING:
+    from tpqwen.kernels.build import Builder
+
 FEW = 8  # decode rows; passes with no more come first, with prompts of all lengths
+WAIT_S = 0.02  # for kernels, in one idle step: a request that comes meanwhile waits as long
+_FULL, _EARLY, _READY = range(3)  # what a rank says in an idle step: no memory; no kernels yet; it can capture
 GRAPHS_SHARE = 0.5  # of the memory that memory_fraction leaves: what graphs captured ahead may take
 
 
@@ -89,18 +94,44 @@ def least_free(memory_fraction: float, share: float) -> int:
     return free - round(GRAPHS_SHARE * spare) if share == 1.0 else round((1.0 - GRAPHS_SHARE) * spare)
 
 
+def place(
+    p: Pass, decode: DecodeGraphs, mixed: MixedGraphs, drafts: DraftGraphs
+) -> tuple[DecodeGraphs | MixedGraphs | DraftGraphs, tuple[Any, ...]]:
+    """Whose the pass is, and its key there."""
+    if p.drafts:
+        return drafts, (p.rows, p.kind, p.drafts)
+    if p.tokens:
+        return mixed, (p.rows, p.tokens, p.kind, p.wide)
+    return decode, (p.rows, p.kind, p.wide)
+
+
 class Ahead:
     """What one rank has still to capture. It holds keys only: nothing here leads to a graph, which has to go when its
-    group does."""
+    group does.
 
-    def __init__(self, group: TPGroup, passes: Sequence[Pass | Prompt] = (), least_free_bytes: int = 0) -> None:
+    builder: compiles the passes' kernels, in their order; None where nobody does.
+    """
+
+    def __init__(
+        self,
+        group: TPGroup,
+        passes: Sequence[Pass | Prompt] = (),
+        least_free_bytes: int = 0,
+        builder: Builder | None = None,
+    ) -> None:
         self._group = group
         self._passes = passes
         self._least_free = least_free_bytes
+        self._builder = builder
         self._left = deque(passes)
 
     def __len__(self) -> int:
         return len(self._left)
+
+    def close(self) -> None:
+        """No more is compiled for it."""
+        if self._builder:
+            self._builder.close()
 
     def renew(self) -> None:
         """There are no graphs (any more)."""
@@ -108,35 +139,43 @@ class Ahead:
 
     def capture(self, decode: DecodeGraphs, mixed: MixedGraphs, drafts: DraftGraphs) -> int:
         """Capture the next pass that has not been captured meanwhile, or try a prompt. Returns how many are left, or
-        GIVEN_UP.
+        GIVEN_UP. Nothing happens while a rank has not got the kernels.
 
         Any error but a ConnectionError (as from `graphs.capture`) leaves the rank unfit: others may wait for it in the
         pass's collectives, and the stream of a capture that was cut off stays the current one.
         """
-        torch.cuda.empty_cache()
-        if self._left and not self._agreed(decode, torch.cuda.mem_get_info()[0] >= self._least_free):
+        if not self._left:
+            return 0
+        everybody_is = self._least(decode, self._state())
+        if everybody_is == _FULL:
             self._left.clear()
             return GIVEN_UP
-        while self._left:
-            match self._left.popleft():
-                case Prompt(tokens):
-                    mixed.try_prompt(tokens)
-                    break
-                case Pass(drafts=count) as p if count:
-                    if drafts.prepare(p.rows, p.kind, count):
-                        break
-                case Pass(rows, tokens, kind, wide):
-                    prepared = mixed.prepare(rows, tokens, kind, wide) if tokens else decode.prepare(rows, kind, wide)
-                    if prepared:
-                        break
-        self._agreed(decode, True)  # who fails fails in this step, not under the next request
+        if everybody_is == _READY:
+            self._capture(decode, mixed, drafts)
+            self._least(decode, _READY)  # who fails fails in this step, not under the next request
         return len(self._left)
 
-    def _agreed(self, decode: DecodeGraphs, mine: bool) -> bool:
-        """Whether it is so on every rank; waits for all of them."""
-        answers = self._group.all_gather(torch.full((1,), int(mine), dtype=torch.int32, device=decode.slots.device))
+    def _capture(self, decode: DecodeGraphs, mixed: MixedGraphs, drafts: DraftGraphs) -> None:
+        while self._left:
+            p = self._left.popleft()
+            if isinstance(p, Prompt):
+                mixed.try_prompt(p.tokens)
+                return
+            graphs, key = place(p, decode, mixed, drafts)
+            if graphs.prepare(*key):
+                return
+
+    def _state(self) -> int:
+        if self._builder and not self._builder.built(1 + len(self._passes) - len(self._left), WAIT_S):
+            return _EARLY
+        torch.cuda.empty_cache()
+        return _READY if torch.cuda.mem_get_info()[0] >= self._least_free else _FULL
+
+    def _least(self, decode: DecodeGraphs, mine: int) -> int:
+        """The least of what the ranks say; waits for all of them."""
+        answers = self._group.all_gather(torch.full((1,), mine, dtype=torch.int32, device=decode.slots.device))
         decode.settle()
-        return bool(answers.all())
+        return int(answers.min())
 
 
 def _ranges(first: int, bounds: Sequence[int]) -> Iterator[tuple[int, int]]:

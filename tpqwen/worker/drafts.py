@@ -45,6 +45,11 @@ class DraftGraphs:
         self._graphs[width, kind, count] = graph
         return True
 
+    @torch.inference_mode()
+    def launch(self, width: int, kind: SampleKind, count: int) -> None:
+        """As DecodeGraphs.launch."""
+        self._runner.speculate(self._decode.slots[:width], kind, count)
+
     def forget(self) -> None:
         """As DecodeGraphs.forget."""
         self._graphs.clear()

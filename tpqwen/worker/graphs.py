@@ -115,13 +115,21 @@ class DecodeGraphs:
         return result
 
     @torch.inference_mode()
+    def launch(self, width: int, kind: SampleKind | None, wide: bool) -> None:
+        """The same pass once, kernel by kernel, over whatever the buffer holds."""
+        self._pass(kind, wide)(self.slots[:width])
+
+    @torch.inference_mode()
     def _capture(
         self, width: int, kind: SampleKind | None, wide: bool
     ) -> tuple[torch.cuda.CUDAGraph, Sampled | torch.Tensor]:
+        return capture(self, width, self._pass(kind, wide))
+
+    def _pass(self, kind: SampleKind | None, wide: bool) -> Callable[[torch.Tensor], Sampled | torch.Tensor]:
         runner = self._runner
         if kind is None:
-            return capture(self, width, lambda slots_B: runner.decode_logits(slots_B, wide=wide))
-        return capture(self, width, lambda slots_B: runner.decode(slots_B, kind, wide=wide))
+            return lambda slots_B: runner.decode_logits(slots_B, wide=wide)
+        return lambda slots_B: runner.decode(slots_B, kind, wide=wide)
 
 
 def capture(graphs: DecodeGraphs, width: int, run: Callable[[torch.Tensor], T]) -> tuple[torch.cuda.CUDAGraph, T]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,11 +23,14 @@ from tpqwen.quant.schemes import SCHEMES
 from tpqwen.step import DRAFT_ROWS, MANY_CHUNKS, TOKEN_BUCKETS, Admit, Capacity, Chunk, RowParams, StepInput, packed
 from tpqwen.worker.ahead import Ahead, Pass, Prompt, least_free, planned, prompts, wide_variants, with_drafts
 from tpqwen.worker.batch import Stager, chunk_parts, eager_chunks, stage
-from tpqwen.worker.early import NUM_BLOCKS, Alone, Part, compiled_beside, first_parts
+from tpqwen.worker.early import NUM_BLOCKS, NUM_LAYERS, Alone, Parts, compiled_beside, early_parts
 from tpqwen.worker.kv_cache import KVCache, block_bytes, blocks_on_cpu, blocks_on_gpu
 from tpqwen.worker.runner import Runner
 from tpqwen.worker.sampler import LogitEdits, SampleKind, Sampler
 from tpqwen.worker.slots import SlotState
+
+if TYPE_CHECKING:
+    from tpqwen.kernels.build import Builder
 
 LAYER_LAUNCH_S = 0.8e-3  # launching a layer kernel by kernel, on an H200's host; an H100's took half of that
 FLOPS = 500e12  # what a GPU reaches in passes of some thousand tokens
@@ -43,10 +47,23 @@ class Loaded:
 
 def load(config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, group: TPGroup) -> Loaded:
     """Build the model, read this rank's slices, make the cache as large as memory allows. Raises ConfigError."""
+    cuda = sizes.device == "cuda"
+    builder = ops.builder((os.cpu_count() or 1) // group.size) if cuda else None
+    with ExitStack() as failed:
+        if builder:
+            failed.callback(builder.close)
+        loaded = _load(config, model_config, sizes, folder, group, builder)
+        failed.pop_all()
+    return loaded
+
+
+def _load(
+    config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, group: TPGroup, builder: Builder | None
+) -> Loaded:
     clock = _Stages()
-    build, drafts = _with_weights(config, model_config, sizes, folder, group, clock), config.schedule.num_drafts
-    if sizes.device == "cuda":
-        torch.cuda.empty_cache()  # of the early layer's memory
+    build = _with_weights(config, model_config, sizes, folder, group, clock, builder)
+    if builder:
+        torch.cuda.empty_cache()  # of the early layers' memory
         clock.mark("kernels")
     heads = model_config.local_kv_heads(group.size)
     per_block = block_bytes(
@@ -63,13 +80,9 @@ def load(config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, 
     runner = build.runner(blocks)
     clock.mark("kv_alloc")
     ahead = Ahead(group)
-    if sizes.device == "cuda":
-        usual = planned(sizes.max_num_seqs, sizes.max_batched_tokens, sizes.max_model_len)
-        passes: list[Pass | Prompt] = [*with_drafts(usual, sizes.max_batched_tokens, drafts)]
-        if DTYPE_BYTES[sizes.dtype] == 2 and not config.model.deterministic:
-            passes += prompts(sizes.max_batched_tokens, sizes.max_model_len)
-        passes += wide_variants(usual, sizes.max_model_len, runner.has_wide)
-        ahead = Ahead(group, passes, least_free(config.cache.memory_fraction, config.parallel.gpus_per_rank))
+    if builder:
+        least = least_free(config.cache.memory_fraction, config.parallel.gpus_per_rank)
+        ahead = Ahead(group, build.passes(runner), least, builder)
     capacity = Capacity(
         num_blocks=blocks,
         block_size=sizes.block_size,
@@ -88,20 +101,22 @@ def load(config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, 
 
 
 def _with_weights(
-    config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, group: TPGroup, clock: _Stages
+    config: Config,
+    model_config: ModelConfig,
+    sizes: Sizes,
+    folder: Path,
+    group: TPGroup,
+    clock: _Stages,
+    builder: Builder | None,
 ) -> _Build:
     """A model with its weights; on a GPU the first kernels are compiled meanwhile."""
     device, dtype = torch.device("cuda:0" if sizes.device == "cuda" else "cpu"), getattr(torch, sizes.dtype)
-    with ExitStack() as beside:
-        building = ops.building((os.cpu_count() or 1) // group.size) if sizes.device == "cuda" else None
-        compile_all = beside.enter_context(building) if building else None
-        num_ids = count_token_ids(folder, model_config.vocab_size)
-        scheme = SCHEMES[config.model.quantization]
-        with torch.device("meta"):
-            model = Qwen3(model_config, group, num_ids, invariant=config.model.deterministic, scheme=scheme)
-        build = _Build(model, num_ids, model_config, sizes, group, device, dtype, config.schedule.num_drafts)
-        if compile_all:
-            beside.enter_context(compiled_beside(build.early_parts, compile_all))
+    num_ids = count_token_ids(folder, model_config.vocab_size)
+    scheme = SCHEMES[config.model.quantization]
+    with torch.device("meta"):
+        model = Qwen3(model_config, group, num_ids, invariant=config.model.deterministic, scheme=scheme)
+    build = _Build(model, num_ids, model_config, sizes, group, device, dtype, config.schedule.num_drafts)
+    with compiled_beside(build.early_parts, builder.build) if builder else nullcontext():
         if config.model.random_weights:
             random_weights(model, device=device, dtype=dtype, seed=0)
         else:
@@ -175,19 +190,32 @@ class _Build:
         table = rope_table(c, s.max_model_len, self.device)
         return Runner(self.model, cache, state, sampler, edits, table)
 
-    def early_parts(self) -> list[Part]:
-        """What is compiled beside the loading of weights: nothing, where these leave no room for a layer of zeros."""
-        config = replace(self.config, num_hidden_layers=1)
+    def passes(self, runner: Runner) -> list[Pass | Prompt]:
+        """What idle steps make ready, in this order."""
+        s = self.sizes
+        usual = planned(s.max_num_seqs, s.max_batched_tokens, s.max_model_len)
+        passes: list[Pass | Prompt] = [*with_drafts(usual, s.max_batched_tokens, self.drafts)]
+        if self.dtype.itemsize == 2 and not self.model.invariant:
+            passes += prompts(s.max_batched_tokens, s.max_model_len)
+        return passes + wide_variants(usual, s.max_model_len, runner.has_wide)
+
+    def early_parts(self) -> Parts:
+        """What is compiled ahead: nothing, where the weights leave no room for layers of zeros."""
+        alone = replace(self, group=Alone(self.group)).with_layers(NUM_LAYERS)
+        needed = sum(weight_bytes(m, self.dtype) for m in (self.model, alone.model, alone.model))
+        if torch.cuda.mem_get_info()[0] < needed:
+            return Parts([], [])
+        allocate(alone.model, self.device, self.dtype)
+        runner = alone.runner(NUM_BLOCKS)
+        return early_parts(runner, alone.group, self.passes(runner), self.drafts)
+
+    def with_layers(self, count: int) -> _Build:
+        """The same with so many layers, and no weights."""
+        config = replace(self.config, num_hidden_layers=count)
         with torch.device("meta"):
             invariant, scheme = self.model.invariant, self.model.scheme
-            layer = Qwen3(config, Alone(self.group), self.num_ids, invariant=invariant, scheme=scheme)
-        needed = sum(weight_bytes(m, self.dtype) for m in (self.model, layer, layer))
-        if torch.cuda.mem_get_info()[0] < needed:
-            return []
-        allocate(layer, self.device, self.dtype)
-        return first_parts(
-            replace(self, model=layer, config=config, group=Alone(self.group)).runner(NUM_BLOCKS), self.drafts
-        )
+            model = Qwen3(config, self.group, self.num_ids, invariant=invariant, scheme=scheme)
+        return replace(self, model=model, config=config)
 
     def peak_bytes(self) -> int:
         """Device memory at the largest step: as many prompt tokens as a step may hold, as many rows as may sample.

@@ -7,7 +7,7 @@ eagerly; the scheduler makes them where the device is the slower of the two. Wid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -69,9 +69,8 @@ class MixedGraphs:
         """As DecodeGraphs.prepare."""
         if (width, tokens, kind, wide) in self._graphs:
             return False
-        nothing = pad(_nothing(), tokens, self._runner.state.tensors.padding_slot)
         self._decode.settle()  # a copy from memory that is not pinned waits for the device, and nothing could end that
-        self._buffer(tokens).copy_(torch.from_numpy(np.concatenate(nothing)))
+        self._clear(tokens)
         self._graphs[width, tokens, kind, wide] = self._capture(width, tokens, kind, wide)
         return True
 
@@ -97,18 +96,31 @@ class MixedGraphs:
             self._chunks[tokens] = torch.zeros(size, dtype=torch.int32, device=device)
         return self._chunks[tokens]
 
+    @torch.inference_mode()
+    def launch(self, width: int, tokens: int, kind: SampleKind, wide: bool) -> None:
+        """As DecodeGraphs.launch, with nobody's chunks."""
+        self._clear(tokens)
+        self._pass(tokens, kind, wide)(self._decode.slots[:width])
+
+    def _clear(self, tokens: int) -> None:
+        nothing = pad(_nothing(), tokens, self._runner.state.tensors.padding_slot)
+        self._buffer(tokens).copy_(torch.from_numpy(np.concatenate(nothing)))
+
     def _capture(
         self, width: int, tokens: int, kind: SampleKind, wide: bool
     ) -> tuple[torch.cuda.CUDAGraph, Sampled | None]:
+        return capture(self._decode, width, self._pass(tokens, kind, wide))
+
+    def _pass(self, tokens: int, kind: SampleKind, wide: bool) -> Callable[[torch.Tensor], Sampled | None]:
         sizes = [p.size for p in pad(_nothing(), tokens, 0)]
         parts = list(torch.split(self._buffer(tokens), sizes))
-        state, size = self._runner.state, self._block_size
+        runner, size = self._runner, self._block_size
 
         def run(slots_B: torch.Tensor) -> Sampled | None:
-            chunks = chunk_batch(parts, graph_lengths(tokens), state, size)
-            return self._runner.mixed(slots_B, chunks, kind, (), wide=wide)
+            chunks = chunk_batch(parts, graph_lengths(tokens), runner.state, size)
+            return runner.mixed(slots_B, chunks, kind, (), wide=wide)
 
-        return capture(self._decode, width, run)
+        return run
 
 
 def pad(parts: Sequence[Ints], tokens: int, padding_slot: int) -> list[Ints]:

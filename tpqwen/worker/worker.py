@@ -245,6 +245,7 @@ class Worker:
         self._pending.clear()
         self._drop_graphs()
         if hasattr(self, "runner"):
+            self._ahead.close()
             del self.runner
         gc.collect()
         if self._device.type == "cuda":
