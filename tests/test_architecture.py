@@ -22,7 +22,7 @@ MAX_SELF_ATTRIBUTES = 20
 
 CONTROL = ("cache", "scheduler", "engine", "api", "text")
 DEVICE = ("kernels", "quant", "parallel", "model", "worker")
-PURE = ("tpqwen.model.config", "tpqwen.model.hub", "tpqwen.model.sizing")
+PURE = ("tpqwen.model.checkpoint", "tpqwen.model.config", "tpqwen.model.hub", "tpqwen.model.sizing")
 WIRE = ("tpqwen.step", "tpqwen.request", "tpqwen.errors", "tpqwen.config")
 
 # module or package -> roots of what it must not import; the longest matching prefix decides.
@@ -258,6 +258,14 @@ def test_cheap_modules_stay_cheap():
         "print(sorted({'torch', 'ray', 'transformers', 'starlette'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", ["tpqwen.console.serve", "tpqwen.service", "serve_app"])
+def test_only_ranks_import_torch(module: str):
+    """Its import takes seconds, once in the command and once in the replica, before any rank begins."""
+    probe = f"import sys, {module}\nprint(sorted({{'torch', 'triton', 'transformers'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 
 

@@ -1,4 +1,7 @@
-"""Whether what ranks want fits into memory: refused with figures, before they start or where an allocation fails."""
+"""Whether what ranks want fits into memory: refused with figures, before they start or where an allocation fails.
+
+Without torch where nobody computes: its import takes seconds of a server's start.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import torch
-
 from tpqwen.config import Config, resolve_device
 from tpqwen.errors import ConfigError
 from tpqwen.model.config import ModelConfig
-from tpqwen.model.qwen3 import Qwen3
-from tpqwen.model.sizing import DTYPE_BYTES, derive
-from tpqwen.model.weights import weight_bytes
-from tpqwen.parallel.group import TPGroup
-from tpqwen.quant.schemes import SCHEMES
-from tpqwen.worker.kv_cache import block_bytes, blocks_on_cpu
+from tpqwen.model.sizing import DTYPE_BYTES, Sizes, derive
 
 EXHAUSTED = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 ASKED = re.compile(r"tried to allocate ([\d.]+) ?(\w+)", re.IGNORECASE)
@@ -35,8 +31,19 @@ def check_host_memory(config: Config, model: ModelConfig) -> None:
     Linux promises memory that it does not have, and ends whoever then writes to it without a word.
     """
     sizes = derive(config, model)
-    if sizes.device != "cpu":
-        return
+    if sizes.device == "cpu":
+        _check_cpu_ranks(config, model, sizes)
+
+
+def _check_cpu_ranks(config: Config, model: ModelConfig, sizes: Sizes) -> None:
+    import torch
+
+    from tpqwen.model.qwen3 import Qwen3
+    from tpqwen.model.weights import weight_bytes
+    from tpqwen.parallel.group import TPGroup
+    from tpqwen.quant.schemes import SCHEMES
+    from tpqwen.worker.kv_cache import block_bytes, blocks_on_cpu
+
     tp = config.parallel.tp
     ranks = tp if config.parallel.interface is None else 1  # several machines: this one has one rank at least
     with torch.device("meta"):
@@ -112,6 +119,8 @@ def _on_gpu(error: BaseException, *, is_int8: bool) -> str:
 
 def _gpu_bytes() -> tuple[int, int, int] | None:
     """Free, all and this process's; None when CUDA does not answer: after some errors it answers nothing any more."""
+    import torch
+
     try:
         return *torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
     except (RuntimeError, AssertionError):

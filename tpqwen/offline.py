@@ -17,10 +17,10 @@ from tpqwen.engine.core import EngineCore
 from tpqwen.errors import RankDied
 from tpqwen.executor.local import LocalExecutor
 from tpqwen.executor.protocol import Executor
+from tpqwen.model.checkpoint import Checkpoint
 from tpqwen.model.config import ModelConfig, check_parallel
 from tpqwen.model.hashes import check_hashes
 from tpqwen.model.hub import resolve_model
-from tpqwen.model.weights import Checkpoint
 from tpqwen.request import Deltas, GenerateRequest, SamplingParams
 from tpqwen.step import StepStats
 from tpqwen.text.sequences import Limits, expand

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-import torch
 from ray import serve
 from ray.util import get_current_placement_group
 from starlette.types import ASGIApp
@@ -41,13 +40,11 @@ from tpqwen.fit import check_host_memory
 from tpqwen.keyfile import find_keys
 from tpqwen.ledger import share_limits
 from tpqwen.metrics import ServerMetrics
+from tpqwen.model.checkpoint import check_folder, tensor_shapes
 from tpqwen.model.config import ModelConfig, Task, check_parallel, detect_task
 from tpqwen.model.hashes import Stamp, check_hashes
 from tpqwen.model.hub import resolve_model
-from tpqwen.model.qwen3 import Qwen3
 from tpqwen.model.sizing import derive
-from tpqwen.model.weights import check_folder
-from tpqwen.parallel.group import TPGroup
 from tpqwen.readings import Readings
 from tpqwen.recovery import Supervisor
 from tpqwen.step import Capacity
@@ -83,8 +80,7 @@ def check(config: Config, known: Mapping[str, Stamp] | None = None) -> Checked:
     check_parallel(model, config.parallel.tp)
     derive(config, model)
     if not config.model.random_weights:
-        with torch.device("meta"):
-            checkpoint = check_folder(folder, Qwen3(model, TPGroup.single()))
+        checkpoint = check_folder(folder, tensor_shapes(model))
         stamps = check_hashes(folder, checkpoint.files.values(), config.model.verify, known)
     return Checked(folder, model, stamps)
 
@@ -149,7 +145,8 @@ class Qwen3Server:
         self._tasks.append(asyncio.create_task(self._read_ranks()))
         self._tasks.append(asyncio.create_task(self._end_in_time()))
         self._metrics.capacity(capacity)
-        self._metrics.build_info(__version__, ray.__version__, torch.__version__, torch.version.cuda or "")
+        versions = capacity.versions
+        self._metrics.build_info(__version__, ray.__version__, versions.get("torch", ""), versions.get("cuda", ""))
         self._metrics.engine_state("ready")
         self._export_metrics()
         _log.info("ready kv_blocks=%d stages=%s", capacity.num_blocks, json.dumps(capacity.load_seconds))
@@ -170,7 +167,7 @@ class Qwen3Server:
         self._drain = Drain(self._client, self._answering, name, self._metrics.engine_state)
         await self._drain.join()
         gc.collect()
-        gc.freeze()  # a million objects of torch, Ray and transformers: looking through them was a fifth of a request
+        gc.freeze()  # hundreds of thousands of objects of Ray and others: looking through them was a fifth of a request
         gc.set_threshold(YOUNG_OBJECTS)
         return app
 
@@ -285,11 +282,7 @@ class Qwen3Server:
     def _info(self, capacity: Capacity, chat: ChatFormat) -> ModelInfo:
         ids = min(self._model.vocab_size, chat.vocabulary.size)
         limits = Limits(capacity.max_model_len, ids, self._model.eos_token_ids)
-        versions = {"tpqwen": __version__, "torch": str(torch.__version__), "ray": ray.__version__}
-        versions["transformers"] = version("transformers")
-        if torch.version.cuda:
-            versions["cuda"] = torch.version.cuda
-            versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+        versions = {"tpqwen": __version__, "ray": ray.__version__, "transformers": version("transformers")}
         m = self._config.model
         task = detect_task(self._folder, m.model, m.task)
         return ModelInfo(
@@ -300,7 +293,7 @@ class Qwen3Server:
             yes_no=RerankPrompts(chat.model).yes_no if task is Task.RERANK else (0, 0),
             created=int(time.time()),
             tp=self._config.parallel.tp,
-            versions=versions,
+            versions=versions | capacity.versions,
             demonstration=self._is_embedded,
         )
 

@@ -210,6 +210,7 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     launch_tokens: int = 0  # prompt tokens that are computed in the time that launching kernel by kernel takes
     kv_dtype: str = ""
     load_seconds: dict[str, float] = {}  # stage -> seconds: weights, kernels, warmup, kv_alloc
+    versions: dict[str, str] = {}  # of torch, and on GPUs of cuda and nccl
 
 
 class RankStats(msgspec.Struct, frozen=True, kw_only=True):

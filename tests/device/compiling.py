@@ -21,9 +21,10 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
-from tpqwen.kernels import build, build_worker, cuda, gemm, gemm_norm, gemm_tiles, launch, norm, sampling, stepping
+from tpqwen.kernels import build_worker, cuda, gemm, gemm_norm, gemm_tiles, launch, norm, recording, sampling, stepping
 from tpqwen.kernels.gemm_table import Config
 from tpqwen.kernels.variant import Kernel, parse
+from tpqwen.worker.builder import Builder, Launch
 
 MODULES = (launch, norm, gemm_norm, gemm_tiles, gemm, sampling, stepping)
 TILE = Config("tile", 96, 64, warps=4, stages=4, prefetch=256, fuse_norm=False, block_m=64)
@@ -55,7 +56,7 @@ def filled(x, VALUE: triton.language.constexpr):  # type: ignore[no-untyped-def]
     triton.language.store(x, VALUE)
 
 
-def launches() -> list[build.Launch]:
+def launches() -> list[Launch]:
     """Products with one row, with many and in tiles, a norm, and the edits between passes: six kernels."""
     x_TI, weight_OI = torch.zeros(64, 256, dtype=torch.bfloat16), torch.zeros(512, 256, dtype=torch.bfloat16)
     tables, ints = torch.zeros(9, 4, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
@@ -71,7 +72,7 @@ def launches() -> list[build.Launch]:
 
 def builds() -> None:
     """As a rank does it; a launch that fails is one that will be told when it is made."""
-    builder = build.Builder(2)
+    builder = Builder(1)
     builder.build([lambda: 1 / 0, *launches()])
     builder.close()
 
@@ -80,12 +81,12 @@ def builds_later() -> None:
     """The first two at once. Prints how far the builder is: behind these, and when it has been waited for."""
     gone_through: list[int] = []
 
-    def later() -> Iterator[build.Launch]:
+    def later() -> Iterator[Launch]:
         for number, make in enumerate(launches()[2:]):
             gone_through.append(number)
             yield make
 
-    builder = build.Builder(2)
+    builder = Builder(1)
     builder.build(launches()[:2], later())
     builder.built(1, 60.0)
     for number in range(len(gone_through) + 2):
@@ -96,7 +97,7 @@ def builds_later() -> None:
 
 def nothing_to_build() -> None:
     """All of the first is in the cache: the later ones are not even looked at, and nobody waits for them."""
-    builder = build.Builder(2)
+    builder = Builder(1)
     builder.build(launches(), [lambda: print("looked at")])
     print(builder._process, builder.built(1))
 
@@ -129,7 +130,7 @@ def records() -> None:
 
     knobs.runtime.jit_cache_hook = before
     kernels: list[Kernel] = []
-    with build.recorded(kernels.append):
+    with recording.recorded(kernels.append):
         for make in [*launches(), *launches()]:
             make()
         filled[(1,)](torch.zeros(1), float("inf"))  # a constant that is no literal

@@ -13,8 +13,9 @@ import pytest
 from triton.backends.nvidia import driver
 
 from tests.cluster.processes import title, until
-from tpqwen.kernels import build, build_worker
+from tpqwen.kernels import build_worker
 from tpqwen.kernels.variant import END, Kernel, parse
+from tpqwen.worker import builder
 
 PATHS = "__grp__"  # begins the names of files that name others by their path
 
@@ -168,21 +169,21 @@ def test_nothing_is_left_of_a_builder_that_has_nothing_to_do(monkeypatch: pytest
         started.append(popen(*args, **options))
         return started[-1]
 
-    monkeypatch.setattr(build.subprocess, "Popen", watched)
-    builder = build.Builder(2)
+    monkeypatch.setattr(builder.subprocess, "Popen", watched)
+    made = builder.Builder(2)
     assert started[0].poll() is None
-    builder.build([])
-    assert started[0].returncode == -9 and builder.built(1)
-    builder.close()
+    made.build([])
+    assert started[0].returncode == -9 and made.built(1)
+    made.close()
 
 
 def test_nothing_is_left_of_a_builder_that_is_closed_and_nobody_waits_for_it() -> None:
-    builder = build.Builder(2)
-    process = builder._process
-    assert process is not None and not builder.built(0) and process.poll() is None
-    builder.close()
-    builder.close()
-    assert process.returncode == -9 and builder.built(0)
+    made = builder.Builder(2)
+    process = made._process
+    assert process is not None and not made.built(0) and process.poll() is None
+    made.close()
+    made.close()
+    assert process.returncode == -9 and made.built(0)
 
 
 def test_a_builder_that_has_died_costs_nothing_but_time(tmp_path: Path) -> None:
@@ -190,10 +191,10 @@ def test_a_builder_that_has_died_costs_nothing_but_time(tmp_path: Path) -> None:
 
 
 def test_without_a_process_nothing_is_built(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(build.sys, "executable", "/nowhere/python")
+    monkeypatch.setattr(builder.sys, "executable", "/nowhere/python")
     launched: list[int] = []
-    builder = build.Builder(2)
-    builder.build([lambda: launched.append(1)], [lambda: launched.append(2)])
-    assert builder.built(1)
-    builder.close()
+    made = builder.Builder(2)
+    made.build([lambda: launched.append(1)], [lambda: launched.append(2)])
+    assert made.built(1)
+    made.close()
     assert not launched and "no process to compile kernels" in caplog.text

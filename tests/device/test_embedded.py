@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.device.embedded_tools import MODEL, ROOT, tool
+from tpqwen.model.checkpoint import Checkpoint
 from tpqwen.model.hashes import check_hashes
-from tpqwen.model.weights import Checkpoint
 
 TOOL = {"type": "function", "function": {"name": "f", "description": "<b> & 'c'", "parameters": {"z": 1, "a": "é"}}}
 Q, A = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}

@@ -13,7 +13,9 @@ from tpqwen.config import Config
 from tpqwen.errors import ConfigError
 from tpqwen.executor.local import LocalExecutor
 from tpqwen.fit import GIB, check_host_memory, host_memory, refused_if_too_large
+from tpqwen.model import weights
 from tpqwen.model.config import ModelConfig
+from tpqwen.worker import kv_cache
 
 TOO_MANY = 10**12  # blocks: petabytes
 
@@ -37,8 +39,8 @@ def test_caches_that_the_machine_cannot_hold_are_refused_with_both_figures(folde
 
 def test_the_block_that_no_sequence_gets_counts(folder, monkeypatch):
     model = ModelConfig.from_folder(folder)
-    monkeypatch.setattr(fit, "block_bytes", lambda *_: GIB)
-    monkeypatch.setattr(fit, "weight_bytes", lambda *_: 0)
+    monkeypatch.setattr(kv_cache, "block_bytes", lambda *_: GIB)
+    monkeypatch.setattr(weights, "weight_bytes", lambda *_: 0)
     monkeypatch.setattr(fit, "host_memory", lambda: 10 * GIB)
     check_host_memory(config(folder, num_kv_blocks=9), model)
     with pytest.raises(ConfigError, match=r"KV cache 11\.0 GiB"):

@@ -14,8 +14,8 @@ from tpqwen import service
 from tpqwen.config import Config
 from tpqwen.errors import ConfigError
 from tpqwen.model import hashes
+from tpqwen.model.checkpoint import Checkpoint
 from tpqwen.model.hashes import check_hashes
-from tpqwen.model.weights import Checkpoint
 from tpqwen.offline import OfflineEngine
 
 

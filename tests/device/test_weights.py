@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny import tiny_checkpoint
 from tpqwen.errors import ConfigError
+from tpqwen.model.checkpoint import INDEX, check_folder, tensor_shapes
 from tpqwen.model.config import ModelConfig
 from tpqwen.model.qwen3 import Qwen3
-from tpqwen.model.weights import INDEX, check_folder, load_weights, random_weights
+from tpqwen.model.weights import load_weights, random_weights
 from tpqwen.parallel.group import TPGroup
+from tpqwen.parallel.layers import ShardedWeight
 
 CPU = torch.device("cpu")
 SHARDED = {"vocab_size": 323, "num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": False}
@@ -108,10 +110,17 @@ def test_tied_head_is_the_embedding_and_a_stored_head_is_ignored(tmp_path):
     assert torch.equal(model.embed.weight, tensors(folder)["model.embed_tokens.weight"])
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_tensors_of_a_checkpoint_are_those_that_the_model_reads(tmp_path, tied):
+    folder = tiny_checkpoint(tmp_path, tie_word_embeddings=tied)
+    parts = [p for m in meta_model(folder).modules() if isinstance(m, ShardedWeight) for p in m.parts]
+    assert tensor_shapes(ModelConfig.from_folder(folder)) == {part.name: part.spec.shape for part in parts}
+
+
 def refused(folder, words):
     """Refused from headers alone, and by the loading itself."""
     with pytest.raises(ConfigError, match=words):
-        check_folder(folder, meta_model(folder))
+        check_folder(folder, tensor_shapes(ModelConfig.from_folder(folder)))
     model = meta_model(folder)
     with pytest.raises(ConfigError, match=words):
         load_weights(model, folder, device=CPU, dtype=torch.float32)

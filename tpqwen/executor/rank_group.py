@@ -13,15 +13,15 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
-from torch._C._distributed_c10d import TCPStore
 
 from tpqwen.config import Config, resolve_device
 from tpqwen.errors import ConfigError, RankDied
@@ -30,6 +30,10 @@ from tpqwen.executor.rank_process import Meeting, RankProcess, Refusal, Where
 from tpqwen.executor.wiring import Plain, interface_address
 from tpqwen.step import Capacity, RankStats
 
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import TCPStore
+
+STORE = "torch._C._distributed_c10d"  # imported when there are ranks that have to meet
 START_TIMEOUT_S = 180.0  # of a process that imports torch
 LOAD_TIMEOUT_S = 1800.0
 JOIN_TIMEOUT_S = 120.0
@@ -84,6 +88,8 @@ class RankGroup:
     def load(self) -> Capacity:
         """Load all ranks side by side; what they can hold together. Raises ConfigError or RankDied."""
         calls = [actor.where.remote() for actor in self.actors]
+        if len(calls) > 1:
+            import_module(STORE)  # while they import it too
         self._where = list(self._all(calls, START_TIMEOUT_S))
         meeting = self._meeting(JOIN_TIMEOUT_S)
         folder, nodes = str(self._folder), self.nodes()
@@ -289,7 +295,7 @@ class RankGroup:
             return Meeting(host, 0, "", self.epoch, timeout_s)
         listener = socket.create_server((host, 0))
         port = listener.getsockname()[1]
-        self._store = TCPStore(
+        self._store = import_module(STORE).TCPStore(
             host,
             port,
             is_master=True,

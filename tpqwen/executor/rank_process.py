@@ -1,6 +1,7 @@
 """One rank as a Ray actor's class: it loads, joins a group, serves steps, leaves the group and joins the next one.
 
 Everything it holds can be rebuilt: weights, KV blocks, the last tokens. Weights are what a repair wants to keep.
+torch is imported when the actor begins, not with this module: who places ranks does without.
 """
 
 from __future__ import annotations
@@ -18,13 +19,11 @@ from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
-import torch
-from torch._C._distributed_c10d import TCPStore
-from torch.distributed.distributed_c10d import PrefixStore
 
 from tpqwen import logs
 from tpqwen.config import Config, resolve_device
@@ -34,10 +33,12 @@ from tpqwen.executor.titles import keep_title
 from tpqwen.executor.wiring import Plain, join
 from tpqwen.fit import refused_if_too_large
 from tpqwen.gpu import await_exit
-from tpqwen.parallel.group import TPGroup
 from tpqwen.step import Capacity, RankStats
 from tpqwen.transport.channel import Receiver
-from tpqwen.worker.worker import Worker
+from tpqwen.worker.builder import Builder
+
+if TYPE_CHECKING:
+    from tpqwen.worker.worker import Worker
 
 GPU_FREE_TIMEOUT_S = 15.0
 SETTLE_S = {"cpu": 0.2, "cuda": 1.0}  # for a step to end in a group that hangs, unless it waits for another rank
@@ -80,6 +81,11 @@ class RankProcess:
     """
 
     def __init__(self, options: dict[str, Any], rank: int | None) -> None:
+        self._builder: Builder | None = None
+        parallel = Config.load(options, {}).parallel
+        if rank is not None and resolve_device(parallel.device) == "cuda":
+            self._builder = Builder(parallel.tp)  # its process imports as much as this one, at the same time
+        import_module("tpqwen.worker.worker")
         self._worker: Worker | None = None
         self._inbox: Receiver | None = None
         self._steps: threading.Thread | None = None
@@ -109,7 +115,9 @@ class RankProcess:
                 _await_memory(ended)
             if meeting is not None:
                 self._meet(meeting)
-            worker = Worker(self._config, Path(folder), self._group)
+            from tpqwen.worker.worker import Worker
+
+            worker = Worker(self._config, Path(folder), self._group, self._builder)
             fits = refused_if_too_large(self._config, Path(folder), self._group.rank)
             with nullcontext() if meeting is None else fits:  # a later rank's shard did fit once: worth another attempt
                 capacity = worker.load()
@@ -169,6 +177,8 @@ class RankProcess:
         return self._worker.stats() if self._worker is not None else None
 
     def _name(self, options: dict[str, Any], rank: int | None) -> None:
+        from tpqwen.parallel.group import TPGroup
+
         self._config = Config.load(options, {})
         self._rank, size = rank, self._config.parallel.tp
         name = "spare rank" if rank is None else f"rank {rank}/{size}"
@@ -213,6 +223,9 @@ class RankProcess:
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # aborting is ours
         if self._group.size == 1:
             return
+        from torch._C._distributed_c10d import TCPStore
+        from torch.distributed.distributed_c10d import PrefixStore
+
         timeout = timedelta(seconds=meeting.timeout_s)
         store = PrefixStore(meeting.secret, TCPStore(meeting.host, meeting.port, is_master=False, timeout=timeout))
         device = resolve_device(self._config.parallel.device)
@@ -234,6 +247,8 @@ class RankProcess:
 
 def _await_memory(ended: tuple[int, ...]) -> None:
     """Wait until these processes have left this rank's GPU, whichever of them it was that used it."""
+    import torch
+
     begin, gpu = time.monotonic(), torch.cuda.get_device_properties(0)
     gone = await_exit(ended, str(gpu.uuid), GPU_FREE_TIMEOUT_S)
     text = "replaced processes %s off the GPU=%s after seconds=%.2f"

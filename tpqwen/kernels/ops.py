@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,9 +17,6 @@ from tpqwen.kernels import cpu, reference
 from tpqwen.kernels.context import DecodeInputs, DraftInputs, NormedProduct, Scaled, SlotTensors, StepContext
 from tpqwen.kernels.mailbox import Mailbox
 from tpqwen.kernels.reference import Op
-
-if TYPE_CHECKING:
-    from tpqwen.kernels.build import Builder
 
 
 @cache
@@ -36,12 +32,6 @@ def _pick(name: str, x: torch.Tensor, invariant: bool = False) -> Op:
         tables.insert(0, _cuda("invariant") if x.is_cuda else cpu.INVARIANT)
     op: Op = next((t[name] for t in tables if name in t), None) or getattr(reference, name)
     return op
-
-
-def builder(width: int) -> Builder:
-    """What compiles ahead whatever the calls it is given would launch; `width` kernels at a time."""
-    made: Builder = import_module("tpqwen.kernels.build").Builder(width)
-    return made
 
 
 def linear(

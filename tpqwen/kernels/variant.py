@@ -1,4 +1,5 @@
-"""One variant of a kernel as literals: what is sent to the process that compiles it. Without PyTorch."""
+"""One variant of a kernel as literals: what is sent to the process that compiles it. Without PyTorch, and Triton
+only once a variant is looked at."""
 
 # mypy: disable-error-code="no-untyped-call"
 
@@ -7,12 +8,10 @@ from __future__ import annotations
 import ast
 import hashlib
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from triton._C.libtriton import get_cache_invalidating_env_vars
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.cache import get_cache_key, get_cache_manager
+if TYPE_CHECKING:
+    from triton.compiler import ASTSource
 
 END = "."  # the last line that is sent: no kernel comes any more
 NAME_LENGTH = 150  # of a kernel's files in the cache, as triton.compiler cuts it
@@ -31,11 +30,18 @@ class Kernel(NamedTuple):
 
     def source(self) -> ASTSource:
         """What Triton compiles."""
+        from triton.compiler import ASTSource
+
         function = getattr(import_module(self.module), self.name)
         return ASTSource(function, self.signature, self.constants, self.attributes)
 
     def is_cached(self) -> bool:
         """Whether Triton would find it compiled."""
+        from triton._C.libtriton import get_cache_invalidating_env_vars
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import make_backend
+        from triton.runtime.cache import get_cache_key, get_cache_manager
+
         source, backend = self.source(), make_backend(GPUTarget(*self.target))
         key = get_cache_key(source, backend, backend.parse_options(self.options), get_cache_invalidating_env_vars())
         name = f"{source.name[:NAME_LENGTH]}.json"

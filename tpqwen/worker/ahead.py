@@ -3,27 +3,25 @@
 A graph that is captured when it is first needed holds every running stream up, for 60 ms, and for seconds where its
 kernels have never been compiled; cuDNN makes a plan for every new length of prompt, for 80 ms. So the engine makes idle
 steps while nobody waits (engine/loop.py). A pass runs collectives, so all ranks of a group take the same ones in the
-same order and stop at the same one. While kernels are being compiled (kernels/build.py), idle steps wait for theirs.
+same order and stop at the same one. While kernels are being compiled (worker/builder.py), idle steps wait for theirs.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from tpqwen.kernels.attention_table import planned_lengths
 from tpqwen.parallel.group import TPGroup
 from tpqwen.step import DRAFT_ROWS, GIVEN_UP, LONG_ROW, TOKEN_BUCKETS, chunk_places, row_bucket
+from tpqwen.worker.builder import Builder
 from tpqwen.worker.drafts import DraftGraphs
 from tpqwen.worker.graphs import DecodeGraphs, buckets
 from tpqwen.worker.mixed import MixedGraphs, row_buckets
 from tpqwen.worker.sampler import USUAL_KINDS, SampleKind
-
-if TYPE_CHECKING:
-    from tpqwen.kernels.build import Builder
 
 FEW = 8  # decode rows; passes with no more come first, with prompts of all lengths
 WAIT_S = 0.02  # for kernels, in one idle step: a request that comes meanwhile waits as long

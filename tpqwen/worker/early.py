@@ -5,7 +5,7 @@ disk, and one after another, each in the step that needs it, all of them take tw
 
 What a pass launches is decided in many places by shapes, so nothing here lists kernels: the passes themselves run on a
 model of two layers, of the real widths and full of zeros. First without launching anything, so that what they would
-launch is compiled at once (kernels/build.py); then the first ones for good, one after another in one thread, since
+launch is compiled at once (worker/builder.py); then the first ones for good, one after another in one thread, since
 Triton 3.6 mixes up launchers that are loaded in several.
 """
 
@@ -76,7 +76,7 @@ def compiled_beside(make: Callable[[], Parts], build: Build) -> Iterator[None]:
     """While the body runs, make the parts, build what they will launch and run the first ones in a thread; leaves when
     all of that is done.
 
-    build: as kernels/build.py does. What fails is no error: whoever needs the kernel compiles it again, and there it
+    build: as worker/builder.py does. What fails is no error: whoever needs the kernel compiles it again, and there it
     is.
     """
     thread = threading.Thread(target=_run, args=(make, build), name="early", daemon=True)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from tpqwen.config import Config
-from tpqwen.kernels import ops
 from tpqwen.model.config import ModelConfig, count_token_ids
 from tpqwen.model.qwen3 import Qwen3, rope_table
 from tpqwen.model.sizing import DTYPE_BYTES, Sizes
@@ -23,14 +20,12 @@ from tpqwen.quant.schemes import SCHEMES
 from tpqwen.step import DRAFT_ROWS, MANY_CHUNKS, TOKEN_BUCKETS, Admit, Capacity, Chunk, RowParams, StepInput, packed
 from tpqwen.worker.ahead import Ahead, Pass, Prompt, least_free, planned, prompts, wide_variants, with_drafts
 from tpqwen.worker.batch import Stager, chunk_parts, eager_chunks, stage
+from tpqwen.worker.builder import Builder
 from tpqwen.worker.early import NUM_BLOCKS, NUM_LAYERS, Alone, Parts, compiled_beside, early_parts
 from tpqwen.worker.kv_cache import KVCache, block_bytes, blocks_on_cpu, blocks_on_gpu
 from tpqwen.worker.runner import Runner
 from tpqwen.worker.sampler import LogitEdits, SampleKind, Sampler
 from tpqwen.worker.slots import SlotState
-
-if TYPE_CHECKING:
-    from tpqwen.kernels.build import Builder
 
 LAYER_LAUNCH_S = 0.8e-3  # launching a layer kernel by kernel, on an H200's host; an H100's took half of that
 FLOPS = 500e12  # what a GPU reaches in passes of some thousand tokens
@@ -45,10 +40,20 @@ class Loaded:
     capacity: Capacity
 
 
-def load(config: Config, model_config: ModelConfig, sizes: Sizes, folder: Path, group: TPGroup) -> Loaded:
-    """Build the model, read this rank's slices, make the cache as large as memory allows. Raises ConfigError."""
-    cuda = sizes.device == "cuda"
-    builder = ops.builder((os.cpu_count() or 1) // group.size) if cuda else None
+def load(
+    config: Config,
+    model_config: ModelConfig,
+    sizes: Sizes,
+    folder: Path,
+    group: TPGroup,
+    builder: Builder | None = None,
+) -> Loaded:
+    """Build the model, read this rank's slices, make the cache as large as memory allows. Raises ConfigError.
+
+    builder: one that has been started already. It is closed here, or by whoever has what is returned.
+    """
+    if builder is None and sizes.device == "cuda":
+        builder = Builder(group.size)
     with ExitStack() as failed:
         if builder:
             failed.callback(builder.close)
@@ -96,6 +101,7 @@ def _load(
         context_cost=_context_cost(model_config),
         kv_dtype=sizes.dtype,
         load_seconds=clock.seconds,
+        versions=_versions(),
     )
     return Loaded(runner, ahead, capacity)
 
@@ -141,6 +147,15 @@ def _layer_parameters(c: ModelConfig) -> int:
     """Of the matrices of one layer, of all ranks."""
     heads, kv_heads, d, h = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size
     return h * (heads + 2 * kv_heads) * d + heads * d * h + 3 * h * c.intermediate_size
+
+
+def _versions() -> dict[str, str]:
+    """What runs here, as Capacity has it."""
+    versions = {"torch": str(torch.__version__)}
+    if torch.version.cuda:
+        versions["cuda"] = torch.version.cuda
+        versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    return versions
 
 
 class _Stages:

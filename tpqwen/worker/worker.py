@@ -24,6 +24,7 @@ from tpqwen.parallel.group import TPGroup
 from tpqwen.request import TokenLogprob
 from tpqwen.step import Capacity, Ints, RankStats, RowParams, StepInput, StepOutput, ints
 from tpqwen.worker.batch import Stager, chunk_parts, eager_chunks, stage, target_part
+from tpqwen.worker.builder import Builder
 from tpqwen.worker.drafts import DraftGraphs, accepted
 from tpqwen.worker.graphs import DecodeGraphs
 from tpqwen.worker.guides import GuideRows
@@ -88,9 +89,10 @@ class Pending:
 class Worker:
     """One tensor-parallel rank on one device."""
 
-    def __init__(self, config: Config, folder: Path, group: TPGroup) -> None:
+    def __init__(self, config: Config, folder: Path, group: TPGroup, builder: Builder | None = None) -> None:
+        """builder: as load.load takes it."""
         self._config = config
-        self._source = folder, ModelConfig.from_folder(folder)
+        self._source = folder, ModelConfig.from_folder(folder), builder
         self._group = group
         self.sizes: Sizes = derive(config, self._source[1])
         cuda = self.sizes.device == "cuda"
@@ -106,8 +108,8 @@ class Worker:
         """Weights, cache, warm-up. Raises ConfigError with the tensor's name or the memory that is missing."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-        folder, model = self._source
-        loaded: Loaded = load(self._config, model, self.sizes, folder, self._group)
+        folder, model, builder = self._source
+        loaded: Loaded = load(self._config, model, self.sizes, folder, self._group, builder)
         self.runner, self._ahead = loaded.runner, loaded.ahead
         head = self.runner.model.lm_head
         shard = head.first_id, head.num_local

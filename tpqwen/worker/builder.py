@@ -1,34 +1,25 @@
-"""Kernels compiled before they are launched, many at once, each in a process of its own (build_worker.py).
+"""Kernels compiled before they are launched, many at once, in a process of its own (kernels/build_worker.py).
 
 Only Triton's cache on disk is filled. Whoever launches a kernel afterwards finds it there by a key over its source,
 types, constants, options and compiler, or compiles it: nothing that goes wrong here makes a kernel wrong. Processes,
-because threads that compile starve each other of the interpreter, and must not make launchers (docs/design.md).
+because threads that compile starve each other of the interpreter, and must not make launchers (docs/design.md). No
+torch here until there is something to build: a rank starts that process before its own imports, which take as long.
 """
-
-# mypy: disable-error-code="no-untyped-call"
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import select
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch.overrides import TorchFunctionMode
-from triton import knobs
-from triton.runtime import driver
-
-from tpqwen.kernels.variant import END, Kernel, parse
+from tpqwen.kernels.variant import END, Kernel
 
 MOST = 32  # processes at a time; each has some 30 MB of its own, and a compiler at work
 TIMEOUT_S = 120.0  # for the first ones; what is not there by then is compiled where it is launched
@@ -38,67 +29,20 @@ _log = logging.getLogger(__name__)
 Launch = Callable[[], object]
 
 
-def _noted(call: dict[str, Any]) -> str:
-    """The repr of the kernel that Triton's hook is told of."""
-    compiled, target = call["compile"], driver.active.get_current_target()
-    stored = json.loads(compiled["specialization_data"])["options"]  # JSON has no tuples
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
-    where = (target.backend, target.arch, target.warp_size)
-    types = (compiled["signature"], compiled["constants"], compiled["configs"][0])
-    return repr((call["fn"].module, call["fn"].name, *types, options, where))
-
-
-class _Zeroed(TorchFunctionMode):
-    """Memory is zero where it would be left as it is: what a kernel that is not launched should have written."""
-
-    UNWRITTEN = frozenset({torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty})
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        return result.zero_() if func in self.UNWRITTEN else result
-
-
-@contextmanager
-def recorded(note: Callable[[Kernel], None]) -> Iterator[None]:
-    """Kernels that this thread would have to compile or read are noted, each once, and not launched. What cannot be
-    written as literals is left out."""
-    seen: set[str] = set()
-    thread, before = threading.get_ident(), knobs.runtime.jit_cache_hook
-
-    def hook(**call: Any) -> bool:
-        if threading.get_ident() != thread:
-            return before is not None and bool(before(**call))
-        line = _noted(call)
-        if line not in seen:
-            seen.add(line)
-            try:
-                kernel = parse(line)
-            except ValueError:
-                _log.debug("kernel %s takes more than literals", call["fn"].name)
-            else:
-                note(kernel)
-        return True
-
-    knobs.runtime.jit_cache_hook = hook
-    try:
-        with _Zeroed():
-            yield
-    finally:
-        knobs.runtime.jit_cache_hook = before
-
-
 class Builder:
     """The process that compiles, from now until it is through, `close`, or the end of this process. Where it cannot be
     started, nothing is built.
 
-    width: kernels at a time; half as many, at the lowest priority, of those that nobody waits for.
+    ranks: of the group, each of which has one. They share this machine's cores: a kernel for each at a time; half as
+    many, at the lowest priority, of those that nobody waits for.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, ranks: int) -> None:
+        width = max(1, min((os.cpu_count() or 1) // ranks, MOST))
         path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
         own = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": ""}
         environment = {**os.environ, **NO_THREADS, **own}
-        command = [sys.executable, "-m", "tpqwen.kernels.build_worker", str(max(1, min(width, MOST)))]
+        command = [sys.executable, "-m", "tpqwen.kernels.build_worker", str(width)]
         pipe = subprocess.PIPE
         self._process: subprocess.Popen[str] | None = None
         try:
@@ -121,6 +65,8 @@ class Builder:
         """
         if self._process is None:
             return
+        from tpqwen.kernels.recording import recorded
+
         with recorded(self._note):
             for launch in first:
                 _unlaunched(launch)
