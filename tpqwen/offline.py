@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
+from typing import Protocol
 
 from tpqwen import ray_token
 from tpqwen.budget import REPAIRS, Budget
@@ -24,6 +25,13 @@ from tpqwen.model.hub import resolve_model
 from tpqwen.request import Deltas, GenerateRequest, SamplingParams
 from tpqwen.step import StepStats
 from tpqwen.text.sequences import Limits, expand
+
+
+class OwnRanks(Executor, Protocol):
+    """An executor whose ranks are this process's own."""
+
+    def peak_memory(self) -> list[int]:
+        """Bytes of each rank's memory at most since this was last asked. Raises RankDied."""
 
 
 class OfflineEngine:
@@ -42,13 +50,13 @@ class OfflineEngine:
         self.on_stats: Callable[[StepStats], None] | None = None  # hears of every step that ended
         self._repairs = Budget(REPAIRS)
 
-    def _make_executor(self) -> Executor:
+    def _make_executor(self) -> OwnRanks:
         if self.config.parallel.tp == 1:
             return LocalExecutor(self.config, self.folder)
         if "ray" not in sys.modules:
             ray_token.guard(os.environ)
         ray_executor = import_module("tpqwen.executor.ray")  # Ray is loaded only when there is more than one rank
-        executor: Executor = ray_executor.RayExecutor(self.config, self.folder)
+        executor: OwnRanks = ray_executor.RayExecutor(self.config, self.folder)
         return executor
 
     def new_core(self) -> EngineCore:

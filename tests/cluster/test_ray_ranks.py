@@ -91,6 +91,8 @@ def test_every_degree_gives_the_tokens_of_one_process(ray_cluster, checkpoint, e
         assert run_all(core) == expected
         stats = executor.stats()
         assert [(s.rank, s.pid, s.device) for s in stats] == [(r, pid, "cpu") for r, pid in enumerate(found)]
+        peaks = executor.peak_memory()
+        assert len(peaks) == tp and min(peaks) > 50 << 20, "each rank's own, which has imported torch"
     for pid in found:
         until(lambda pid=pid: not title(pid).startswith("tpqwen"), "the rank's end")
 

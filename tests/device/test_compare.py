@@ -13,10 +13,11 @@ import torch
 
 from tpqwen.bench import compare
 from tpqwen.bench.compare import Comparison
-from tpqwen.bench.environment import environment, peak_memory_mib, reset_peak_memory
+from tpqwen.bench.environment import environment
 from tpqwen.config import Config
 from tpqwen.offline import OfflineEngine
 from tpqwen.request import SamplingParams
+from tpqwen.worker.peak import take_peak
 
 
 def test_compare_measures_checks_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,8 +40,7 @@ def test_compare_measures_checks_and_reports(tmp_path: Path, capsys: pytest.Capt
 
 def test_on_a_host_with_a_gpu_a_run_on_its_cpu_is_measured_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    reset_peak_memory("cpu")
-    assert peak_memory_mib("cpu") > 0
+    assert take_peak(torch.device("cpu")) > 0
     facts = environment("cpu")
     assert "cpu" in facts and "gpu" not in facts
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -22,7 +22,7 @@ from random import Random
 from rich.console import Console
 from rich.table import Table
 
-from tpqwen.bench.environment import environment, peak_memory_mib, reset_peak_memory
+from tpqwen.bench.environment import environment
 from tpqwen.config import Config
 from tpqwen.errors import EngineError
 from tpqwen.model.config import ModelConfig
@@ -40,7 +40,7 @@ TIES = {"float32": 0.0, "float16": 0.02, "bfloat16": 0.1}  # log-probability; bf
 
 @dataclass(frozen=True)
 class Measured:
-    """One method on one load. Times in seconds, memory in MiB, extrapolated when not all requests were run."""
+    """One method on one load. Times in seconds, extrapolated when not all requests ran; memory of all ranks, in MiB."""
 
     method: str
     requests: int
@@ -108,14 +108,13 @@ class Comparison:
         self, method: str, prompts: list[list[int]], num_tokens: int, run: int
     ) -> tuple[Measured, list[list[int]]]:
         """Run `run` of the prompts with one method and scale the time to all of them."""
-        device = self.engine.config.parallel.device
-        reset_peak_memory(device)
+        self.engine.executor.peak_memory()
         call: Callable[[list[list[int]], int], list[list[int]]] = getattr(self, method)
         begin = time.perf_counter()
         outputs = call(prompts[:run], num_tokens)
         seconds = (time.perf_counter() - begin) * len(prompts) / run
-        rate = len(prompts) / seconds
-        return Measured(method, len(prompts), num_tokens, seconds, rate, peak_memory_mib(device), run), outputs
+        rate, peak = len(prompts) / seconds, sum(self.engine.executor.peak_memory()) / 2**20
+        return Measured(method, len(prompts), num_tokens, seconds, rate, peak, run), outputs
 
     def warm_up(self, requests: int, prompt_tokens: int, longest: int) -> None:
         """Make every kernel and graph that is going to be used: naive passes grow up to `longest` tokens."""

@@ -45,6 +45,10 @@ class LocalExecutor:
         """The one rank's slow numbers."""
         return [self._worker.stats()]
 
+    def peak_memory(self) -> list[int]:
+        """Of this process."""
+        return [self._worker.peak_memory()]
+
     def stop(self) -> None:
         """Free the device."""
         self._worker.close()

@@ -169,6 +169,10 @@ class RankGroup:
         calls = [a.connect.remote(p, self.epoch) for a, p in zip(self.actors, addresses, strict=True)]
         return list(self._all(calls, CALL_TIMEOUT_S))
 
+    def peak_memory(self) -> list[int]:
+        """Bytes of each rank's memory at most since this was last asked. Raises RankDied."""
+        return list(self._all([a.peak_memory.remote() for a in self.actors], CALL_TIMEOUT_S))
+
     def stats(self, timeout_s: float = 1.0) -> list[RankStats]:
         """Slow numbers of the ranks that answer in time."""
         calls = [a.stats.remote() for a in self.actors]

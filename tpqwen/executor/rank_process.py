@@ -176,6 +176,10 @@ class RankProcess:
         """Slow numbers; None before loading."""
         return self._worker.stats() if self._worker is not None else None
 
+    def peak_memory(self) -> int:
+        """Bytes at most since this was last asked; 0 before loading."""
+        return self._worker.peak_memory() if self._worker is not None else 0
+
     def _name(self, options: dict[str, Any], rank: int | None) -> None:
         from tpqwen.parallel.group import TPGroup
 

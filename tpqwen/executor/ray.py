@@ -85,6 +85,10 @@ class RayExecutor:
         """Slow numbers of every rank that answers."""
         return self.ranks.stats()
 
+    def peak_memory(self) -> list[int]:
+        """Bytes of each rank's memory at most since this was last asked. Raises RankDied."""
+        return self.ranks.peak_memory()
+
     def _connect(self, capacity: Capacity) -> None:
         """Channels to the group as it is now. Raises RankDied."""
         here = str(ray.get_runtime_context().get_node_id())

@@ -31,6 +31,7 @@ from tpqwen.worker.guides import GuideRows
 from tpqwen.worker.load import Loaded, load
 from tpqwen.worker.marks import Idle, Marks
 from tpqwen.worker.mixed import MixedGraphs
+from tpqwen.worker.peak import take_peak
 from tpqwen.worker.prompt import Pooled, PromptScores
 from tpqwen.worker.sampler import LogprobTensors, SampleKind, kind_of
 
@@ -208,6 +209,10 @@ class Worker:
             gpu_name=self._gpu.name if self._gpu else "",
             throttle_reasons=self._gpu.throttle_reasons() if self._gpu else (),
         )
+
+    def peak_memory(self) -> int:
+        """Bytes at most since this was last asked, as peak.take_peak counts them."""
+        return take_peak(self._device)
 
     def call_off(self) -> None:
         """From another thread, before `leave`: a GPU's rank that captures a graph, launches a pass or collects one ends
