@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 import ray
 
 from tests.cluster.processes import title, until
+from tpqwen.bench import compare
 from tpqwen.config import Config
 from tpqwen.engine.core import EngineCore
 from tpqwen.errors import ConfigError, EngineError, RankDied
@@ -175,3 +177,14 @@ def test_a_rank_that_dies_while_loading_ends_the_start(ray_cluster, checkpoint):
         group.load()
     group.stop()
     until(lambda: not title(found[0]).startswith("tpqwen"), "the survivor's end")
+
+
+def test_compare_runs_its_methods_on_several_ranks_and_counts_the_memory_of_all(ray_cluster, checkpoint, capfd):
+    """Naive passes go to the ranks past the scheduler."""
+    parser = argparse.ArgumentParser()
+    compare.add_arguments(parser)
+    args = parser.parse_args(["--requests", "3", "--tokens", "4", "--naive-requests", "2", "--lengths", ""])
+    assert compare.run(args, config_for(checkpoint, 2)) == 0
+    rows = [line.split("│") for line in capfd.readouterr().out.splitlines() if line.count("│") > 5]
+    assert [row[1].strip() for row in rows] == ["naive", "cached", "batched"]
+    assert all(int(row[5]) > 100 for row in rows), "two processes that have imported torch"

@@ -158,7 +158,7 @@ class Comparison:
             blocks = -(-len(sequence) // capacity.block_size)
             executor.submit(
                 StepInput(
-                    epoch=0,
+                    epoch=self.engine.core.scheduler.epoch,
                     step=step,
                     admits=(Admit(0, GREEDY, 0, len(sequence)),),
                     blocks=packed([(0, i, 1 + i) for i in range(blocks)]),
