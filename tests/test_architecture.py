@@ -261,9 +261,10 @@ def test_cheap_modules_stay_cheap():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("module", ["tpqwen.console.serve", "tpqwen.service", "serve_app"])
+@pytest.mark.parametrize("module", ["tpqwen.console.serve", "tpqwen.service", "serve_app", "tpqwen.llm"])
 def test_only_ranks_import_torch(module: str):
-    """Its import takes seconds, once in the command and once in the replica, before any rank begins."""
+    """Its import takes seconds, in the command and in the replica before any rank begins; and a rank has its process
+    that compiles kernels started before."""
     probe = f"import sys, {module}\nprint(sorted({{'torch', 'triton', 'transformers'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"

@@ -16,7 +16,6 @@ from tpqwen.budget import REPAIRS, Budget
 from tpqwen.config import Config, resolve_device
 from tpqwen.engine.core import EngineCore
 from tpqwen.errors import RankDied
-from tpqwen.executor.local import LocalExecutor
 from tpqwen.executor.protocol import Executor
 from tpqwen.model.checkpoint import Checkpoint
 from tpqwen.model.config import ModelConfig, check_parallel
@@ -25,6 +24,7 @@ from tpqwen.model.hub import resolve_model
 from tpqwen.request import Deltas, GenerateRequest, SamplingParams
 from tpqwen.step import StepStats
 from tpqwen.text.sequences import Limits, expand
+from tpqwen.worker.builder import Builder
 
 
 class OwnRanks(Executor, Protocol):
@@ -51,12 +51,15 @@ class OfflineEngine:
         self._repairs = Budget(REPAIRS)
 
     def _make_executor(self) -> OwnRanks:
+        """torch is imported here, behind the process that compiles kernels, and Ray only for more than one rank."""
+        executor: OwnRanks
         if self.config.parallel.tp == 1:
-            return LocalExecutor(self.config, self.folder)
-        if "ray" not in sys.modules:
-            ray_token.guard(os.environ)
-        ray_executor = import_module("tpqwen.executor.ray")  # Ray is loaded only when there is more than one rank
-        executor: OwnRanks = ray_executor.RayExecutor(self.config, self.folder)
+            builder = Builder(1) if resolve_device(self.config.parallel.device) == "cuda" else None
+            executor = import_module("tpqwen.executor.local").LocalExecutor(self.config, self.folder, builder)
+        else:
+            if "ray" not in sys.modules:
+                ray_token.guard(os.environ)
+            executor = import_module("tpqwen.executor.ray").RayExecutor(self.config, self.folder)
         return executor
 
     def new_core(self) -> EngineCore:

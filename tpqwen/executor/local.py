@@ -9,16 +9,18 @@ from tpqwen.errors import RankDied
 from tpqwen.fit import refused_if_too_large
 from tpqwen.parallel.group import TPGroup
 from tpqwen.step import Capacity, RankStats, StepInput, StepOutput
+from tpqwen.worker.builder import Builder
 from tpqwen.worker.worker import Worker
 
 
 class LocalExecutor:
     """Implements executor.protocol.Executor over a Worker of its own. tp must be 1."""
 
-    def __init__(self, config: Config, folder: Path) -> None:
+    def __init__(self, config: Config, folder: Path, builder: Builder | None = None) -> None:
+        """builder: as the Worker takes it."""
         self.depth = config.schedule.depth
         self._config, self._folder = config, folder
-        self._worker = Worker(config, folder, TPGroup.single())
+        self._worker = Worker(config, folder, TPGroup.single(), builder)
 
     def start(self) -> Capacity:
         """Load the model here. Raises ConfigError."""
