@@ -322,13 +322,17 @@ HOSTILE = {
 
 @pytest.mark.parametrize("step", [16, 1_000_000])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_megabyte_of_hostile_output_is_parsed_in_200_ms(name: str, step: int) -> None:
+def test_what_a_megabyte_of_hostile_output_costs_grows_with_its_length_alone(name: str, step: int) -> None:
+    """Eight times as long, eight times as much, not 64 times; with room for whatever else computes on this machine."""
     text = HOSTILE[name]
     for make in (HermesCall, lambda: CoderCall(PARAMETERS)):
-        taken = [_seconds(make(), text, step)]
-        while min(taken) >= 0.2 and len(taken) < 4:  # others compute on this machine too
-            taken.append(_seconds(make(), text, step))
-        assert min(taken) < 0.2, taken
+        whole = part = float("inf")
+        for _ in range(5):
+            whole = min(whole, _seconds(make(), text, step))
+            part = min(part, _seconds(make(), text[: len(text) // 8], step))
+            if whole < 20 * part + 0.01:
+                break
+        assert whole < 20 * part + 0.01, (whole, part)
 
 
 def _seconds(parser: CallParser, text: str, step: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -33,3 +34,22 @@ if not torch.cuda.is_available():
 def device() -> torch.device:
     """Where kernels run: the GPU, or the CPU under the interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def dots_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of a product gets the same bits wherever it stands, as on a GPU; the BLAS that the interpreter calls rounds
+    it by its place among the others on some CPUs (AMD's)."""
+    if torch.cuda.is_available():
+        return
+    from triton.runtime import interpreter
+
+    whole = interpreter.InterpreterBuilder.create_dot
+
+    def by_row(builder: Any, a: Any, b: Any, d: Any, *how: Any) -> Any:
+        pairs = ((a, a.data[:, None]), (b, b.data[None]), (d, d.data[:, None]))
+        result = whole(builder, *(interpreter.TensorHandle(data, x.dtype) for x, data in pairs), *how)
+        result.data = result.data[:, 0]
+        return result
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", by_row)

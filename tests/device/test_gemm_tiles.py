@@ -19,6 +19,7 @@ def test_linear_add_may_write_its_residual(device: torch.device) -> None:
     assert torch.equal(in_place, expected)
 
 
+@pytest.mark.usefixtures("dots_by_row")
 def test_rows_of_a_product_do_not_depend_on_their_neighbours(device: torch.device) -> None:
     x, w = draw(70, 256, device=device), draw(64, 256, device=device)
     whole = gemm.linear(x, w, config=TILE)

@@ -93,6 +93,7 @@ def test_a_weight_is_written_out_as_the_reference_does(
     torch.testing.assert_close(out, reference.dequantize(w, s, dtype), atol=0, rtol=1e-3)
 
 
+@pytest.mark.usefixtures("dots_by_row")
 @pytest.mark.parametrize(("columns", "width"), [(64, 128), (50, 96), (8, 200)])
 def test_deterministic_products_do_not_depend_on_their_rows(columns: int, width: int, device: torch.device) -> None:
     torch.manual_seed(columns)

@@ -20,6 +20,8 @@ from tpqwen.model.weights import random_weights
 from tpqwen.parallel.group import TPGroup
 from tpqwen.worker.kv_cache import KVCache
 
+pytestmark = pytest.mark.usefixtures("dots_by_row")
+
 EPS = 1e-6
 BLOCK = 16
 SMALL = {
