@@ -167,7 +167,7 @@ class Qwen3Server:
         self._drain = Drain(self._client, self._answering, name, self._metrics.engine_state)
         await self._drain.join()
         gc.collect()
-        gc.freeze()  # hundreds of thousands of objects of Ray and others: looking through them was a fifth of a request
+        gc.freeze()  # objects of Ray and others: with torch's a million, and looking through them a fifth of a request
         gc.set_threshold(YOUNG_OBJECTS)
         return app
 

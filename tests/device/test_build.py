@@ -127,10 +127,10 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
         assert self.process.stdin is not None
-        for pipe in (self.process.stdin, self.marks, self.children):
+        self.process.stdin.close()  # its children end with it
+        self.process.wait(30)
+        for pipe in (self.marks, self.children):
             pipe.close()
 
 

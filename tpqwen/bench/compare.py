@@ -108,7 +108,7 @@ class Comparison:
         self, method: str, prompts: list[list[int]], num_tokens: int, run: int
     ) -> tuple[Measured, list[list[int]]]:
         """Run `run` of the prompts with one method and scale the time to all of them."""
-        self.engine.executor.peak_memory()
+        self.engine.executor.peak_memory()  # what was before does not count
         call: Callable[[list[list[int]], int], list[list[int]]] = getattr(self, method)
         begin = time.perf_counter()
         outputs = call(prompts[:run], num_tokens)

@@ -81,16 +81,15 @@ class RankProcess:
     """
 
     def __init__(self, options: dict[str, Any], rank: int | None) -> None:
-        self._builder: Builder | None = None
-        parallel = Config.load(options, {}).parallel
-        if rank is not None and resolve_device(parallel.device) == "cuda":
-            self._builder = Builder(parallel.tp)  # its process imports as much as this one, at the same time
+        config = Config.load(options, {})
+        starts = rank is not None and resolve_device(config.parallel.device) == "cuda"
+        self._builder = Builder(config.parallel.tp) if starts else None  # imports as much as this process, beside it
         import_module("tpqwen.worker.worker")
         self._worker: Worker | None = None
         self._inbox: Receiver | None = None
         self._steps: threading.Thread | None = None
         self._joining = threading.Lock()
-        self._name(options, rank)
+        self._name(config, rank)
 
     def where(self) -> Where:
         """Where this rank is."""
@@ -101,7 +100,7 @@ class RankProcess:
         """A spare takes the place of a rank that has ended, and its GPUs: CUDA reads the variable when first used."""
         if gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpus
-        self._name(options, rank)
+        self._name(Config.load(options, {}), rank)
         return self.where()
 
     def load(self, folder: str, meeting: Meeting | None, ended: tuple[int, ...] = ()) -> Capacity | Refusal:
@@ -180,11 +179,11 @@ class RankProcess:
         """Bytes at most since this was last asked; 0 before loading."""
         return self._worker.peak_memory() if self._worker is not None else 0
 
-    def _name(self, options: dict[str, Any], rank: int | None) -> None:
+    def _name(self, config: Config, rank: int | None) -> None:
         from tpqwen.parallel.group import TPGroup
 
-        self._config = Config.load(options, {})
-        self._rank, size = rank, self._config.parallel.tp
+        self._config = config
+        self._rank, size = rank, config.parallel.tp
         name = "spare rank" if rank is None else f"rank {rank}/{size}"
         self._group = TPGroup(rank or 0, size, None)
         logs.configure(self._config.server.log, name)

@@ -96,6 +96,11 @@ class DecodeGraphs:
         self._graphs[width, kind, wide] = self._capture(width, kind, wide)
         return True
 
+    @torch.inference_mode()
+    def launch(self, width: int, kind: SampleKind | None, wide: bool) -> None:
+        """The same pass once, kernel by kernel, over whatever the buffer holds."""
+        self._pass(kind, wide)(self.slots[:width])
+
     def settle(self) -> None:
         """Wait until the device has done all that was launched. Raises ConnectionError when the group is called off."""
         if self._enabled:
@@ -113,11 +118,6 @@ class DecodeGraphs:
         graph, result = self._graphs[key]
         graph.replay()
         return result
-
-    @torch.inference_mode()
-    def launch(self, width: int, kind: SampleKind | None, wide: bool) -> None:
-        """The same pass once, kernel by kernel, over whatever the buffer holds."""
-        self._pass(kind, wide)(self.slots[:width])
 
     @torch.inference_mode()
     def _capture(

@@ -75,6 +75,12 @@ class MixedGraphs:
         return True
 
     @torch.inference_mode()
+    def launch(self, width: int, tokens: int, kind: SampleKind, wide: bool) -> None:
+        """As DecodeGraphs.launch, with nobody's chunks."""
+        self._clear(tokens)
+        self._pass(tokens, kind, wide)(self._decode.slots[:width])
+
+    @torch.inference_mode()
     def try_prompt(self, num_tokens: int) -> None:
         """Run a whole prompt of nobody's through one layer, for what has to be made when its shape first comes."""
         runner, state = self._runner, self._runner.state
@@ -95,12 +101,6 @@ class MixedGraphs:
             device = self._runner.state.tensors.length.device
             self._chunks[tokens] = torch.zeros(size, dtype=torch.int32, device=device)
         return self._chunks[tokens]
-
-    @torch.inference_mode()
-    def launch(self, width: int, tokens: int, kind: SampleKind, wide: bool) -> None:
-        """As DecodeGraphs.launch, with nobody's chunks."""
-        self._clear(tokens)
-        self._pass(tokens, kind, wide)(self._decode.slots[:width])
 
     def _clear(self, tokens: int) -> None:
         nothing = pad(_nothing(), tokens, self._runner.state.tensors.padding_slot)
