@@ -5,14 +5,14 @@ Without torch where nobody computes: its import takes seconds of a server's star
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from tpqwen.config import Config, resolve_device
 from tpqwen.errors import ConfigError
+from tpqwen.machine import host_memory
 from tpqwen.model.config import ModelConfig
 from tpqwen.model.sizing import DTYPE_BYTES, Sizes, derive
 
@@ -21,7 +21,6 @@ ASKED = re.compile(r"tried to allocate ([\d.]+) ?(\w+)", re.IGNORECASE)
 OF_HOST = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory")
 CUDAS_OWN = "CUDA error: out of memory"  # not of torch's allocator: what CUDA needs for itself, or pinned memory
 CUDAS_OWN_BYTES = 1 << 30  # the former is less
-CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 GIB = 1 << 30
 
 
@@ -58,31 +57,6 @@ def _check_cpu_ranks(config: Config, model: ModelConfig, sizes: Sizes) -> None:
         text = f"the weights take {weights / GIB:.1f} GiB and the KV cache {cache / GIB:.1f} GiB"
         help_ = "lower num_kv_blocks or max_model_len, or take a smaller model"
         raise ConfigError(f"{text}, and this machine has {memory / GIB:.1f} GiB of memory; {help_}")
-
-
-def host_memory() -> int:
-    """Bytes of memory that processes here may have: the machine's, or less by a limit of their control groups."""
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for path in _cgroup_limits():
-        with suppress(OSError):
-            if (text := path.read_text().strip()).isdigit():
-                limits.append(int(text))
-    return min(limits)
-
-
-def _cgroup_limits() -> Iterator[Path]:
-    """Where the limits of this process's control group and of those above it are, if they are there: cgroups(7).
-
-    In a container the path may be the host's, and only the root is there.
-    """
-    with suppress(OSError):
-        for line in OWN_CGROUP.read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            own = Path(path.lstrip("/"))
-            if not controllers:  # version 2
-                yield from (CGROUPS / place / "memory.max" for place in (own, *own.parents))
-            elif "memory" in controllers.split(","):
-                yield from (CGROUPS / "memory" / place / "memory.limit_in_bytes" for place in (own, *own.parents))
 
 
 @contextmanager

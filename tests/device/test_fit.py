@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
@@ -12,7 +10,7 @@ from tpqwen import fit
 from tpqwen.config import Config
 from tpqwen.errors import ConfigError
 from tpqwen.executor.local import LocalExecutor
-from tpqwen.fit import GIB, check_host_memory, host_memory, refused_if_too_large
+from tpqwen.fit import GIB, check_host_memory, refused_if_too_large
 from tpqwen.model import weights
 from tpqwen.model.config import ModelConfig
 from tpqwen.worker import kv_cache
@@ -57,34 +55,6 @@ def test_all_ranks_of_this_machine_count(folder, monkeypatch):
     with pytest.raises(ConfigError, match="this machine has"):
         check_host_memory(eight, model)
     check_host_memory(config(folder, num_kv_blocks=1000, block_size=16, tp=8, interface="eth0"), model)
-
-
-@pytest.mark.parametrize(
-    ("own", "limits", "expected"),
-    [
-        ("0::/\n", {"memory.max": "1048576"}, 1 << 20),
-        ("0::/a.slice/b\n", {"a.slice/b/memory.max": "max", "a.slice/memory.max": "2097152"}, 2 << 20),
-        ("0::/a.slice/b\n", {"a.slice/b/memory.max": "1048576", "a.slice/memory.max": "2097152"}, 1 << 20),
-        ("0::/a/b\n", {"memory.max": "1048576", "other/memory.max": "4096"}, 1 << 20),  # a container's, whose root is b
-        ("9:cpu:/x\n4:hugetlb,memory:/a\n0::/\n", {"memory/a/memory.limit_in_bytes": "1048576"}, 1 << 20),
-        ("4:memory:/a\n", {"memory/memory.limit_in_bytes": "1048576"}, 1 << 20),
-        ("0::/a\n", {"a/memory.max": "max", "memory.max": "max"}, None),
-        ("4:memory:/\n", {"memory/memory.limit_in_bytes": "9223372036854771712"}, None),
-        ("", {"memory.max": "4096"}, None),
-    ],
-)
-def test_the_limits_of_the_own_control_group_and_those_above_it_count(tmp_path, monkeypatch, own, limits, expected):
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    (tmp_path / "own").write_text(own)
-    for name, text in limits.items():
-        file = tmp_path / "tree" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text + "\n")
-    monkeypatch.setattr(fit, "OWN_CGROUP", tmp_path / "own")
-    monkeypatch.setattr(fit, "CGROUPS", tmp_path / "tree")
-    assert host_memory() == (expected or machine)
-    (tmp_path / "own").unlink()
-    assert host_memory() == machine
 
 
 def test_an_allocation_that_fails_is_refused_with_what_it_asked_for(folder, monkeypatch):

@@ -18,6 +18,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from tpqwen.errors import ConfigError
+from tpqwen.machine import num_cpus
 from tpqwen.model.hub import FILES
 
 SUMS = tuple(name + end for name in ("SHA256SUMS", "SHA256SUM", "sha256sums", "sha256sum") for end in ("", ".txt"))
@@ -123,7 +124,7 @@ def _compare(folder: Path, wanted: Mapping[str, str]) -> None:
     if not wanted:
         return
     begin = time.monotonic()
-    threads = min(len(wanted), MAX_THREADS, os.cpu_count() or 1)
+    threads = min(len(wanted), MAX_THREADS, num_cpus())
     pool = ThreadPoolExecutor(threads, "sha256")
     try:
         for name, found in zip(wanted, pool.map(lambda name: _sha256(folder / name), wanted), strict=True):

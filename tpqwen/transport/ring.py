@@ -20,6 +20,8 @@ from pathlib import Path
 
 import msgspec
 
+from tpqwen.machine import num_cpus
+
 MAGIC = 0x31676E6972717074  # "tpqring1"
 DEFAULT_CAPACITY = 4 * 1024 * 1024
 MAX_READERS = 56
@@ -57,7 +59,7 @@ _libc = ctypes.CDLL(None, use_errno=True) if _FUTEX_NUMBER is not None else None
 
 def default_spin_us() -> float:
     """How long a reader spins before it sleeps: not at all where cores are few."""
-    return 20.0 if (os.cpu_count() or 1) > 4 else 0.0
+    return 20.0 if num_cpus() > 4 else 0.0
 
 
 def _futex_wait(address: int, expected: int, timeout_s: float) -> None:

@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from tpqwen.kernels.variant import END, Kernel
+from tpqwen.machine import num_cpus
 
 MOST = 32  # processes at a time; each has some 30 MB of its own, and a compiler at work
 TIMEOUT_S = 120.0  # for the first ones; what is not there by then is compiled where it is launched
@@ -38,7 +39,7 @@ class Builder:
     """
 
     def __init__(self, ranks: int) -> None:
-        width = max(1, min((os.cpu_count() or 1) // ranks, MOST))
+        width = max(1, min(num_cpus() // ranks, MOST))
         path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
         own = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": ""}
         environment = {**os.environ, **NO_THREADS, **own}

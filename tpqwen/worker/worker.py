@@ -18,6 +18,7 @@ import torch
 
 from tpqwen.config import Config
 from tpqwen.gpu import Gpu
+from tpqwen.machine import num_cpus
 from tpqwen.model.config import ModelConfig
 from tpqwen.model.sizing import Sizes, derive
 from tpqwen.parallel.group import TPGroup
@@ -99,7 +100,7 @@ class Worker:
         cuda = self.sizes.device == "cuda"
         self._device = torch.device("cuda:0" if cuda else "cpu")
         if not cuda:
-            torch.set_num_threads(config.parallel.threads or max(1, (os.cpu_count() or 1) // group.size))
+            torch.set_num_threads(config.parallel.threads or max(1, num_cpus() // group.size))
         self._pending: deque[Pending] = deque()
         self._busy_s = 0.0
         self._gpu = Gpu(str(torch.cuda.get_device_properties(0).uuid)) if cuda else None
