@@ -17,6 +17,7 @@ import pytest
 
 from tests.http.live import Live, completion, live, received, until
 from tests.http.test_clients import MALFORMED, finished, running, status
+from tpqwen.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 UNSEEN = "/v1/unseen"
@@ -204,6 +205,21 @@ def test_without_a_server_behind_it_the_answer_is_a_503_to_be_retried(tmp_path: 
     assert (answer.status_code, code(answer), answer.headers["retry-after"]) == (503, "unavailable", "2")
 
 
+def test_an_answer_that_is_not_streamed_may_take_as_long_as_the_server_lets_it() -> None:
+    (seconds,) = re.findall(r"proxy_read_timeout (\d+)s;", CONFIG.read_text())
+    assert int(seconds) > Config.load({}, {}).server.total_timeout
+
+
+def test_an_answer_that_takes_longer_is_a_504_that_is_not_to_be_retried_at_once(tmp_path: Path) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        front(tmp_path / "slow", silent.getsockname()[1], proxy_read_timeout="1s") as port,
+    ):
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json={"prompt": "hi"}, timeout=20)
+    assert (answer.status_code, code(answer)) == (504, "deadline_exceeded")
+    assert "retry-after" not in answer.headers
+
+
 def test_its_log_holds_neither_keys_nor_queries_nor_prompts(server: Live, folder: Path) -> None:
     headers = {"authorization": "Bearer canarykey", "user-agent": "canaryagent", "referer": "canaryreferer"}
     body = {"prompt": "canaryprompt", "max_tokens": 1}
@@ -216,6 +232,6 @@ def test_its_log_holds_neither_keys_nor_queries_nor_prompts(server: Live, folder
 def test_every_error_that_nginx_makes_itself_is_json() -> None:
     text = CONFIG.read_text()
     bodies = re.findall(r"return (\d+) '(.+)';", text)
-    assert len(bodies) == 8
+    assert len(bodies) == 9
     for _, body in bodies:
         assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
