@@ -172,6 +172,10 @@ ALIASES: dict[str, tuple[str, dict[str, str]]] = {
     "request_time_per_output_token_seconds": ("request_time_per_output_token_seconds", {}),
     "e2e_request_latency_seconds": ("e2e_request_latency_seconds", {}),
     "request_queue_time_seconds": ("request_queue_time_seconds", {}),
+    "request_prefill_time_seconds": ("request_prefill_time_seconds", {}),
+    "request_decode_time_seconds": ("request_decode_time_seconds", {}),
+    "request_prompt_tokens": ("request_prompt_tokens", {}),
+    "request_generation_tokens": ("request_generation_tokens", {}),
 }
 
 

@@ -252,6 +252,8 @@ def test_vllm_aliases_show_the_same_numbers_under_vllms_labels():
     assert found["vllm:cache_config_info", info] == 1
     families = {family.name for family in text_string_to_metric_families(metrics.metrics_text())}
     assert {f"vllm:{name.removesuffix('_total')}" for name in ALIASES} <= families
+    for name in ("prompt_tokens", "generation_tokens", "prefill_time_seconds", "decode_time_seconds"):
+        assert found[f"vllm:request_{name}_count", (engine,)] == found[f"tpqwen_request_{name}_count", ()]
 
 
 def test_aliases_can_be_left_out():
