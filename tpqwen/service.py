@@ -36,6 +36,7 @@ from tpqwen.ending import shutdown_begins
 from tpqwen.engine.client import EngineClient
 from tpqwen.executor.titles import keep_title
 from tpqwen.exporter import Exporter
+from tpqwen.exposure import refuse_strangers, serve_host
 from tpqwen.fit import check_host_memory
 from tpqwen.keyfile import find_keys
 from tpqwen.ledger import share_limits
@@ -136,6 +137,8 @@ class Qwen3Server:
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Serve after the constructor: load everything, then say that this replica is there."""
+        server, keys = self._config.server, self._keys[0]
+        refuse_strangers(await serve_host(), closed=keys is not None, insecure=server.insecure)
         self._metrics.engine_state("loading")
         text = asyncio.create_task(asyncio.to_thread(self._load_text))
         self._tasks.append(asyncio.create_task(self._grammars.start()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from tests.cluster.processes import until
 from tests.cluster.replica import SMALL, bound, replicas, start_serve, wait_for_replicas
+from tpqwen.exposure import serve_host
 
 pytestmark = pytest.mark.ray
 
@@ -62,6 +64,10 @@ def test_every_path_but_health_is_closed_through_serves_proxy(server: Server) ->
     assert ask(server, "tpq_wrong_0123456789abcdef").status_code == 401
     answer = httpx.get(f"{server.url}/version", headers={"x-api-key": ALICE}, timeout=20)
     assert answer.status_code == 200 and answer.json()["model"] == "tpqwen-demo"
+
+
+def test_serve_says_where_it_listens(server: Server) -> None:
+    assert asyncio.run(serve_host()) == "127.0.0.1"
 
 
 def test_a_limit_holds_for_both_replicas_together(server: Server) -> None:

@@ -34,13 +34,9 @@ EXTRA_FLAGS = {
 
 
 @pytest.fixture(autouse=True)
-def same_environment_and_loggers(monkeypatch):
-    """Commands complete os.environ for Ray and configure loggers; both are put back."""
+def same_environment(monkeypatch):
+    """Commands complete os.environ for Ray."""
     monkeypatch.setattr(cli, "set_ray_defaults", lambda environ, words: None)
-    log = logging.getLogger("tpqwen")
-    before = log.handlers[:], log.level, log.propagate
-    yield
-    log.handlers[:], log.level, log.propagate = before
 
 
 def command(monkeypatch, run):
@@ -279,6 +275,28 @@ def test_serve_refuses_to_listen_beyond_loopback_without_keys(monkeypatch, tmp_p
     monkeypatch.setenv("TPQWEN_API_KEYS", "alice short")
     with pytest.raises(ConfigError, match="random characters"):
         serve.check_access(Config.load({"host": "127.0.0.1"}, {}))
+
+
+def test_keys_that_a_running_cluster_does_not_see_are_refused(monkeypatch, tmp_path):
+    from tpqwen.console import serve
+
+    monkeypatch.setenv("TPQWEN_API_KEYS", "alice tpq_0123456789abcdefghij")
+    serve.check_access(Config.load({"host": "0.0.0.0"}, {}))
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    for host in ("127.0.0.1", "0.0.0.0"):
+        with pytest.raises(ConfigError, match=r"does not see .*--api-keys-file"):
+            serve.check_access(Config.load({"host": host}, {}))
+    keys = tmp_path / "keys"
+    keys.write_text("alice tpq_0123456789abcdefghij\n")
+    serve.check_access(Config.load({"host": "0.0.0.0", "api_keys_file": str(keys)}, {}))
+
+
+@pytest.mark.parametrize("name", ["host", "port", "ingress"])
+def test_what_only_the_command_can_do_is_refused_by_the_application(name):
+    import serve_app
+
+    with pytest.raises(ConfigError, match=rf"{name} is for `tpqwen serve`"):
+        serve_app.app({name: "1"})
 
 
 def test_nobody_listening_is_not_ready():

@@ -28,8 +28,9 @@ from rich.console import Console
 from tpqwen.config import Config, api_keys_text, resolve_device
 from tpqwen.console.ray_settings import haproxy_ports
 from tpqwen.console.signals import Interrupts, sessions_of_their_own
-from tpqwen.console.startup import LOOPBACK, Watch, banner, is_ready, server_url
+from tpqwen.console.startup import Watch, banner, is_ready, server_url
 from tpqwen.errors import ConfigError, EngineError
+from tpqwen.exposure import refuse_strangers
 from tpqwen.gpu import count_gpus
 from tpqwen.keyfile import find_keys
 from tpqwen.service import build_app
@@ -90,12 +91,13 @@ def check_ingress(config: Config) -> None:
 
 
 def check_access(config: Config) -> None:
-    """Keys that can be meant, and no open door by oversight. Raises ConfigError."""
+    """Keys that can be meant and will be in force, and no open door by oversight. Raises ConfigError."""
     server = config.server
-    keys, _ = find_keys(server.api_keys_file, api_keys_text())
-    if keys is None and not server.insecure and server.host not in LOOPBACK:
-        text = f"listening on {server.host} needs API keys (--api-keys-file or TPQWEN_API_KEYS), so that not everyone"
-        raise ConfigError(f"{text} who reaches this host can use it; --insecure goes without")
+    keys, file = find_keys(server.api_keys_file, api_keys_text())
+    if keys is not None and file is None and "RAY_ADDRESS" in os.environ:
+        text = "the cluster at RAY_ADDRESS does not see this command's TPQWEN_API_KEYS"
+        raise ConfigError(f"{text}: give a file that its nodes have, --api-keys-file")
+    refuse_strangers(server.host, closed=keys is not None, insecure=server.insecure)
 
 
 def check_host(config: Config) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 
 from rich.console import Console
 
+from tpqwen.exposure import LOOPBACK
+
 STAGES = {"weights": "weights", "kv_alloc": "KV cache", "warmup": "warm-up", "kernels": "kernels"}
 LOADED = re.compile(r'process="rank 0/\d+" .* stage=(\w+) seconds=([\d.]+)')
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TROUBLE = re.compile(r" level=(warning|error|critical) process=")
 
 
