@@ -1,6 +1,6 @@
 """Programs for test_build.py, each a process of its own: kernels compiled for an H100 where there is none.
 
-    python -m tests.device.compiling build | later | nothing | launch | dead | record | keys | worker WIDTH
+    python -m tests.device.compiling build | later | rest | nothing | launch | dead | record | keys | worker WIDTH
 
 Tensors are the CPU's. The driver that Triton is given here takes compiled kernels, says that they are loaded, and runs
 nothing.
@@ -12,7 +12,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,9 +20,22 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
-from tpqwen.kernels import build_worker, cuda, gemm, gemm_norm, gemm_tiles, launch, norm, recording, sampling, stepping
+from tpqwen.kernels import (
+    build_worker,
+    cuda,
+    exchange,
+    gemm,
+    gemm_norm,
+    gemm_tiles,
+    launch,
+    norm,
+    recording,
+    sampling,
+    stepping,
+)
 from tpqwen.kernels.gemm_table import Config
 from tpqwen.kernels.variant import Kernel, parse
+from tpqwen.parallel.peers import blank
 from tpqwen.worker.builder import Builder, Launch
 
 MODULES = (launch, norm, gemm_norm, gemm_tiles, gemm, sampling, stepping)
@@ -57,7 +69,8 @@ def filled(x, VALUE: triton.language.constexpr):  # type: ignore[no-untyped-def]
 
 
 def launches() -> list[Launch]:
-    """Products with one row, with many and in tiles, a norm, and the edits between passes: six kernels."""
+    """Products with one row, with many and in tiles, a norm, edits between passes, and a sum over ranks, which takes
+    a type as a constant: seven kernels."""
     x_TI, weight_OI = torch.zeros(64, 256, dtype=torch.bfloat16), torch.zeros(512, 256, dtype=torch.bfloat16)
     tables, ints = torch.zeros(9, 4, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
     return [
@@ -67,6 +80,7 @@ def launches() -> list[Launch]:
         lambda: norm.rms_norm(x_TI, weight_OI[0], 1e-6),
         lambda: stepping.edit_slots(tables, ints[None]),
         lambda: stepping.set_rows(torch.zeros(8, dtype=torch.int32), ints, 8),
+        lambda: exchange.compile_for(blank(0, 2, 1 << 16, x_TI.device), x_TI),
     ]
 
 
@@ -78,16 +92,14 @@ def builds() -> None:
 
 
 def builds_later() -> None:
-    """The first two at once. Prints how far the builder is: behind these, and when it has been waited for."""
+    """The first two at once. Prints how many of the others are gone through, when they have been waited for."""
     gone_through: list[int] = []
 
-    def later() -> Iterator[Launch]:
-        for number, make in enumerate(launches()[2:]):
-            gone_through.append(number)
-            yield make
+    def watched(number: int, make: Launch) -> Launch:
+        return lambda: (gone_through.append(number), make())
 
     builder = Builder(1)
-    builder.build(launches()[:2], later())
+    builder.build(launches()[:2], [watched(*each) for each in enumerate(launches()[2:])])
     builder.built(1, 60.0)
     for number in range(len(gone_through) + 2):
         assert builder.built(number, 60.0), "what is not queued is there when the others are"
@@ -95,11 +107,25 @@ def builds_later() -> None:
     print(len(gone_through))
 
 
-def nothing_to_build() -> None:
-    """All of the first is in the cache: the later ones are not even looked at, and nobody waits for them."""
+def builds_the_rest() -> None:
+    """The first two are in the cache, and the others are not: nobody waits for them now, but they will be there."""
+    interrupted = Builder(1)
+    interrupted.build(launches()[:2])
+    interrupted.close()
     builder = Builder(1)
-    builder.build(launches(), [lambda: print("looked at")])
-    print(builder._process, builder.built(1))
+    builder.build(launches()[:2], launches()[2:])
+    assert builder._process is not None, "not waited for"
+    for number in range(len(launches())):
+        assert builder.built(number, 60.0)
+    assert builder._process is None
+
+
+def nothing_to_build() -> None:
+    """All is in the cache: of many later ones few are looked at, and nobody waits for them."""
+    looked_at: list[int] = []
+    builder = Builder(1)
+    builder.build(launches(), [lambda number=number: looked_at.append(number) for number in range(40)])
+    print(builder._process, builder.built(1), *looked_at)
 
 
 def launches_all() -> None:
@@ -151,20 +177,36 @@ def keys() -> None:
 
 
 def works() -> int:
-    """The worker with kernels that fail, or take a minute to compile."""
+    """The worker with kernels that fail, whose compiler prints, or that take a minute; and a fork that fails once."""
 
     def compile_kernel(kernel: Kernel) -> None:
         os.write(2, f"{os.getpid()} {os.nice(0)}\n".encode())  # in one piece: children share the pipe
         if kernel.name == "fails":
             raise ValueError(kernel.name)
+        if kernel.name == "prints":
+            os.write(1, b"all of the assembly\n" * 500)
         time.sleep(60 * (kernel.name == "slow"))
 
+    forks, real = iter(range(1000)), os.fork
+
+    def fork() -> int:
+        if os.environ.get("FAILS") == str(next(forks)):
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return real()
+
+    build_worker.os.fork = fork
     build_worker.compile_kernel = compile_kernel
     return build_worker.main(sys.argv[2:])
 
 
 if __name__ == "__main__":
     triton.runtime.driver.set_active(NoDevice())
-    programs = {"build": builds, "later": builds_later, "nothing": nothing_to_build, "launch": launches_all}
+    programs = {
+        "build": builds,
+        "later": builds_later,
+        "rest": builds_the_rest,
+        "nothing": nothing_to_build,
+        "launch": launches_all,
+    }
     programs |= {"dead": dies, "record": records, "keys": keys, "worker": works}
     sys.exit(programs[sys.argv[1]]())

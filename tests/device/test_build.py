@@ -43,27 +43,41 @@ def contents(cache: Path) -> dict[str, bytes]:
 def test_what_processes_compile_is_what_triton_compiles_alone_and_finds(tmp_path: Path) -> None:
     together, alone = tmp_path / "together", tmp_path / "alone"
     run(together, "build")
-    assert run(alone, "launch").split() == ["False"] * 6
+    assert run(alone, "launch").split() == ["False"] * 7
     theirs = contents(alone)
-    assert sum(name.endswith(".cubin") for name in theirs) == 6
+    assert sum(name.endswith(".cubin") for name in theirs) == 7
     assert contents(together) == theirs  # machine code, assembly and metadata, under the same keys
-    assert run(together, "launch").split() == ["True"] * 6
+    assert run(together, "launch").split() == ["True"] * 7
 
 
 def test_what_nobody_waits_for_is_compiled_behind_the_first_ones(tmp_path: Path) -> None:
     gone_through = int(run(tmp_path, "later"))
     found = run(tmp_path, "launch").split()
-    assert found == ["True"] * (2 + gone_through) + ["False"] * (4 - gone_through)
+    assert found == ["True"] * (2 + gone_through) + ["False"] * (5 - gone_through)
 
 
-def test_where_the_first_ones_are_there_nothing_is_done_for_the_others(tmp_path: Path) -> None:
+def test_where_all_is_there_few_of_the_others_are_looked_at_and_nothing_is_done(tmp_path: Path) -> None:
     run(tmp_path, "build")
-    assert run(tmp_path, "nothing").split() == ["None", "True"]
+    assert run(tmp_path, "nothing").split() == ["None", "True", "39", "23", "7"]
+
+
+def test_where_only_the_first_ones_are_there_the_others_are_built(tmp_path: Path) -> None:
+    """As after a first start that was interrupted, or with other options."""
+    run(tmp_path, "rest")
+    assert run(tmp_path, "launch").split() == ["True"] * 7
 
 
 def test_what_is_recorded_is_not_launched_and_other_threads_are_left_alone(tmp_path: Path) -> None:
     noted, made = run(tmp_path, "record").splitlines()[-1].split("] [")
-    names = ["_gemv_kernel", "_dot_kernel", "_tile_kernel", "_rms_norm_kernel", "_edit_kernel", "_rows_kernel"]
+    names = [
+        "_gemv_kernel",
+        "_dot_kernel",
+        "_tile_kernel",
+        "_rms_norm_kernel",
+        "_edit_kernel",
+        "_rows_kernel",
+        "_exchange_kernel",
+    ]
     assert noted == f"[{str(names)[1:-1]}" and made == "'_rms_norm_kernel']"
 
 
@@ -106,10 +120,10 @@ def test_a_launcher_is_compiled_too_where_triton_makes_one_for_each_signature(mo
 class Worker:
     """The process that compiles, with kernels of these names, or marks ("-"), and a width."""
 
-    def __init__(self, cache: Path, names: str, width: int) -> None:
+    def __init__(self, cache: Path, names: str, width: int, **more: str) -> None:
         self.process = subprocess.Popen(
             command("worker", str(width)),
-            env=environment(cache),
+            env=environment(cache) | more,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -139,6 +153,18 @@ def test_the_worker_counts_what_fails(tmp_path: Path) -> None:
         assert worker.process.wait(60) == 2
         children = [line for line in worker.children if line.split()[0].isdigit()]
         assert len({*children}) == 4, "each in a process of its own"
+
+
+def test_what_a_compiler_prints_is_no_mark(tmp_path: Path) -> None:
+    with Worker(tmp_path, "prints - slow -", 2) as worker:
+        assert worker.marks.readline() == "\n"
+        assert not select.select([worker.marks], [], [], 0)[0]
+
+
+def test_a_child_that_cannot_be_had_now_is_had_when_another_has_ended(tmp_path: Path) -> None:
+    with Worker(tmp_path, "fine fine fails", 2, FAILS="1") as worker:
+        assert worker.process.wait(60) == 1
+        assert len([line for line in worker.children if line.split()[0].isdigit()]) == 3
 
 
 def test_the_worker_and_its_children_end_with_whoever_waits(tmp_path: Path) -> None:
@@ -186,8 +212,28 @@ def test_nothing_is_left_of_a_builder_that_is_closed_and_nobody_waits_for_it() -
     assert process.returncode == -9 and made.built(0)
 
 
+def test_a_builder_that_gives_no_sign_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builder, "TIMEOUT_S", 0.0)
+    made = builder.Builder(1)  # was never told that nothing comes
+    process = made._process
+    assert process is not None and made.built(1) and process.returncode == -9
+
+
+def test_a_builder_is_closed_when_what_it_should_build_cannot_be_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = builder.Builder(1)
+    process = made._process
+
+    def fails(line: str) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(made, "_send", fails)
+    with pytest.raises(RuntimeError):
+        made.build([])
+    assert process is not None and process.returncode == -9 and made.built(1)
+
+
 def test_a_builder_that_has_died_costs_nothing_but_time(tmp_path: Path) -> None:
-    assert run(tmp_path, "dead").split() == ["False"] * 6
+    assert run(tmp_path, "dead").split() == ["False"] * 7
 
 
 def test_without_a_process_nothing_is_built(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -245,6 +245,17 @@ def test_what_fails_early_is_no_error_and_a_failing_body_is_one() -> None:
     assert done == [1, 2, 3, 4]
 
 
+def test_who_builds_is_told_when_there_is_nothing_to_build() -> None:
+    told: list[tuple[int, int]] = []
+
+    def fails() -> Parts:
+        raise RuntimeError("no memory")
+
+    with compiled_beside(fails, lambda first, later: told.append((len(first), len(later)))):
+        pass
+    assert told == [(0, 0)]
+
+
 def test_alone_keeps_shapes() -> None:
     alone = Alone(TPGroup(1, 4, None))
     x = torch.arange(6.0).view(2, 3)

@@ -184,8 +184,8 @@ def test_an_abort_that_does_not_come_back_costs_the_rank_in_time(
     rank.inbox.send(STEP, 1.0)
     assert nccl.stuck.wait(PATIENCE_S)
     begin = time.monotonic()
-    assert not rank.process.leave(2.0, hung=False)
-    assert time.monotonic() - begin < 10
+    assert not rank.process.leave(5.0, hung=False)
+    assert time.monotonic() - begin < 20
     assert "cannot leave its group, for it is in release (group.py" in caplog.text
     assert rank.answers() == []
     monkeypatch.undo()

@@ -36,6 +36,8 @@ def main(arguments: list[str]) -> int:
     """Compile what stdin names."""
     if os.getpgrp() != os.getpid():  # at the end all of the group is killed
         os.setpgid(0, 0)
+    marks_to = os.dup(1)
+    os.dup2(2, 1)  # what compilers print are no marks
     _prepare()
     width, waiting, begun = int(arguments[0]), deque[str](), b""
     running: dict[int, tuple[int, int]] = {}  # the pipe that ends with a child -> its process, and which kernel it is
@@ -47,8 +49,10 @@ def main(arguments: list[str]) -> int:
             if not waiting[0]:
                 marks.append(started)
             elif len(running) < (width if urgent else max(1, width // 2)):
-                pipe, process = _start(parse(waiting[0]), 0 if urgent else LOWEST)
-                running[pipe] = process, started
+                child = _start(parse(waiting[0]), 0 if urgent else LOWEST, marks_to, patient=bool(running))
+                if child is None:
+                    break  # until one has ended
+                running[child[0]] = child[1], started
                 started += 1
             else:
                 break
@@ -56,7 +60,7 @@ def main(arguments: list[str]) -> int:
         while marks and marks[0] <= min((number for _, number in running.values()), default=started):
             marks.popleft()
             answered += 1
-            os.write(1, b"\n")
+            os.write(marks_to, b"\n")
         if not running and list(waiting) == [END]:
             return min(failed, MOST_TOLD)
         ready, _, _ = select.select([0, *running], [], [])
@@ -81,12 +85,23 @@ def _prepare() -> None:
     key.join()
 
 
-def _start(kernel: Kernel, niceness: int) -> tuple[int, int]:
-    """A child that compiles it: the pipe that ends with it, and its process."""
+def _start(kernel: Kernel, niceness: int, closed: int, *, patient: bool) -> tuple[int, int] | None:
+    """A child that compiles it: the pipe that ends with it, and its process. closed: what it must not hold open.
+
+    patient: None where there can be no process now. Otherwise raises OSError then.
+    """
     reader, writer = os.pipe()
-    child = os.fork()
+    try:
+        child = os.fork()
+    except OSError:
+        if not patient:
+            raise
+        os.close(reader)
+        os.close(writer)
+        return None
     if child == 0:
         try:
+            os.close(closed)
             os.nice(niceness)
             compile_kernel(kernel)
             os._exit(0)

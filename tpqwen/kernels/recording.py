@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from triton import knobs
 from triton.runtime import driver
 
-from tpqwen.kernels.variant import Kernel, parse
+from tpqwen.kernels.variant import Kernel, literal, parse
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +27,8 @@ def _noted(call: dict[str, Any]) -> str:
     stored = json.loads(compiled["specialization_data"])["options"]  # JSON has no tuples
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
     where = (target.backend, target.arch, target.warp_size)
-    types = (compiled["signature"], compiled["constants"], compiled["configs"][0])
+    constants = {place: literal(value) for place, value in compiled["constants"].items()}
+    types = (compiled["signature"], constants, compiled["configs"][0])
     return repr((call["fn"].module, call["fn"].name, *types, options, where))
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from triton.compiler import ASTSource
 
 END = "."  # the last line that is sent: no kernel comes any more
+TYPE = "triton.language.dtype"  # marks a constant that is a type
 NAME_LENGTH = 150  # of a kernel's files in the cache, as triton.compiler cuts it
 
 
@@ -33,7 +34,8 @@ class Kernel(NamedTuple):
         from triton.compiler import ASTSource
 
         function = getattr(import_module(self.module), self.name)
-        return ASTSource(function, self.signature, self.constants, self.attributes)
+        constants = {place: _constant(value) for place, value in self.constants.items()}
+        return ASTSource(function, self.signature, constants, self.attributes)
 
     def is_cached(self) -> bool:
         """Whether Triton would find it compiled."""
@@ -47,6 +49,20 @@ class Kernel(NamedTuple):
         name = f"{source.name[:NAME_LENGTH]}.json"
         manager = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
         return name in (manager.get_group(name) or {})
+
+
+def literal(value: Any) -> Any:
+    """A constant as a literal: Triton's types by their names."""
+    from triton.language import dtype
+
+    return (TYPE, value.name) if isinstance(value, dtype) else value
+
+
+def _constant(value: Any) -> Any:
+    """What `literal` was given."""
+    from triton.language import dtype
+
+    return dtype(value[1]) if isinstance(value, tuple) and value[:1] == (TYPE,) else value
 
 
 def parse(line: str) -> Kernel:

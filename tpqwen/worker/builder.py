@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from tpqwen.kernels.variant import END, Kernel
 from tpqwen.machine import num_cpus
 
 MOST = 32  # processes at a time; each has some 30 MB of its own, and a compiler at work
-TIMEOUT_S = 120.0  # for the first ones; what is not there by then is compiled where it is launched
+TIMEOUT_S = 120.0  # for the first ones, then for a sign of the others; the rest is compiled where it is launched
+SPARSE = 16  # of the later launches, every so many-th is looked at where there is nothing to do for the first ones
 NO_THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 _log = logging.getLogger(__name__)
@@ -56,16 +57,24 @@ class Builder:
         self._sent = 0  # kernels
         self._later = 0  # launches beside the first ones whose kernels are sent
         self._marks = 0  # how far the process is: 1 with the first ones, one more with each of the later ones
+        self._heard = self._began
 
-    def build(self, first: Sequence[Launch], later: Iterable[Launch] = ()) -> None:
+    def build(self, first: Sequence[Launch], later: Sequence[Launch] = ()) -> None:
         """Compile what the first ones would launch. Meanwhile the later ones are gone through, one by one for as long
         as that takes no time of its own; theirs are compiled when nobody waits any more (`built`). Where all of the
-        first is there already, so are the others, most likely, and nothing is done for them.
+        first is there already, and of the others what the last one and a few before it take, nothing is done.
 
         Each kernel is sent as soon as it is known: to get as far as the next one, cuBLAS or cuDNN may have to start.
         """
         if self._process is None:
             return
+        try:
+            self._build(first, later)
+        except BaseException:  # nobody is told of an end that does not come
+            self.close()
+            raise
+
+    def _build(self, first: Sequence[Launch], later: Sequence[Launch]) -> None:
         from tpqwen.kernels.recording import recorded
 
         with recorded(self._note):
@@ -73,32 +82,43 @@ class Builder:
                 _unlaunched(launch)
             urgent = self._sent
             self._send("")
-            for launch in later if urgent else ():
+            for launch in () if urgent else later[::-SPARSE]:
+                _unlaunched(launch)
+            for launch in later if self._sent else ():
                 if self._reached(1, 0.0):
                     break
                 _unlaunched(launch)
                 self._send("")
                 self._later += 1
             self._send(END)
-        if not urgent:
+        if not self._sent:
             self.close()
-        elif self._reached(1, TIMEOUT_S):
-            seconds = time.monotonic() - self._began
-            _log.info("kernels compiled=%d to come=%d seconds=%.2f", urgent, self._sent - urgent, seconds)
-        else:
+        elif urgent:
+            self._wait_for(urgent)
+
+    def _wait_for(self, urgent: int) -> None:
+        if not self._reached(1, TIMEOUT_S):
             _log.warning("kernels not compiled early: they take more than %.0f s", TIMEOUT_S)
             self.close()
+        elif self._process is not None:
+            seconds = time.monotonic() - self._began
+            _log.info("kernels compiled=%d to come=%d seconds=%.2f", urgent, self._sent - urgent, seconds)
 
     def built(self, number: int, wait_s: float = 0.0) -> bool:
         """Whether the kernels of the first `number` later launches are compiled, or nobody is at work on them."""
-        return self._reached(1 + number if number <= self._later else sys.maxsize, wait_s)
+        if self._reached(1 + number if number <= self._later else sys.maxsize, wait_s):
+            return True
+        if time.monotonic() - self._heard > TIMEOUT_S:
+            _log.warning("kernels not compiled ahead: nothing came for %.0f s", TIMEOUT_S)
+            self.close()
+        return self._process is None
 
     def close(self) -> None:
         """Nothing is left of the process; what it has not compiled is given up. Idempotent."""
         process, self._process = self._process, None
         if process is None:
             return
-        if process.poll() is None:
+        with suppress(ProcessLookupError):  # until it is waited for, its number is its own; its children may outlive it
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         assert process.stdin is not None and process.stdout is not None
@@ -129,16 +149,19 @@ class Builder:
                 return False
             data = os.read(self._process.stdout.fileno(), 4096)
             self._marks += data.count(b"\n")
+            self._heard = time.monotonic()
             if not data:
-                self._ended(self._process.wait())
+                self._ended(self._process.pid)
         return True
 
-    def _ended(self, status: int) -> None:
+    def _ended(self, pid: int) -> None:
+        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         seconds = time.monotonic() - self._began
-        if status < 0:
-            _log.warning("the process that compiles kernels was lost, signal=%d seconds=%.2f", -status, seconds)
+        if ended is None or ended.si_code != os.CLD_EXITED:
+            signal_number = ended.si_status if ended else 0
+            _log.warning("the process that compiles kernels was lost, signal=%d seconds=%.2f", signal_number, seconds)
         else:
-            _log.info("kernels compiled=%d failed=%d seconds=%.2f", self._sent, status, seconds)
+            _log.info("kernels compiled=%d failed=%d seconds=%.2f", self._sent, ended.si_status, seconds)
         self.close()
 
 

@@ -88,12 +88,12 @@ def compiled_beside(make: Callable[[], Parts], build: Build) -> Iterator[None]:
 
 
 def _run(make: Callable[[], Parts], build: Build) -> None:
-    made: list[Parts] = []
+    made = [Parts([], [])]  # whoever builds is told that there is nothing to do, too
     _quietly(lambda: made.append(make()))
-    for first, later in made:
-        _quietly(partial(build, first, later))
-        for part in first:
-            _quietly(part)
+    first, later = made[-1]
+    _quietly(partial(build, first, later))
+    for part in first:
+        _quietly(part)
 
 
 @torch.inference_mode()
