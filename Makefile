@@ -1,6 +1,7 @@
 # make serve   a server on 127.0.0.1:8000, from nothing: environment, installation, embedded model
 #              MODEL=Qwen/Qwen3-8B TP=2 PORT=8000 ARGS='--max-model-len 8192' choose otherwise
 # make test    the tests that need neither GPU nor patience, from nothing as well
+#              JOBS=0 ARGS='tests/http -x' run some of them, in one process
 # make check   lint, format, types        make bench     tpqwen compare on the embedded model
 # make image   the container image        make clean     everything that can be made again
 
@@ -11,7 +12,8 @@ TP     ?= 1
 PORT   ?= 8000
 ARGS   ?=
 IMAGE  ?= tpqwen:0.1.0
-PYTEST ?= -m "not gpu and not slow and not container"
+JOBS   ?= auto
+PYTEST ?= -m "not gpu and not slow and not container" -n $(JOBS) --maxprocesses 4 --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt

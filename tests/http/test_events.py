@@ -201,10 +201,11 @@ def test_a_running_request_is_seen_at_its_slot_through_the_real_engine() -> None
             with client.stream("GET", EVENTS) as stream:
                 for line in stream.iter_lines():
                     event = events(line)[0] if line else {}
-                    if event and event["steps"]["count"]:
-                        break
+                    decoding = event and any(slot["computed"] > 5 for slot in event["slots"]["running"])
+                    if decoding and event["steps"]["count"]:
+                        break  # the prompt has five tokens, so this is behind the first step of decode
             (slot,) = event["slots"]["running"]
-            assert slot["phase"] == "decode" and slot["tokens"] > slot["computed"] > 5
+            assert slot["phase"] == "decode" and slot["tokens"] > slot["computed"]
             assert event["blocks"]["used"] > 0 and event["blocks"]["free"] > 0
             assert event["steps"]["mean_ms"] > 5
             assert sum(1 for line in lines if line) > 50
