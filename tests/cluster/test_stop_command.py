@@ -113,7 +113,7 @@ def test_a_replica_that_starts_meanwhile_refuses_and_one_that_dies_is_replaced_b
         with stopping.drained("tpqwen", 60):
             (before,) = wait_for_replicas(1)
             os.kill(before, signal.SIGKILL)
-            until(lambda: running() and replicas() not in (set(), {before}), "another replica runs", 60)
+            until(lambda: running() and replicas() not in (set(), {before}), "another replica runs", 120)
             with Clients(url) as clients:
                 until(lambda: all(clients.told.values()), "both clients' first answers")
             assert list(clients.told.values()) == [[REFUSED]] * 2

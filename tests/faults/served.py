@@ -148,7 +148,7 @@ class Served:
         self._runner.run(self.supervisor.stop())
         self._runner.close()
 
-    def run(self, work: Coroutine[Any, Any, Any], timeout_s: float = 120 * PATIENCE) -> Any:
+    def run(self, work: Coroutine[Any, Any, Any], timeout_s: float = 240 * PATIENCE) -> Any:
         """Run this and everything else on the engine's event loop."""
         return self._runner.run(asyncio.wait_for(work, timeout_s))
 
