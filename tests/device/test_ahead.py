@@ -139,12 +139,15 @@ class Compiling:
     def __init__(self, ready: int) -> None:
         self.ready = ready
         self.asked: list[int] = []
-        self.closed = False
+        self.closed = self.left = False
 
     def built(self, number: int, wait_s: float) -> bool:
         assert 0.0 < wait_s < 0.1, "a request that comes meanwhile waits as long"
         self.asked.append(number)
         return number <= self.ready
+
+    def leave(self) -> None:
+        self.left = True
 
     def close(self) -> None:
         self.closed = True
@@ -157,9 +160,10 @@ def test_a_pass_is_captured_when_its_kernels_are_compiled(monkeypatch: pytest.Mo
     ahead = Ahead(TPGroup.single(), [Pass(n, 0, GREEDY) for n in (1, 2, 4)], 50, builder)
     left = [ahead.capture(graphs, graphs, graphs) for _ in range(3)]
     assert left == [2, 2, 2] and graphs.made == [(1, GREEDY, False)] and builder.asked == [1, 2, 2]
+    assert not builder.left
     builder.ready = 3
     assert ahead.capture(graphs, graphs, graphs) == 0 and graphs.made[1:] == [(4, GREEDY, False)]
-    assert not builder.closed
+    assert builder.left and not builder.closed
     ahead.close()
     assert builder.closed
 

@@ -212,6 +212,19 @@ def test_nothing_is_left_of_a_builder_that_is_closed_and_nobody_waits_for_it() -
     assert process.returncode == -9 and made.built(0)
 
 
+def test_a_builder_that_is_left_ends_by_itself_and_is_waited_for() -> None:
+    made = builder.Builder(1)
+    process = made._process
+    assert process is not None and process.stdin is not None
+    made.leave()
+    assert made.built(1)
+    made.close()
+    assert process.returncode is None, "it goes on"
+    process.stdin.write(f"{END}\n")
+    process.stdin.flush()
+    until(lambda: process.returncode == 0, "the end of the process", 60)
+
+
 def test_a_builder_that_gives_no_sign_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builder, "TIMEOUT_S", 0.0)
     made = builder.Builder(1)  # was never told that nothing comes

@@ -151,8 +151,8 @@ class Ahead:
         if everybody_is == _READY:
             self._capture(decode, mixed, drafts)
             self._least(decode, _READY)  # who fails fails in this step, not under the next request
-        if not self._left:
-            self.close()  # all that was to be compiled is
+        if not self._left and self._builder:
+            self._builder.leave()
         return len(self._left)
 
     def _capture(self, decode: DecodeGraphs, mixed: MixedGraphs, drafts: DraftGraphs) -> None:

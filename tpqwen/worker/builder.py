@@ -9,6 +9,7 @@ torch here until there is something to build: a rank starts that process before 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import select
 import signal
@@ -17,7 +18,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from copy import copy
 from pathlib import Path
+from threading import Thread
 
 from tpqwen.kernels.variant import END, Kernel
 from tpqwen.machine import num_cpus
@@ -113,6 +116,13 @@ class Builder:
             self.close()
         return self._process is None
 
+    def leave(self) -> None:
+        """Nobody asks any more: the process ends by itself when it is through, or with this one."""
+        if self._process is not None:
+            other = copy(self)
+            self._process = None
+            Thread(target=other._reached, args=(sys.maxsize, math.inf), name="builder", daemon=True).start()
+
     def close(self) -> None:
         """Nothing is left of the process; what it has not compiled is given up. Idempotent."""
         process, self._process = self._process, None
@@ -145,7 +155,8 @@ class Builder:
             assert self._process.stdout is not None
             poll = select.poll()
             poll.register(self._process.stdout, select.POLLIN)
-            if not poll.poll(max(deadline - time.monotonic(), 0.0) * 1e3):
+            left_ms = max(deadline - time.monotonic(), 0.0) * 1e3
+            if not poll.poll(left_ms if left_ms < math.inf else None):
                 return False
             data = os.read(self._process.stdout.fileno(), 4096)
             self._marks += data.count(b"\n")

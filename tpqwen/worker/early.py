@@ -23,7 +23,7 @@ import torch
 from tpqwen.kernels import ops
 from tpqwen.parallel.group import TPGroup
 from tpqwen.parallel.peers import compile_exchange
-from tpqwen.step import TOKEN_BUCKETS
+from tpqwen.step import TOKEN_BUCKETS, RowParams
 from tpqwen.worker.ahead import Pass, Prompt, place
 from tpqwen.worker.batch import blank_prompt
 from tpqwen.worker.drafts import DraftGraphs
@@ -34,6 +34,8 @@ from tpqwen.worker.sampler import USUAL_KINDS, SampleKind
 
 NUM_LAYERS = 2  # products share norms with those of the next layer
 WHOLE = 2048  # tokens of a prompt that is launched kernel by kernel
+UNLIKE = (1, 2, 16)  # numbers that Triton compiles for: one, most, and multiples of sixteen
+SHORT = (16, 32)  # tokens of prompts that attention has smaller tiles for
 NUM_BLOCKS = 2  # of the runner's cache; what is written goes to the null block
 
 _log = logging.getLogger(__name__)
@@ -42,7 +44,7 @@ Build = Callable[[Sequence[Part], Sequence[Part]], None]
 
 
 class Parts(NamedTuple):
-    """later: one for each pass that is captured ahead, in their order."""
+    """later: one for each pass that is captured ahead, in their order, then those of steps that have no graph."""
 
     first: list[Part]
     later: list[Part]
@@ -136,13 +138,29 @@ def early_parts(runner: Runner, group: TPGroup, passes: Sequence[Pass | Prompt],
             partial(_sample, runner, torch.zeros_like(decode.slots[:1]), SampleKind(full=True)),
             partial(_edit, runner),
         ],
-        [launched(p) for p in passes],
+        [*map(launched, passes), *_with_the_host(runner, none)],
     )
 
 
-def _sample(runner: Runner, slots_R: torch.Tensor, kind: SampleKind) -> None:
-    """The end of a pass with chunks."""
-    runner.sample(runner.model.logits(runner.blank_hidden(len(slots_R))), slots_R, kind, ())
+def _with_the_host(runner: Runner, none: torch.Tensor) -> Iterator[Part]:
+    """What has no graph, since the host decides in it: sampling with penalties, a bias or a guide, log-probabilities,
+    and short prompts beside such rows. none: no slots."""
+    for rows in UNLIKE:
+        slots = none.new_zeros(rows)
+        for candidates in (True, False):
+            yield partial(_sample, runner, slots, SampleKind(candidates=candidates, edits=True))
+        for wanted in UNLIKE[:2]:
+            yield partial(_sample, runner, slots, SampleKind(logprobs=True), wanted)
+    for tokens in SHORT:
+        prompt = blank_prompt(0, tokens, runner.state, runner.cache.block_size)
+        yield partial(runner.mixed, none, prompt, SampleKind(), ())
+
+
+def _sample(runner: Runner, slots_R: torch.Tensor, kind: SampleKind, wanted: int = -1) -> None:
+    """The end of a pass with chunks. wanted: log-probabilities of so many."""
+    row = RowParams(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, choice=0, logprobs=wanted)
+    logits = runner.model.logits(runner.blank_hidden(len(slots_R)))
+    runner.sample(logits, slots_R, kind, (row,) * len(slots_R))
 
 
 def _edit(runner: Runner) -> None:
