@@ -85,7 +85,7 @@ def test_every_shell_recipe_that_starts_or_drives_ray_says_token_mode():
         blocks += re.findall(
             r"(?:^(?: {4}.*)?\n)+", re.sub(r"^```.*?^```", "", content, flags=re.M | re.S), re.MULTILINE
         )
-    blocks += [p.read_text(encoding="utf-8") for p in (ROOT / "deploy").iterdir()]
+    blocks += [p.read_text(encoding="utf-8") for p in (ROOT / "deploy").rglob("*") if p.is_file()]
     driving = [b for b in blocks if re.search(r"^(?:#  )?.*\b(?:serve (?:run|deploy) \S|ray start\b)", b, re.MULTILINE)]
     assert len(driving) >= 3
     assert [block for block in driving if "export RAY_AUTH_MODE=token" not in block] == []
