@@ -165,7 +165,7 @@ def test_the_prometheus_rule_has_the_same_rules():
 
 def test_the_prometheus_rule_satisfies_its_schema():
     if not SCHEMAS.is_dir():
-        pytest.skip("the CRD schemas are not beside this checkout (../shared/kuberay)")
+        pytest.skip("the CRD schemas are not beside this checkout")
     schema = json.loads((SCHEMAS / "monitoring.coreos.com_v1_PrometheusRule.json").read_text())
     (document,) = documents("prometheusrule.yaml")
     assert schema_errors(schema, document) == []
