@@ -20,6 +20,7 @@ from tests.http.fake_engine import RecordingHooks
 from tests.text_fixture import tokenizer
 from tpqwen.api.access import Access
 from tpqwen.api.app import build_app
+from tpqwen.api.hooks import RequestHooks
 from tpqwen.api.info import ApiSettings, ModelInfo
 from tpqwen.config import ScheduleOptions
 from tpqwen.engine.core import EngineCore
@@ -109,12 +110,24 @@ def _recv(client: socket.socket) -> bytes:
 
 
 @contextmanager
-def live(step_s: float = 0.001, access: Access | None = None, schedule: Any = None, **settings: Any) -> Iterator[Live]:
-    """A server on a free port; `settings` are those of the API, `schedule` options of the engine."""
+def live(
+    step_s: float = 0.001,
+    access: Access | None = None,
+    schedule: Any = None,
+    hooks: RequestHooks | None = None,
+    on_stats: Callable[[StepStats], None] = lambda stats: None,
+    **settings: Any,
+) -> Iterator[Live]:
+    """A server on a free port; `settings` are those of the API, `schedule` options of the engine. hooks in the place of
+    those that remember; on_stats hears of every step, on the server's thread."""
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
     here = Live(listener.getsockname()[1], RecordingHooks())
     ready, stop = threading.Event(), threading.Event()
+
+    def note(stats: StepStats) -> None:
+        here.last = stats
+        on_stats(stats)
 
     async def serve() -> None:
         capacity = Capacity(
@@ -122,12 +135,12 @@ def live(step_s: float = 0.001, access: Access | None = None, schedule: Any = No
         )
         options = ScheduleOptions(**(schedule or {}))
         core = EngineCore(TimedExecutor(capacity, step_s), capacity, options)
-        engine = start_local_engine(core, options, lambda stats: setattr(here, "last", stats))
+        engine = start_local_engine(core, options, note)
         model = tokenizer()
         limits = Limits(MAX_MODEL_LEN, model.vocabulary.size, (model.encode("<|im_end|>")[0],))
         info = ModelInfo("qwen3-test", limits, created=1)
         chat = ChatFormat(model, GenerationDefaults())
-        app = build_app(engine, chat, info, here.hooks, ApiSettings(**settings), access=access)
+        app = build_app(engine, chat, info, hooks or here.hooks, ApiSettings(**settings), access=access)
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", access_log=False))
         running = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tpqwen.cli import COMMANDS
-from tpqwen.metrics import FAMILIES
+from tpqwen.metrics import FAMILIES, GPU_LABELS
 from tpqwen.stopping import GRACE_S
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,11 +28,17 @@ def test_every_file_that_a_text_names_exists():
 
 def test_every_metric_is_explained_in_operations_and_every_explained_one_exists():
     table = (ROOT / "docs/operations.md").read_text(encoding="utf-8").split("## Metrics")[1].split("##")[0]
-    named = set(
-        re.findall(r"`([a-z0-9_]+)(?:\{[a-z,_]*\})?`", "\n".join(x for x in table.splitlines() if x[:1] == "|"))
-    )
-    names = {family.name for family in FAMILIES}
-    assert named == names
+    rows = "\n".join(x for x in table.splitlines() if x[:1] == "|")
+    explained = dict(re.findall(r"`([a-z0-9_]+)(?:\{([a-z,_]*)\})?`", rows))
+    labels = {f.name: f.labels[len(GPU_LABELS) :] if f.name.startswith("gpu_") else f.labels for f in FAMILIES}
+    assert explained == {name: ",".join(values) for name, values in labels.items()}
+    assert "all `gpu_*` have `{}`, `{}`, `{}` and `{}`.".format(*GPU_LABELS) in table
+
+
+def test_every_alert_is_explained_in_operations_and_every_explained_one_exists():
+    page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    rules = yaml.safe_load((ROOT / "deploy/prometheus/rules.yml").read_text())["groups"][0]["rules"]
+    assert sorted(re.findall(r"`(Tpqwen\w+)`", page)) == sorted(rule["alert"] for rule in rules)
 
 
 def test_every_command_of_the_readme_exists():
@@ -61,6 +67,9 @@ def test_the_image_has_what_kuberay_and_triton_need():
     instructions = re.findall(r"^([A-Z]+)\b", lines, re.MULTILINE)
     assert "ENTRYPOINT" not in instructions
     assert "USER 1000:1000" in lines
+    home = re.search(r"HF_HOME=(\S+)", lines)[1]
+    owned = re.search(r"install --directory --owner 1000 --group 1000 (.+)", lines)[1].split()
+    assert {home, str(Path(home).parent)} <= set(owned)
     assert "<<" not in lines
     for copied in re.findall(r"^COPY (?!--from)(.+) \S+$", lines, re.MULTILINE):
         assert [name for name in copied.split() if not (ROOT / name).exists()] == []
@@ -85,7 +94,7 @@ def test_every_shell_recipe_that_starts_or_drives_ray_says_token_mode():
         blocks += re.findall(
             r"(?:^(?: {4}.*)?\n)+", re.sub(r"^```.*?^```", "", content, flags=re.M | re.S), re.MULTILINE
         )
-    blocks += [p.read_text(encoding="utf-8") for p in (ROOT / "deploy").iterdir()]
+    blocks += [p.read_text(encoding="utf-8") for p in (ROOT / "deploy").rglob("*") if p.is_file()]
     driving = [b for b in blocks if re.search(r"^(?:#  )?.*\b(?:serve (?:run|deploy) \S|ray start\b)", b, re.MULTILINE)]
     assert len(driving) >= 3
     assert [block for block in driving if "export RAY_AUTH_MODE=token" not in block] == []

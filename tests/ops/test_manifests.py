@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,54 @@ def test_claims_and_images_are_the_same_everywhere():
         assert claims == {claim["metadata"]["name"]}
         assert pod["containers"][0]["image"] == "registry.example.com/tpqwen:0.1.0"
         assert pod["securityContext"]["runAsNonRoot"] is True
+
+
+def test_the_operator_may_connect_from_any_namespace():
+    """Its pods' label is the same whether helm or kustomize installed it; in which namespace is the user's choice."""
+    rules = documents("networkpolicy.yaml")[0]["spec"]["ingress"]
+    label = {"app.kubernetes.io/component": "kuberay-operator"}
+    (rule,) = [r for r in rules if r["from"] == [{"namespaceSelector": {}, "podSelector": {"matchLabels": label}}]]
+    assert {p["port"] for p in rule["ports"]} == {8000, 8265, 52365}
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_manifests_model_is_one_that_it_says_must_be_downloaded(name):
+    """No pod downloads anything: what the claim lacks cannot be served."""
+    model = serve_config(service(name))["applications"][0]["args"]["model"]
+    head_lines = (ROOT / "k8s" / name).read_text().partition("apiVersion")[0]
+    needs = head_lines[head_lines.index("# Needs") :]
+    assert f"the claim tpqwen-models with {model} in it" in needs and "model-cache.yaml's MODEL" in needs
+    assert "Secret tpqwen-api-keys" in needs
+    container = documents("model-cache.yaml")[1]["spec"]["template"]["spec"]["containers"][0]
+    assert container["command"] == ["hf", "download", "$(MODEL)"]
+    line = next(x for x in (ROOT / "k8s/model-cache.yaml").read_text().splitlines() if "name: MODEL," in x)
+    assert model in line
+    for group in (head(service(name)), worker(service(name))):
+        assert {"name": "HF_HUB_OFFLINE", "value": "1"} in ray_container(group)["env"]
+
+
+def test_the_steps_in_operations_name_what_the_manifests_have():
+    page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    steps = page.split("## Kubernetes")[1].split("\n## ")[0]
+    applied = re.findall(r"-f k8s/(\S+\.yaml)", steps)
+    assert sorted([*applied, "rayservice-tp4.yaml"]) == sorted(path.name for path in (ROOT / "k8s").glob("*.yaml"))
+    name = documents("rayservice-single-gpu.yaml")[0]["metadata"]["name"]
+    job = documents("model-cache.yaml")[1]["metadata"]["name"]
+    for words in (f"rayservice/{name} ", f"service/{name}-serve-svc 8000:8000", f"condition=complete job/{job} "):
+        assert words in steps
+    secret = next(v["secret"] for v in worker(service())["template"]["spec"]["volumes"] if "secret" in v)["secretName"]
+    path = serve_config(service())["applications"][0]["args"]["api_keys_file"]
+    assert f"create secret generic {secret} --from-file={path.rpartition('/')[2]}\n" in steps
+    order = (
+        "create namespace",
+        "model-cache.yaml",
+        "create secret",
+        "rayservice-single-gpu.yaml\n",
+        "curl ",
+        "podmonitor",
+    )
+    places = [steps.rindex(word) if word == "podmonitor" else steps.index(word, steps.index("1. ")) for word in order]
+    assert places == sorted(places)
 
 
 def test_no_manifest_holds_a_secret():
