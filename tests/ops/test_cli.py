@@ -20,7 +20,6 @@ from rich.console import Console
 import tpqwen
 from tpqwen import cli, logs
 from tpqwen.config import EMBEDDED_MODEL, Config, option_fields
-from tpqwen.console.options import HELP
 from tpqwen.console.ray_settings import set_ray_defaults
 from tpqwen.console.startup import Watch, banner, is_ready
 from tpqwen.errors import ConfigError, EngineError, RequestError
@@ -58,35 +57,6 @@ def test_the_options_of_a_command_are_a_frozen_list(name, capsys):
     switches = {"no-random-weights", "no-prefix-cache", "no-warm-spare", "no-deterministic"}
     expected = {n.replace("_", "-") for n in engine} | switches
     assert flags(capsys, name) == expected | EXTRA_FLAGS[name]
-
-
-def test_every_option_of_config_has_a_help_text_and_stands_in_the_readme():
-    assert list(HELP) == list(option_fields())
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [name for name in HELP if f"| `{name}` |" not in readme] == []
-
-
-def test_help_and_readme_mark_the_same_options_as_those_of_tpqwen_serve_alone():
-    rows = re.findall(r"^\| `(\w+)` \|.*\(`tpqwen serve` only\) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert rows == [name for name, text in HELP.items() if text.endswith("tpqwen serve only")]
-    assert rows == ["host", "port", "ingress"]
-
-
-def test_the_served_name_is_what_help_and_readme_say():
-    service = pytest.importorskip("tpqwen.service")
-
-    def served(**options):
-        kind, config = service.Qwen3Server.func_or_class, Config.load(options, {})
-        replica = SimpleNamespace(_config=config)
-        replica._is_embedded = kind._is_embedded.fget(replica)
-        return kind.served_name.fget(replica)
-
-    assert served() == "tpqwen-demo"
-    assert served(model="Qwen/Qwen3-8B") == "Qwen/Qwen3-8B"
-    assert served(model="Qwen/Qwen3-8B", served_model_name="q") == "q"
-    assert "default: the model as given; tpqwen-demo for" in HELP["served_model_name"]
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "| `served_model_name` | `model` as given; `tpqwen-demo` for" in readme
 
 
 def test_options_reach_the_command_as_one_checked_config(monkeypatch):
