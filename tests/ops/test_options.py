@@ -15,8 +15,8 @@ README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding=
 
 
 def test_every_option_of_config_has_a_help_text_and_stands_in_the_readme():
-    assert list(HELP) == list(option_fields())
-    assert [name for name in HELP if f"| `{name}` |" not in README] == []
+    assert list(HELP) == list(option_fields()), "HELP in console/options.py has config.py's options, in its order"
+    assert [name for name in HELP if f"| `{name}` |" not in README] == [], "README's table of options needs a row"
 
 
 def test_help_and_readme_mark_the_same_options_as_those_of_tpqwen_serve_alone():
