@@ -3,17 +3,19 @@
 Needs `pip install langchain-openai`.
 """
 
+import os
 import sys
 
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_openai import ChatOpenAI
 from openai import OpenAI
 
-url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
-model = OpenAI(base_url=f"{url}/v1", api_key="none").models.list().data[0].id
+url = f"{sys.argv[1]}/v1" if len(sys.argv) > 1 else os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1")
+key = os.environ.get("OPENAI_API_KEY", "none")
+model = OpenAI(base_url=url, api_key=key).models.list().data[0].id
 chat = ChatOpenAI(
-    base_url=f"{url}/v1",
-    api_key="none",
+    base_url=url,
+    api_key=key,
     model=model,
     temperature=0,
     max_tokens=100,

@@ -1,6 +1,7 @@
 """Several questions at once, answered in one batch. Usage: python examples/openai_async.py [URL]"""
 
 import asyncio
+import os
 import sys
 
 from openai import AsyncOpenAI
@@ -9,7 +10,7 @@ QUESTIONS = ["What is 17 + 25?", "Count from 3 to 7.", "Hello!"]
 
 
 async def main(url: str) -> None:
-    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
+    async with AsyncOpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none")) as client:
         model = (await client.models.list()).data[0].id
 
         async def ask(question: str) -> str:
@@ -26,4 +27,5 @@ async def main(url: str) -> None:
             print(question, "->", answer)
 
 
-asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"))
+url = f"{sys.argv[1]}/v1" if len(sys.argv) > 1 else os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1")
+asyncio.run(main(url))

@@ -1,5 +1,6 @@
 """An answer that must be JSON of a schema. Usage: python examples/openai_json_schema.py [URL]"""
 
+import os
 import sys
 
 from openai import OpenAI
@@ -11,8 +12,8 @@ class Person(BaseModel):
     age: int
 
 
-url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
-client = OpenAI(base_url=f"{url}/v1", api_key="none")
+url = f"{sys.argv[1]}/v1" if len(sys.argv) > 1 else os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1")
+client = OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
 answer = client.chat.completions.parse(
     model=client.models.list().data[0].id,
     messages=[{"role": "user", "content": "Give me JSON with name and age: Maria is 34 years old."}],

@@ -1,11 +1,12 @@
 """The answer as it is made, its reasoning first. Usage: python examples/openai_stream.py [URL]"""
 
+import os
 import sys
 
 from openai import OpenAI
 
-url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
-client = OpenAI(base_url=f"{url}/v1", api_key="none")
+url = f"{sys.argv[1]}/v1" if len(sys.argv) > 1 else os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1")
+client = OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
 stream = client.chat.completions.create(
     model=client.models.list().data[0].id,
     messages=[{"role": "user", "content": "What is 17 + 25?"}],

@@ -4,6 +4,7 @@ Usage: python examples/openai_tools.py [URL]
 """
 
 import json
+import os
 import sys
 
 from openai import OpenAI
@@ -26,8 +27,8 @@ def get_weather(city: str) -> str:
     return json.dumps({"city": city, "temperature": 21, "condition": "sunny"})
 
 
-url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
-client = OpenAI(base_url=f"{url}/v1", api_key="none")
+url = f"{sys.argv[1]}/v1" if len(sys.argv) > 1 else os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1")
+client = OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
 messages = [{"role": "user", "content": "What is the weather in Paris?"}]
 options = {
     "model": client.models.list().data[0].id,

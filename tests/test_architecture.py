@@ -275,6 +275,6 @@ def test_readme_map_names_every_file():
     expected = {shown(p).removeprefix("tpqwen/") for p in sources() if p.name != "__init__.py"} | {"__init__.py"}
     mapped = set(re.findall(r"^\| `([\w/]+\.py)` \|", text, re.MULTILINE)) - {"serve_app.py"}
     complain(
-        [f"README's map lacks {name}" for name in sorted(expected - mapped)]
-        + [f"README's map names {name}, which does not exist" for name in sorted(mapped - expected)]
+        [f"README's map lacks {name}: run make map" for name in sorted(expected - mapped)]
+        + [f"README's map names {name}, which does not exist: run make map" for name in sorted(mapped - expected)]
     )

@@ -11,7 +11,7 @@ from typing import Any
 from rich.progress import Progress
 
 from tpqwen.config import EMBEDDED_MODEL, Config
-from tpqwen.errors import EngineError
+from tpqwen.errors import EngineError, RequestError
 from tpqwen.offline import OfflineEngine
 from tpqwen.request import Delta, FinishReason, GenerateRequest, SamplingParams, TokenLogprob
 from tpqwen.text.chat import ChatFormat, GenerationDefaults, SamplingDefaults
@@ -94,11 +94,13 @@ class LLM:
 
     model: a folder in Hugging Face format or a Hub id; the embedded demonstration model by default. tp: ranks (1, 2, 4,
     8); above 1 they run as Ray actors. Further keywords are the options of tpqwen.config. Raises ConfigError.
+    One call at a time: whoever drives the engine takes all that it produces. docs/python.md has the whole surface.
     """
 
     def __init__(self, model: str = EMBEDDED_MODEL, *, tp: int = 1, **options: Any) -> None:
         self.config = Config.load({"model": model, "tp": tp, **options})
         self._engine = OfflineEngine(self.config)
+        self._is_driven = False
         self.tokenizer = Tokenizer(self._engine.folder)
         self._chat = ChatFormat(self.tokenizer, GenerationDefaults(**self._engine.model_config.generation_defaults))
 
@@ -188,6 +190,10 @@ class LLM:
 
     def _run(self, sequences: list[_Open]) -> Iterator[tuple[_Open, Piece]]:
         """Drive the engine until every sequence has ended; one that a stop string ended is aborted."""
+        if self._is_driven:
+            text = "this LLM is still answering: take one call at a time, and read a stream to its end or close() it"
+            raise RequestError(text, code="one_at_a_time")
+        self._is_driven = True
         by_id = {s.request.id: s for s in sequences}
         steps = self._engine.run(s.request for s in sequences)
         try:
@@ -202,6 +208,7 @@ class LLM:
                     yield opened, piece
         finally:
             steps.close()  # type: ignore[attr-defined]  # a generator: what is left is aborted
+            self._is_driven = False
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

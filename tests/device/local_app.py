@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import httpx
 
 from tests.http.fake_engine import RecordingHooks
+from tpqwen.api.access import Access
 from tpqwen.api.app import Elsewhere, build_app
 from tpqwen.api.info import ModelInfo
 from tpqwen.compiler import CompileLimits, GrammarService
@@ -28,8 +29,14 @@ from tpqwen.text.work import ThreadText
 T = TypeVar("T")
 
 
-def app_over(engine: EngineClient, offline: OfflineEngine, folder: Path, compiler: Compiler | None = None) -> Any:
-    """The application over a running engine."""
+def app_over(
+    engine: EngineClient,
+    offline: OfflineEngine,
+    folder: Path,
+    compiler: Compiler | None = None,
+    access: Access | None = None,
+) -> Any:
+    """The application over a running engine. access: who may ask; without it, everyone."""
     chat = ChatFormat(Tokenizer(folder), GenerationDefaults(**offline.model_config.generation_defaults))
     task = detect_task(folder, folder.name)
     ids = min(offline.model_config.vocab_size, chat.vocabulary.size)
@@ -42,7 +49,7 @@ def app_over(engine: EngineClient, offline: OfflineEngine, folder: Path, compile
         yes_no=RerankPrompts(chat.model).yes_no if task is Task.RERANK else (0, 0),
     )
     elsewhere = Elsewhere(ThreadText(chat, info.limits.max_model_len), compiler)
-    return build_app(engine, chat, info, RecordingHooks(), elsewhere=elsewhere)
+    return build_app(engine, chat, info, RecordingHooks(), elsewhere=elsewhere, access=access)
 
 
 def with_app(folder: Path, work: Callable[[httpx.AsyncClient], Awaitable[T]], **options: Any) -> T:
@@ -69,9 +76,10 @@ def with_app(folder: Path, work: Callable[[httpx.AsyncClient], Awaitable[T]], **
 class ServedModel:
     """The same as an ASGI application for a server: the engine starts and ends with the server's lifespan."""
 
-    def __init__(self, folder: Path, **options: Any) -> None:
+    def __init__(self, folder: Path, access: Access | None = None, **options: Any) -> None:
         self._config = Config.load({"model": str(folder), "device": "cpu", "threads": 1, **options}, {})
         self._folder = folder
+        self._access = access
         self._app: Any = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -81,7 +89,7 @@ class ServedModel:
         offline = OfflineEngine(self._config)
         engine = start_local_engine(offline.core, self._config.schedule)
         compiler = GrammarService(self._folder, offline.model_config.vocab_size, CompileLimits(timeout_s=30.0))
-        self._app = app_over(engine, offline, self._folder, compiler)
+        self._app = app_over(engine, offline, self._folder, compiler, self._access)
         try:
             await self._app(scope, receive, send)
         finally:

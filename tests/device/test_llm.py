@@ -63,6 +63,17 @@ def test_an_abandoned_stream_ends_its_request(llm: LLM) -> None:
     llm._engine.core.scheduler.check()
 
 
+def test_a_second_call_is_refused_while_a_stream_is_open_and_loses_it_nothing(llm: LLM) -> None:
+    whole = llm.generate("Once upon a time", GREEDY)[0].text
+    stream = llm.stream("Once upon a time", GREEDY)
+    begun = next(stream).text
+    for call in (lambda: llm.generate("The capital of", GREEDY), lambda: next(llm.stream("1 2 3", GREEDY))):
+        with pytest.raises(RequestError, match="one call at a time"):
+            call()
+    assert begun + "".join(p.text for p in stream) == whole
+    assert llm.generate("Once upon a time", GREEDY)[0].text == whole
+
+
 def test_a_stop_string_ends_the_answer_before_it(llm: LLM) -> None:
     text = llm.generate("Once upon a time", GREEDY)[0].text
     stop = text[len(text) // 2 :][:3]

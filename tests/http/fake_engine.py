@@ -194,7 +194,6 @@ def make_server(
         "qwen3-test",
         limits,
         created=1,
-        aliases=("qwen",),
         versions={"tpqwen": "0.1.0"},
         task=task,
         hidden_size=4,

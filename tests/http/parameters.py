@@ -79,7 +79,7 @@ def _prompt_has(seen: Seen, text: str) -> bool:
 
 
 COMMON: dict[str, Row] = {
-    "model": Row("qwen", lambda s: s.body["model"] == "qwen3-test", "gpt-4", status=404),
+    "model": Row("qwen3-test", lambda s: s.body["model"] == "qwen3-test", "gpt-4", status=404),
     "temperature": Row(0.3, lambda s: s.params.temperature == 0.3, 2.1),
     "top_p": Row(0.4, lambda s: s.params.top_p == 0.4, 0),
     "top_k": Row(-1, lambda s: s.params.top_k == 0, -2),
@@ -160,7 +160,7 @@ COMPLETION_ROWS: dict[str, Row] = COMMON | {
 }
 
 TOKENIZE_ROWS: dict[str, Row] = {
-    "model": Row("qwen", lambda s: s.body["tokens"] == ids("hi"), "gpt-4", status=404),
+    "model": Row("qwen3-test", lambda s: s.body["tokens"] == ids("hi"), "gpt-4", status=404),
     "prompt": Row("there", lambda s: s.body["tokens"] == ids("there"), 5),
     "messages": Row(HELLO, lambda s: s.body["tokens"][0] == ids("<|im_start|>")[0], [], {"prompt": None}),
     "chat_template_kwargs": Row(
@@ -189,7 +189,7 @@ TOKENIZE_ROWS: dict[str, Row] = {
 }
 
 DETOKENIZE_ROWS: dict[str, Row] = {
-    "model": Row("qwen", lambda s: s.body["prompt"] == "hi", "gpt-4", status=404),
+    "model": Row("qwen3-test", lambda s: s.body["prompt"] == "hi", "gpt-4", status=404),
     "tokens": Row(ids("there"), lambda s: s.body["prompt"] == "there", [99999]),
 }
 
@@ -209,7 +209,7 @@ _ANTHROPIC_TOOL = {"name": "weather", "input_schema": WEATHER["parameters"]}
 
 RESPONSES_ROWS: dict[str, Row] = _SAMPLING | {
     "input": Row([{"role": "user", "content": "ho"}], lambda s: _prompt_has(s, "user\nho<|im_end|>"), []),
-    "model": Row("qwen", _said, "gpt-4", status=404),
+    "model": Row("qwen3-test", _said, "gpt-4", status=404),
     "instructions": Row("Be brief", lambda s: _prompt_has(s, "system\nBe brief<|im_end|>"), 5),
     "max_output_tokens": Row(
         2, lambda s: s.request.max_tokens == 2 and s.body["incomplete_details"]["reason"] == "max_output_tokens", 0
@@ -248,7 +248,7 @@ RESPONSES_ROWS: dict[str, Row] = _SAMPLING | {
 
 COUNT_ROWS: dict[str, Row] = {
     "messages": Row(HELLO, lambda s: s.body["input_tokens"] == len(ids(f"{_TURN}<|im_start|>assistant\n")), []),
-    "model": Row("qwen", lambda s: s.body["input_tokens"] > 3, "claude", status=404),
+    "model": Row("qwen3-test", lambda s: s.body["input_tokens"] > 3, "claude", status=404),
     "system": Row(
         [{"type": "text", "text": "Be brief"}],
         lambda s: s.body["input_tokens"] > len(ids(f"{_TURN}<|im_start|>assistant\n")) + 4,
@@ -272,7 +272,7 @@ MESSAGES_ROWS: dict[str, Row] = _SAMPLING | {
         lambda s: s.request.prompt_ids[-len(ids("Good")) :] == ids("Good"),
         [],
     ),
-    "model": Row("qwen", _said, "claude", status=404),
+    "model": Row("qwen3-test", _said, "claude", status=404),
     "system": Row("Be brief", lambda s: _prompt_has(s, "system\nBe brief<|im_end|>"), 5),
     "max_tokens": Row(2, lambda s: s.request.max_tokens == 2 and s.body["stop_reason"] == "max_tokens", 0),
     "top_k": Row(5, lambda s: s.params.top_k == 5, -2),
@@ -308,7 +308,7 @@ MESSAGES_ROWS: dict[str, Row] = _SAMPLING | {
 }
 
 _POOLED: dict[str, Row] = {
-    "model": Row("qwen", lambda s: s.body["model"] == "qwen3-test", "gpt-4", status=404),
+    "model": Row("qwen3-test", lambda s: s.body["model"] == "qwen3-test", "gpt-4", status=404),
     **{name: COMMON[name] for name in ("priority", "cache_salt")},
     "timeout": Row(60, lambda s: s.answer.status_code == 200, 0),
     "user": Row("me", lambda s: s.answer.status_code == 200, 5),

@@ -223,7 +223,7 @@ def test_every_sampling_field_reaches_the_engine() -> None:
     }
     body = {**given, "logit_bias": {"5": 3}, "stop_token_ids": [9], "stop": ["zz"], "ignore_eos": True, "max_tokens": 2}
     more = {"priority": -4, "cache_salt": "salt", "user": "u", "metadata": {"a": "b"}, "store": False}
-    same = {"service_tier": "auto", "response_format": {"type": "text"}, "timeout": 5, "model": "qwen"}
+    same = {"service_tier": "auto", "response_format": {"type": "text"}, "timeout": 5, "model": "qwen3-test"}
     answer = post(server.app, CHAT, messages=HELLO, **body, **more, **same)
     assert answer.status_code == 200, answer.text
     request = server.engine.requests[0]

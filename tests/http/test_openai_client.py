@@ -62,8 +62,8 @@ def test_tool_calls_come_through_the_clients_own_stream_helper() -> None:
             return b"compiled"
 
     with serving(make_server(lambda request: ids(text), compiler=Compiler()).app) as url, client(url) as api:
-        whole = api.chat.completions.create(model="qwen", messages=HELLO, tools=[tool]).choices[0]
-        with api.chat.completions.stream(model="qwen", messages=HELLO, tools=[tool]) as stream:
+        whole = api.chat.completions.create(model="qwen3-test", messages=HELLO, tools=[tool]).choices[0]
+        with api.chat.completions.stream(model="qwen3-test", messages=HELLO, tools=[tool]) as stream:
             kinds = [event.type for event in stream]
             streamed = stream.get_final_completion().choices[0]
         for choice in (whole, streamed):
@@ -84,25 +84,25 @@ def test_parse_gives_a_typed_object() -> None:
             return b"compiled"
 
     with serving(make_server(lambda request: ids('{"x": 5}'), compiler=Compiler()).app) as url, client(url) as api:
-        answer = api.chat.completions.parse(model="qwen", messages=HELLO, response_format=Point)
+        answer = api.chat.completions.parse(model="qwen3-test", messages=HELLO, response_format=Point)
         assert answer.choices[0].message.parsed == Point(x=5)
 
 
 def test_completions_and_models(url: str) -> None:
     with client(url) as api:
-        answer = api.completions.create(model="qwen", prompt=["a", "b"], max_tokens=3, logprobs=1)
+        answer = api.completions.create(model="qwen3-test", prompt=["a", "b"], max_tokens=3, logprobs=1)
         assert [c.finish_reason for c in answer.choices] == ["length", "length"]
-        pieces = [c.choices[0].text for c in api.completions.create(model="qwen", prompt="a", stream=True)]
+        pieces = [c.choices[0].text for c in api.completions.create(model="qwen3-test", prompt="a", stream=True)]
         assert "".join(pieces) == TEXT
-        assert [m.id for m in api.models.list()] == ["qwen3-test", "qwen"]
-        assert api.models.retrieve("qwen").owned_by == "tpqwen"
+        assert [m.id for m in api.models.list()] == ["qwen3-test"]
+        assert api.models.retrieve("qwen3-test").owned_by == "tpqwen"
 
 
 def test_async_client_streams(url: str) -> None:
     async def work() -> str:
         async with openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=10) as api:
-            whole = await api.chat.completions.create(model="qwen", messages=HELLO)
-            stream = await api.chat.completions.create(model="qwen", messages=HELLO, stream=True)
+            whole = await api.chat.completions.create(model="qwen3-test", messages=HELLO)
+            stream = await api.chat.completions.create(model="qwen3-test", messages=HELLO, stream=True)
             text = "".join([c.choices[0].delta.content or "" async for c in stream])
             assert text == whole.choices[0].message.content
             return text
@@ -113,7 +113,7 @@ def test_async_client_streams(url: str) -> None:
 def test_errors_have_the_clients_types(url: str) -> None:
     with client(url) as api:
         with pytest.raises(openai.BadRequestError) as bad:
-            api.chat.completions.create(model="qwen", messages=HELLO, extra_body={"foo": 1})
+            api.chat.completions.create(model="qwen3-test", messages=HELLO, extra_body={"foo": 1})
         assert (bad.value.code, bad.value.param) == ("unknown_parameter", "foo")
         with pytest.raises(openai.NotFoundError):
             api.chat.completions.create(model="gpt-4", messages=HELLO)
@@ -129,7 +129,7 @@ def test_broken_stream_raises_and_overload_is_retried() -> None:
         return [*ids("Hello"), EngineError("rank 1 died", code="rank_dead", status=503)]
 
     with serving(make_server(script).app) as url, client(url, retries=1) as api:
-        stream = api.chat.completions.create(model="qwen", messages=HELLO, stream=True)
+        stream = api.chat.completions.create(model="qwen3-test", messages=HELLO, stream=True)
         assert len(attempts) == 2
         with pytest.raises(openai.APIError) as broken:
             list(stream)
@@ -138,18 +138,18 @@ def test_broken_stream_raises_and_overload_is_retried() -> None:
 
 def test_responses_whole_and_streamed(url: str) -> None:
     with client(url) as api:
-        whole = api.responses.create(model="qwen", input="hi", instructions="Be brief", max_output_tokens=50)
+        whole = api.responses.create(model="qwen3-test", input="hi", instructions="Be brief", max_output_tokens=50)
         assert whole.output_text == "Hello 日本 world"
         assert [item.type for item in whole.output] == ["reasoning", "message"]
-        with api.responses.stream(model="qwen", input="hi") as stream:
+        with api.responses.stream(model="qwen3-test", input="hi") as stream:
             text = "".join(e.delta for e in stream if e.type == "response.output_text.delta")
             final = stream.get_final_response()
         assert text == final.output_text == whole.output_text
         turns: Any = [{"role": "user", "content": "hi"}, *[i.model_dump() for i in whole.output]]
-        again = api.responses.create(model="qwen", input=[*turns, {"role": "user", "content": "and?"}])
+        again = api.responses.create(model="qwen3-test", input=[*turns, {"role": "user", "content": "and?"}])
         assert again.status == "completed"
         with pytest.raises(openai.BadRequestError) as bad:
-            api.responses.create(model="qwen", input="hi", previous_response_id="x")
+            api.responses.create(model="qwen3-test", input="hi", previous_response_id="x")
         assert bad.value.param == "previous_response_id"
 
 
@@ -164,7 +164,7 @@ def test_closed_stream_stops_the_request() -> None:
 
     server.hooks.on_finished = on_finished  # type: ignore[method-assign]
     with serving(server.app) as url, client(url) as api:
-        stream = api.chat.completions.create(model="qwen", messages=HELLO, stream=True)
+        stream = api.chat.completions.create(model="qwen3-test", messages=HELLO, stream=True)
         next(iter(stream))
         stream.close()
         assert done.wait(10)

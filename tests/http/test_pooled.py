@@ -44,7 +44,7 @@ def test_fewer_dimensions_are_normalised_again_and_base64_is_float32() -> None:
 
 def test_official_client_gets_embeddings() -> None:
     with serving(make_server(task=Task.EMBED).app) as url, openai.OpenAI(base_url=url + "/v1", api_key="none") as api:
-        answer = api.embeddings.create(model="qwen", input=["a", "b"])
+        answer = api.embeddings.create(model="qwen3-test", input=["a", "b"])
         assert [len(e.embedding) for e in answer.data] == [4, 4]
 
 
@@ -92,7 +92,7 @@ def test_only_the_right_model_answers() -> None:
         error = check_error(post(server.app, path, **body), 404, "not_found")
         assert str(task) in error["message"]
         assert not server.engine.requests
-        (model, _) = exchange(server.app, "GET", "/v1/models").json()["data"]
+        (model,) = exchange(server.app, "GET", "/v1/models").json()["data"]
         assert model["capabilities"]["completion"] is (task is Task.GENERATE)
         assert model["capabilities"]["embeddings"] is (task is Task.EMBED)
 

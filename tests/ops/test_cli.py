@@ -20,7 +20,6 @@ from rich.console import Console
 import tpqwen
 from tpqwen import cli, logs
 from tpqwen.config import EMBEDDED_MODEL, Config, option_fields
-from tpqwen.console.options import HELP
 from tpqwen.console.ray_settings import set_ray_defaults
 from tpqwen.console.startup import Watch, banner, is_ready
 from tpqwen.errors import ConfigError, EngineError, RequestError
@@ -63,12 +62,6 @@ def test_the_options_of_a_command_are_a_frozen_list(name, capsys):
     switches = {"no-random-weights", "no-prefix-cache", "no-warm-spare", "no-deterministic"}
     expected = {n.replace("_", "-") for n in engine} | switches
     assert flags(capsys, name) == expected | EXTRA_FLAGS[name]
-
-
-def test_every_option_of_config_has_a_help_text_and_stands_in_the_readme():
-    assert list(HELP) == list(option_fields())
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [name for name in HELP if f"| `{name}` |" not in readme] == []
 
 
 def test_options_reach_the_command_as_one_checked_config(monkeypatch):

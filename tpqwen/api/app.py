@@ -290,19 +290,19 @@ class Api:
     # About the server
 
     async def _models(self, exchange: Exchange) -> None:
-        await exchange.reply_json({"object": "list", "data": [self._described(name) for name in self._info.names]})
+        await exchange.reply_json({"object": "list", "data": [self._described()]})
 
     async def _model(self, exchange: Exchange) -> None:
         name = exchange.path.removeprefix("/v1/models/")
-        if name not in self._info.names:
+        if name != self._info.name:
             message = f"the model {name[:64]!r} is not served here; {self._info.name!r} is"
             raise RequestError(message, param="model", code="model_not_found", status=404)
-        await exchange.reply_json(self._described(name))
+        await exchange.reply_json(self._described())
 
-    def _described(self, name: str) -> dict[str, Any]:
+    def _described(self) -> dict[str, Any]:
         variant, generates = self._text.variant, self._info.task is Task.GENERATE
         return {
-            "id": name,
+            "id": self._info.name,
             "object": "model",
             "created": self._info.created,
             "owned_by": self._info.owned_by,
@@ -340,7 +340,7 @@ class Api:
         await exchange.reply_json({**self._info.versions, "model": self._info.name, "tp": self._info.tp})
 
     async def _openapi(self, exchange: Exchange) -> None:
-        await exchange.reply_json(document(self._info.versions.get("tpqwen", ""), self._info.names))
+        await exchange.reply_json(document(self._info.versions.get("tpqwen", ""), self._info.name))
 
     async def _docs(self, exchange: Exchange) -> None:
         await exchange.reply(page().encode(), kind="text/html; charset=utf-8")

@@ -177,7 +177,7 @@ def prepare(call: Call, rendered: Rendered, chat: ChatFormat, info: ModelInfo) -
 def check_model(values: dict[str, Any], info: ModelInfo) -> None:
     """Raises RequestError 404 when another model is asked for."""
     model = values.get("model", info.name)
-    if model not in info.names:
+    if model != info.name:
         message = f"the model {model[:64]!r} is not served here; {info.name!r} is"
         raise RequestError(message, param="model", code="model_not_found", status=404)
 

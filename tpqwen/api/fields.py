@@ -118,7 +118,7 @@ _SAMPLING = (
     Field("skip_special_tokens", Boolean(), "true", "leave special tokens out of the text", "skip_special_tokens"),
 )
 
-_MODEL = Field("model", Text(1, 512), "the served model", "served name or alias; unknown: 404 model_not_found")
+_MODEL = Field("model", Text(1, 512), "the served model", "its served name; another: 404 model_not_found")
 
 _COMMON = (
     _MODEL,

@@ -11,12 +11,11 @@ from tpqwen.text.sequences import Limits
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The served model. name is the id that answers carry; aliases are accepted too. created: Unix seconds."""
+    """The served model. name is its id in requests and answers. created: Unix seconds."""
 
     name: str
     limits: Limits
     created: int
-    aliases: tuple[str, ...] = ()
     owned_by: str = "tpqwen"
     tp: int = 1
     versions: Mapping[str, str] = field(default_factory=dict)  # of tpqwen, torch, ray, cuda, nccl
@@ -25,10 +24,6 @@ class ModelInfo:
     hidden_size: int = 0  # numbers in an embedding
     yes_no: tuple[int, int] = (0, 0)  # a reranker's answers, token ids
     demonstration: bool = False  # the small model that ships inside
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.name, *self.aliases)
 
 
 @dataclass(frozen=True)

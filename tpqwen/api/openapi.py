@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from tpqwen.api.endpoints import ENDPOINTS, Endpoint
@@ -25,11 +25,11 @@ _POST_ERRORS = {
 _GET_ERRORS = {"400": _POST_ERRORS["400"], "401": _POST_ERRORS["401"], "404": _POST_ERRORS["404"]}
 
 
-def document(version: str, models: Sequence[str]) -> dict[str, Any]:
-    """The OpenAPI 3.1 document. models: the names that are served."""
+def document(version: str, model: str) -> dict[str, Any]:
+    """The OpenAPI 3.1 document. model: the served name."""
     paths: dict[str, Any] = {}
     for endpoint in ENDPOINTS:
-        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint, models)
+        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint, model)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -64,7 +64,7 @@ _EVENT = {"type": "object", "properties": {"event": {"type": "string"}, "data": 
 _KINDS: dict[str, dict[str, Any]] = {"application/json": {"type": "object"}, "text/event-stream": _EVENT}
 
 
-def _operation(endpoint: Endpoint, models: Sequence[str]) -> dict[str, Any]:
+def _operation(endpoint: Endpoint, model: str) -> dict[str, Any]:
     post = endpoint.method == "POST"
     content: dict[str, Any] = {endpoint.kind: {"schema": _KINDS.get(endpoint.kind, {"type": "string"})}}
     if endpoint.streams:
@@ -86,7 +86,7 @@ def _operation(endpoint: Endpoint, models: Sequence[str]) -> dict[str, Any]:
         out["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]
     if post:
         body = schema(endpoint.fields)
-        body["properties"]["model"] = {"enum": [*models, None]}
+        body["properties"]["model"] = {"enum": [model, None]}
         out["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
     return out
 

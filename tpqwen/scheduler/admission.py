@@ -22,7 +22,10 @@ class Verdict(Enum):
 
 
 class Admission:
-    """First come, first served within a priority; a preempted sequence keeps its place, so it is back at the head."""
+    """Within a priority the tenants' shares in turn, within a share first come, first served: Sequence.order.
+
+    A preempted sequence keeps its place.
+    """
 
     def __init__(self, pool: BlockPool, prefix: PrefixCache, rows: Rows) -> None:
         self.waiting: list[Sequence] = []  # by order

@@ -253,7 +253,7 @@ class Scheduler:
         return len(self._rows.needy(self._current_rows(), ahead=False)) > self.pool.num_available
 
     def _grow(self, draft: Draft) -> bool:
-        """A block for every decode row whose next position has none, the oldest first. True if some were preempted."""
+        """A block for every decode row whose next position has none, by_order. True if some were preempted."""
         decode, rows = self._current_rows(), self._rows
         if self._quiet:
             return False
@@ -288,7 +288,7 @@ class Scheduler:
         self._admission.push(sequence)
 
     def _prefill(self, draft: Draft, room: Room, waiting: list[Sequence], now: float) -> None:
-        """Chunks in order, (priority, arrival): having begun earlier gives no right of way."""
+        """Chunks by_order (priority, share, arrival): having begun earlier gives no right of way."""
         full = False
         for sequence in heapq.merge(self._prefilling[:], waiting, key=by_order):
             if room.is_full:
