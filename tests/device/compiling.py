@@ -99,7 +99,7 @@ def builds_later() -> None:
         return lambda: (gone_through.append(number), make())
 
     builder = Builder(1)
-    builder.build(launches()[:2], [watched(*each) for each in enumerate(launches()[2:])])
+    builder.build(launches()[:2], (), [watched(*each) for each in enumerate(launches()[2:])])
     builder.built(1, 60.0)
     for number in range(len(gone_through) + 2):
         assert builder.built(number, 60.0), "what is not queued is there when the others are"
@@ -113,7 +113,7 @@ def builds_the_rest() -> None:
     interrupted.build(launches()[:2])
     interrupted.close()
     builder = Builder(1)
-    builder.build(launches()[:2], launches()[2:])
+    builder.build(launches()[:2], launches()[2:3], launches()[3:])
     assert builder._process is not None, "not waited for"
     for number in range(len(launches())):
         assert builder.built(number, 60.0)
@@ -124,7 +124,9 @@ def nothing_to_build() -> None:
     """All is in the cache: of many later ones few are looked at, and nobody waits for them."""
     looked_at: list[int] = []
     builder = Builder(1)
-    builder.build(launches(), [lambda number=number: looked_at.append(number) for number in range(40)])
+    builder.build(
+        launches()[:4], launches()[4:], [lambda number=number: looked_at.append(number) for number in range(40)]
+    )
     print(builder._process, builder.built(1), *looked_at)
 
 

@@ -253,7 +253,7 @@ def test_without_a_process_nothing_is_built(monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setattr(builder.sys, "executable", "/nowhere/python")
     launched: list[int] = []
     made = builder.Builder(2)
-    made.build([lambda: launched.append(1)], [lambda: launched.append(2)])
+    made.build([lambda: launched.append(1)], [lambda: launched.append(2)], [lambda: launched.append(3)])
     assert made.built(1)
     made.close()
     assert not launched and "no process to compile kernels" in caplog.text

@@ -113,7 +113,7 @@ def test_the_parts_launch_all_that_the_first_request_launches(
 def test_a_rank_of_several_runs_its_parts_without_the_others(tmp_path: Path, rank: int) -> None:
     folder = tiny_checkpoint(tmp_path, tie_word_embeddings=False)
     parts = build(folder, TPGroup(rank, 2, None)).early_parts()
-    run([*parts.first, *parts.later])
+    run([*parts.first, *parts.others, *parts.later])
 
 
 def test_a_rank_of_several_compiles_what_it_would_exchange_with_peers(
@@ -138,8 +138,8 @@ def test_nothing_is_made_where_the_weights_leave_no_room(tmp_path: Path, monkeyp
     made, quantized = (build(folder, TPGroup.single(), scheme) for scheme in SCHEMES.values())
     weights = sum(p.numel() for p in made.model.parameters()) * 4
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * weights // 2, 1 << 40))
-    assert made.early_parts() == ([], [])
-    assert quantized.early_parts() != ([], []), "a smaller model leaves room"
+    assert made.early_parts() == ([], [], [])
+    assert quantized.early_parts() != ([], [], []), "a smaller model leaves room"
 
 
 class Ungraphed:
@@ -184,8 +184,8 @@ def test_a_later_part_launches_just_what_its_pass_launches(
         DraftGraphs(runner, decode, enabled=False),
     )
     passes = made.passes(runner)
-    assert len(parts) > len(passes) > 20 and any(p.drafts for p in passes if isinstance(p, Pass))
-    for part, p in zip(parts, passes, strict=False):
+    assert len(parts) == len(passes) > 20 and any(p.drafts for p in passes if isinstance(p, Pass))
+    for part, p in zip(parts, passes, strict=True):
         if isinstance(p, Prompt):
             continue
         seen.clear()
@@ -197,7 +197,7 @@ def test_a_later_part_launches_just_what_its_pass_launches(
         assert {*seen} == early, p
 
 
-def test_the_parts_behind_the_passes_sample_as_steps_do_in_which_the_host_decides(
+def test_the_other_parts_sample_as_steps_do_in_which_the_host_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The operations, types of logits and numbers of candidates of any request with a bias or log-probabilities."""
@@ -217,10 +217,7 @@ def test_the_parts_behind_the_passes_sample_as_steps_do_in_which_the_host_decide
         return call
 
     monkeypatch.setattr(ops, "_pick", watched)
-    made = build(folder, TPGroup.single())
-    parts = made.early_parts().later
-    passes = len(made.passes(replace(made, group=Alone(made.group)).with_layers(2).runner(2)))
-    run(parts[passes:])
+    run(build(folder, TPGroup.single()).early_parts().others)
     early = set(seen)
     seen.clear()
     engine = OfflineEngine(Config.load({"model": str(folder), "device": "cpu", "prefix_cache": False}, {}))
@@ -231,7 +228,7 @@ def test_the_parts_behind_the_passes_sample_as_steps_do_in_which_the_host_decide
     assert early >= seen and len(seen) > 4
 
 
-def unbuilt(first: Sequence[Part], later: Sequence[Part]) -> None:
+def unbuilt(*_: Sequence[Part]) -> None:
     """Nothing is built ahead."""
 
 
@@ -245,7 +242,7 @@ def test_parts_run_beside_the_body_one_after_another_and_are_waited_for() -> Non
         done.append((with_others, torch.is_inference_mode_enabled()))
         running.release()
 
-    with compiled_beside(lambda: Parts([part, part, part], [part]), unbuilt):
+    with compiled_beside(lambda: Parts([part, part, part], [part], [part]), unbuilt):
         assert not done
         body.set()
     assert done == [(False, True)] * 3
@@ -254,12 +251,13 @@ def test_parts_run_beside_the_body_one_after_another_and_are_waited_for() -> Non
 def test_all_parts_are_built_before_any_is_run_and_later_ones_never_are() -> None:
     done: list[object] = []
 
-    def build(first: Sequence[Part], later: Sequence[Part]) -> None:
-        done.append((len(first), len(later), torch.is_inference_mode_enabled()))
+    def build(*parts: Sequence[Part]) -> None:
+        done.append((*map(len, parts), torch.is_inference_mode_enabled()))
 
-    with compiled_beside(lambda: Parts([lambda: done.append("run")] * 2, [lambda: done.append("later")]), build):
+    never = [lambda: done.append("later")]
+    with compiled_beside(lambda: Parts([lambda: done.append("run")] * 2, never, never * 3), build):
         pass
-    assert done == [(2, 1, True), "run", "run"]
+    assert done == [(2, 1, 3, True), "run", "run"]
 
 
 def test_what_fails_early_is_no_error_and_a_failing_body_is_one() -> None:
@@ -268,26 +266,26 @@ def test_what_fails_early_is_no_error_and_a_failing_body_is_one() -> None:
     def fails(*_: object) -> None:
         raise RuntimeError("PassManager::run failed")
 
-    with compiled_beside(lambda: Parts([fails, lambda: done.append(1)], []), unbuilt):
+    with compiled_beside(lambda: Parts([fails, lambda: done.append(1)], [], []), unbuilt):
         pass
     with compiled_beside(lambda: fails(), unbuilt):  # type: ignore[arg-type,return-value,func-returns-value]
         done.append(2)
-    with compiled_beside(lambda: Parts([lambda: done.append(3)], []), fails):
+    with compiled_beside(lambda: Parts([lambda: done.append(3)], [], []), fails):
         pass
-    with pytest.raises(KeyError), compiled_beside(lambda: Parts([lambda: done.append(4)], []), unbuilt):
+    with pytest.raises(KeyError), compiled_beside(lambda: Parts([lambda: done.append(4)], [], []), unbuilt):
         raise KeyError("a tensor is missing")
     assert done == [1, 2, 3, 4]
 
 
 def test_who_builds_is_told_when_there_is_nothing_to_build() -> None:
-    told: list[tuple[int, int]] = []
+    told: list[tuple[Sequence[Part], ...]] = []
 
     def fails() -> Parts:
         raise RuntimeError("no memory")
 
-    with compiled_beside(fails, lambda first, later: told.append((len(first), len(later)))):
+    with compiled_beside(fails, lambda *parts: told.append(parts)):
         pass
-    assert told == [(0, 0)]
+    assert told == [([], [], [])]
 
 
 def test_alone_keeps_shapes() -> None:

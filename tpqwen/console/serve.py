@@ -40,6 +40,9 @@ APP = "tpqwen"
 POLL_S = 0.2
 CALL_TIMEOUT_S = 30.0
 DISK_BYTES = 256 * 1024 * 1024  # for Ray's session: its logs, and the object store where /dev/shm is too small
+OTHERS = (
+    4  # of Ray's processes that are started at once beside those with a bundle: Serve's controller, proxies, actors
+)
 OBJECT_STORE_BYTES = 128 * 1024 * 1024  # Serve's own messages only; no tensor ever travels through it
 
 
@@ -139,7 +142,7 @@ def start_ray(config: Config) -> None:
     with sessions_of_their_own():
         ray.init(
             address="local",
-            num_cpus=max(bundles, os.cpu_count() or 1),
+            num_cpus=bundles + OTHERS,
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             log_to_driver=True,

@@ -271,7 +271,7 @@ def paged_prefill(
     num_tokens, num_heads, head_dim = q_TND.shape
     _, kv_heads, block_size, _ = k_cache.shape
     plan = plan or PLANS.get(head_dim, SMALL_PLAN)
-    queries = max(16, min(plan.queries, triton.next_power_of_2(max_query)))
+    queries = 16 if max_query <= 16 else plan.queries  # one of the two: each is a kernel to compile for every S
     keys, token_bytes = min(plan.keys, block_size), head_dim * k_cache.itemsize
     num_chunks = len(lengths_C)
     assert k_cache.is_contiguous() and v_cache.is_contiguous() and q_TND.stride()[1:] == (head_dim, 1)

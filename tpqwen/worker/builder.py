@@ -62,22 +62,23 @@ class Builder:
         self._marks = 0  # how far the process is: 1 with the first ones, one more with each of the later ones
         self._heard = self._began
 
-    def build(self, first: Sequence[Launch], later: Sequence[Launch] = ()) -> None:
-        """Compile what the first ones would launch. Meanwhile the later ones are gone through, one by one for as long
-        as that takes no time of its own; theirs are compiled when nobody waits any more (`built`). Where all of the
-        first is there already, and of the others what the last one and a few before it take, nothing is done.
+    def build(self, first: Sequence[Launch], others: Sequence[Launch] = (), later: Sequence[Launch] = ()) -> None:
+        """Compile what the first ones would launch, then, when nobody waits any more, what the others would. Meanwhile
+        the later ones are gone through, one by one for as long as that takes no time of its own; theirs come last, and
+        `built` tells of each. Where all of the first and the others is there already, and what the last of the later
+        ones and a few before it take, nothing is done.
 
         Each kernel is sent as soon as it is known: to get as far as the next one, cuBLAS or cuDNN may have to start.
         """
         if self._process is None:
             return
         try:
-            self._build(first, later)
+            self._build(first, others, later)
         except BaseException:  # nobody is told of an end that does not come
             self.close()
             raise
 
-    def _build(self, first: Sequence[Launch], later: Sequence[Launch]) -> None:
+    def _build(self, first: Sequence[Launch], others: Sequence[Launch], later: Sequence[Launch]) -> None:
         from tpqwen.kernels.recording import recorded
 
         with recorded(self._note):
@@ -85,7 +86,7 @@ class Builder:
                 _unlaunched(launch)
             urgent = self._sent
             self._send("")
-            for launch in () if urgent else later[::-SPARSE]:
+            for launch in (*others, *(() if urgent else later[::-SPARSE])):
                 _unlaunched(launch)
             for launch in later if self._sent else ():
                 if self._reached(1, 0.0):

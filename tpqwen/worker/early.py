@@ -35,18 +35,19 @@ from tpqwen.worker.sampler import USUAL_KINDS, SampleKind
 NUM_LAYERS = 2  # products share norms with those of the next layer
 WHOLE = 2048  # tokens of a prompt that is launched kernel by kernel
 UNLIKE = (1, 2, 16)  # numbers that Triton compiles for: one, most, and multiples of sixteen
-SHORT = (16, 32)  # tokens of prompts that attention has smaller tiles for
+EAGER = (16, 32, 64, 128, 256, 512)  # tokens of prompts that differ in the kernels of their attention
 NUM_BLOCKS = 2  # of the runner's cache; what is written goes to the null block
 
 _log = logging.getLogger(__name__)
 Part = Callable[[], object]
-Build = Callable[[Sequence[Part], Sequence[Part]], None]
+Build = Callable[[Sequence[Part], Sequence[Part], Sequence[Part]], None]
 
 
 class Parts(NamedTuple):
-    """later: one for each pass that is captured ahead, in their order, then those of steps that have no graph."""
+    """others: of steps that have no graph. later: one for each pass that is captured ahead, in their order."""
 
     first: list[Part]
+    others: list[Part]
     later: list[Part]
 
 
@@ -90,11 +91,10 @@ def compiled_beside(make: Callable[[], Parts], build: Build) -> Iterator[None]:
 
 
 def _run(make: Callable[[], Parts], build: Build) -> None:
-    made = [Parts([], [])]  # whoever builds is told that there is nothing to do, too
+    made = [Parts([], [], [])]  # whoever builds is told that there is nothing to do, too
     _quietly(lambda: made.append(make()))
-    first, later = made[-1]
-    _quietly(partial(build, first, later))
-    for part in first:
+    _quietly(partial(build, *made[-1]))
+    for part in made[-1].first:
         _quietly(part)
 
 
@@ -127,33 +127,34 @@ def early_parts(runner: Runner, group: TPGroup, passes: Sequence[Pass | Prompt],
         graphs, key = place(p, decode, mixed, draft)
         return partial(graphs.launch, *key)
 
-    none = decode.slots[:0]
-    whole = blank_prompt(0, min(WHOLE, state.tensors.tables_SM.shape[1] * size), state, size)
+    none, longest = decode.slots[:0], state.tensors.tables_SM.shape[1] * size
+
+    def prompt(num_tokens: int) -> Part:
+        return partial(runner.mixed, none, blank_prompt(0, num_tokens, state, size), SampleKind(), ())
+
     first = [Pass(*shape, kind) for shape in ((1, 0), (0, TOKEN_BUCKETS[0])) for kind in USUAL_KINDS]
     first += [Pass(1, 0, kind, drafts=drafts) for kind in USUAL_KINDS if drafts]
     return Parts(
         [
             *map(launched, first),
-            partial(runner.mixed, none, whole, SampleKind(), ()),
+            prompt(min(WHOLE, longest)),
             partial(_sample, runner, torch.zeros_like(decode.slots[:1]), SampleKind(full=True)),
             partial(_edit, runner),
         ],
-        [*map(launched, passes), *_with_the_host(runner, none)],
+        [*_with_the_host(runner, none), *(prompt(length) for length in EAGER if length <= longest)],
+        [launched(p) for p in passes],
     )
 
 
 def _with_the_host(runner: Runner, none: torch.Tensor) -> Iterator[Part]:
-    """What has no graph, since the host decides in it: sampling with penalties, a bias or a guide, log-probabilities,
-    and short prompts beside such rows. none: no slots."""
+    """Sampling in which the host decides, so that it has no graph: with penalties, a bias or a guide, and
+    log-probabilities. none: no slots."""
     for rows in UNLIKE:
         slots = none.new_zeros(rows)
         for candidates in (True, False):
             yield partial(_sample, runner, slots, SampleKind(candidates=candidates, edits=True))
         for wanted in UNLIKE[:2]:
             yield partial(_sample, runner, slots, SampleKind(logprobs=True), wanted)
-    for tokens in SHORT:
-        prompt = blank_prompt(0, tokens, runner.state, runner.cache.block_size)
-        yield partial(runner.mixed, none, prompt, SampleKind(), ())
 
 
 def _sample(runner: Runner, slots_R: torch.Tensor, kind: SampleKind, wanted: int = -1) -> None:

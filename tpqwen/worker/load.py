@@ -219,7 +219,7 @@ class _Build:
         alone = replace(self, group=Alone(self.group)).with_layers(NUM_LAYERS)
         needed = sum(weight_bytes(m, self.dtype) for m in (self.model, alone.model, alone.model))
         if torch.cuda.mem_get_info()[0] < needed:
-            return Parts([], [])
+            return Parts([], [], [])
         allocate(alone.model, self.device, self.dtype)
         runner = alone.runner(NUM_BLOCKS)
         return early_parts(runner, alone.group, self.passes(runner), self.drafts)
