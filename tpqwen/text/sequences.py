@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 
@@ -10,6 +11,21 @@ from tpqwen.request import GenerateRequest, SamplingParams, ThinkingBudget
 
 _MASK64 = (1 << 64) - 1
 _seeds = random.Random()  # from the system's entropy once, not for each request
+
+RANGES: dict[str, tuple[float, float, bool]] = {  # parameter -> lowest, highest, whether it must be above the lowest
+    "temperature": (0, 2, False),
+    "top_k": (-1, 1 << 30, False),
+    "top_p": (0, 1, True),
+    "min_p": (0, 1, False),
+    "presence_penalty": (-2, 2, False),
+    "frequency_penalty": (-2, 2, False),
+    "repetition_penalty": (0, 100, True),
+    "n": (1, 16, False),
+    "min_tokens": (0, math.inf, False),
+    "max_tokens": (0, math.inf, False),
+    "logprobs": (0, 20, False),
+    "prompt_logprobs": (0, 20, False),
+}
 
 
 @dataclass(frozen=True)
@@ -36,8 +52,9 @@ def expand(
 
     The choices share a seed and differ in `choice`. Without max_tokens the context is the limit. field: the name that
     errors give to the prompt.
-    Raises RequestError: prompt empty, over the context, or with ids outside the vocabulary.
+    Raises RequestError: a parameter out of range; a prompt that is empty, over the context, or outside the vocabulary.
     """
+    check_ranges(params)
     max_tokens = checked_max_tokens(len(prompt_ids), params, limits, field)
     seed = _seeds.getrandbits(63) if params.seed is None else params.seed & _MASK64
     end_ids: tuple[int, ...] = params.stop_token_ids if params.ignore_eos else (*limits.end_ids, *params.stop_token_ids)
@@ -56,6 +73,15 @@ def expand(
         )
         for choice in range(params.n)
     ]
+
+
+def check_ranges(params: SamplingParams) -> None:
+    """For callers from Python; HTTP's fields have been checked, against the same numbers. Raises RequestError."""
+    for name, (low, high, is_open) in RANGES.items():
+        value = getattr(params, name)
+        if value is not None and not ((value > low if is_open else value >= low) and value <= high):
+            text = f"{name} is {value}; it must be {'above' if is_open else 'at least'} {low:g} and at most {high:g}"
+            raise RequestError(text, param=name, code="out_of_range")
 
 
 def checked_max_tokens(num_prompt: int, params: SamplingParams, limits: Limits, field: str = "prompt") -> int:
