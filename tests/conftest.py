@@ -26,8 +26,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def _same_loggers() -> Iterator[None]:
-    """Commands that run in the test's process configure ours, with a stream that ends with the test."""
+    """Commands that run in the test's process configure ours, with a stream that ends with the test and where other
+    tests' caplog hears nothing."""
     log = logging.getLogger("tpqwen")
     before = log.handlers[:], log.level, log.propagate
     yield
-    log.handlers[:], log.level, log.propagate = before
+    log.handlers[:], level, log.propagate = before
+    log.setLevel(level)  # forgets what it knows of levels, too

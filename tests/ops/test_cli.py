@@ -34,13 +34,8 @@ EXTRA_FLAGS = {
 
 @pytest.fixture(autouse=True)
 def same_environment(monkeypatch):
-    """Commands complete os.environ for Ray, and send our loggers elsewhere, where other tests' caplog hears nothing."""
+    """Commands complete os.environ for Ray."""
     monkeypatch.setattr(cli, "set_ray_defaults", lambda environ, words: None)
-    log = logging.getLogger("tpqwen")
-    before = (log.handlers[:], log.level, log.propagate)
-    yield
-    log.handlers[:], level, log.propagate = before
-    log.setLevel(level)
 
 
 def command(monkeypatch, run):
