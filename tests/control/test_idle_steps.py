@@ -250,6 +250,22 @@ def test_after_a_slow_capture_a_longer_lull_is_waited_for() -> None:
     assert 0.0 < engine.loop._wait_s <= 0.5
 
 
+def test_requests_that_come_now_and_then_do_not_put_off_idle_steps_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One idle step was slow, and then somebody asks before each lull has ended."""
+    monkeypatch.setattr(loop_module, "LULL_S", 0.0)
+    engine = Engine(Counting(tiny_capacity(graphs_ahead=AHEAD)))
+    engine.loop._idle_step_s = 1e6
+    engine.loop._lull_ends = time.monotonic() + 1e6
+    engine.thread.start()
+    for number in range(40):
+        engine.ask(request(str(number)))
+        assert engine.answers(request(str(number)))
+        until(lambda: engine.loop._rests)
+    until(lambda: engine.executor.idle == AHEAD)
+    engine.commands.send(encode(Stop()), 30)
+    engine.thread.join(30)
+
+
 def test_a_failed_capture_costs_one_repair_and_the_engine_goes_on(started: Callable[[Counting], Engine]) -> None:
     executor = Counting(tiny_capacity(graphs_ahead=AHEAD))
     executor.fails = RankDied("rank 0 failed: CUDA out of memory", rank=0)

@@ -65,7 +65,8 @@ class EngineLoop:
         self._resumed_at: float | None = None  # when the ranks came back, until their first tokens are there
         self._stopped = False
         self._lull_ends = 0.0  # when graphs may be captured ahead; at once, as long as nobody has come
-        self._idle_step_s = 0.0  # what the last idle step took
+        self._idle_step_s = 0.0  # what the last idle step took, halved with each request that came before another
+        self._rests = False  # there was nothing to run
         core.on_started = lambda ids: self._send(Started(ids))
 
     def run(self) -> None:
@@ -75,7 +76,9 @@ class EngineLoop:
                 self._take_commands()
                 if self._runs:
                     self._step()
-                elif not self._stopped and self._wait_s == 0.0:
+                    continue
+                self._rests = True
+                if not self._stopped and self._wait_s == 0.0:
                     self._prepare()
         except ConnectionError:
             _log.info("the other end of the engine's channel is gone")
@@ -165,6 +168,8 @@ class EngineLoop:
         self._idle_step_s = time.monotonic() - begin
 
     def _step(self) -> None:
+        if self._rests:
+            self._rests, self._idle_step_s = False, self._idle_step_s / 2
         result = self._guarded(self._core.step)
         self._lull_ends = time.monotonic() + max(LULL_S, PATIENCE * self._idle_step_s)
         if result is None:
