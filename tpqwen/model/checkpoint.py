@@ -132,7 +132,7 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
             sizes = {n: ends[n] - int(t["data_offsets"][0]) for n, t in header.items()}
             shapes = {n: tuple(int(d) for d in t["shape"]) for n, t in header.items()}
             dtypes = {n: str(t["dtype"]) for n, t in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ConfigError(f"{path}: damaged safetensors header ({type(error).__name__})") from None
     for name, dtype in dtypes.items():
         if dtype not in DTYPE_BYTES:
