@@ -33,6 +33,7 @@ from tpqwen.api.shapes import (
 from tpqwen.api.tool_shapes import ToolChoice, ToolList
 from tpqwen.errors import RequestError
 from tpqwen.text.messages import MAX_MESSAGES
+from tpqwen.text.sequences import RANGES
 
 MAX_PROMPTS = 64
 MAX_INPUTS = 256  # of one embeddings or rerank request
@@ -86,17 +87,15 @@ class Table(tuple[Field, ...]):
 
 _ROOM = "what the context leaves"
 _SAMPLING = (
-    Field("temperature", Number(0, 2), "by mode", "0 (or below 1e-5) is greedy", "temperature"),
-    Field(
-        "top_p", Number(0, 1, open_low=True), "by mode", "smallest set of tokens with this much probability", "top_p"
-    ),
+    Field("temperature", Number(*RANGES["temperature"]), "by mode", "0 (or below 1e-5) is greedy", "temperature"),
+    Field("top_p", Number(*RANGES["top_p"]), "by mode", "smallest set of tokens with this much probability", "top_p"),
     Field("top_k", Integer(-1, 1 << 30), "by mode", "the k likeliest tokens; 0 and -1 are off"),
-    Field("min_p", Number(0, 1), "0", "tokens at least this fraction as likely as the likeliest", "min_p"),
-    Field("presence_penalty", Number(-2, 2), "0", "counts output tokens", "presence_penalty"),
-    Field("frequency_penalty", Number(-2, 2), "0", "counts output tokens", "frequency_penalty"),
+    Field("min_p", Number(*RANGES["min_p"]), "0", "tokens at least this fraction as likely as the likeliest", "min_p"),
+    Field("presence_penalty", Number(*RANGES["presence_penalty"]), "0", "counts output tokens", "presence_penalty"),
+    Field("frequency_penalty", Number(*RANGES["frequency_penalty"]), "0", "counts output tokens", "frequency_penalty"),
     Field(
         "repetition_penalty",
-        Number(0, 100, open_low=True),
+        Number(*RANGES["repetition_penalty"]),
         "the model's, or 1",
         "counts prompt and output tokens",
         "repetition_penalty",

@@ -40,9 +40,7 @@ APP = "tpqwen"
 POLL_S = 0.2
 CALL_TIMEOUT_S = 30.0
 DISK_BYTES = 256 * 1024 * 1024  # for Ray's session: its logs, and the object store where /dev/shm is too small
-OTHERS = (
-    4  # of Ray's processes that are started at once beside those with a bundle: Serve's controller, proxies, actors
-)
+OTHERS = 4  # workers that Ray starts at once beside those with a bundle, for Serve's controller, proxies and the like
 OBJECT_STORE_BYTES = 128 * 1024 * 1024  # Serve's own messages only; no tensor ever travels through it
 
 

@@ -169,9 +169,9 @@ class Builder:
     def _ended(self, pid: int) -> None:
         ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         seconds = time.monotonic() - self._began
-        if ended is None or ended.si_code != os.CLD_EXITED:
-            signal_number = ended.si_status if ended else 0
-            _log.warning("the process that compiles kernels was lost, signal=%d seconds=%.2f", signal_number, seconds)
+        assert ended is not None, "it is waited for"
+        if ended.si_code != os.CLD_EXITED:
+            _log.warning("the process that compiles kernels was lost, signal=%d seconds=%.2f", ended.si_status, seconds)
         else:
             _log.info("kernels compiled=%d failed=%d seconds=%.2f", self._sent, ended.si_status, seconds)
         self.close()
